@@ -1,0 +1,80 @@
+"""Background jobs of this repository: started in a session of their own, listed in runs/jobs, stopped whole.
+
+A session id survives its leader's death, so a killed server's orphaned workers are still found, and nothing else is.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from lab import RUNS
+
+FOLDER = RUNS / "jobs"
+
+
+def start(name: str, command: list[str], log: Path, **facts) -> subprocess.Popen:
+    """Run `command` in the background with its output in `log`; `facts` (address ...) are kept in the job's file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    created = psutil.Process(process.pid).create_time()
+    job = {"name": name, "pid": process.pid, "created": created, "log": str(log), "command": command, **facts}
+    (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1))
+    return process
+
+
+def members(job: dict) -> list[psutil.Process]:
+    """Living processes of the job's session; [] when its process id now belongs to somebody else."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) != job["pid"] or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1:
+                return []
+            found.append(process)
+        except (ProcessLookupError, PermissionError, psutil.Error):
+            continue
+    return found
+
+
+def running() -> dict[str, dict]:
+    """Jobs that have a living process: {name: job}. Files of dead ones are removed."""
+    jobs = {}
+    for file in sorted(FOLDER.glob("*.json")):
+        job = json.loads(file.read_text())
+        if members(job):
+            jobs[job["name"]] = job
+        else:
+            file.unlink(missing_ok=True)
+    return jobs
+
+
+def stop(job: dict, grace_s: float = 15) -> int:
+    """End every process of the job: SIGTERM to its leader, SIGKILL to what is left after `grace_s` seconds. Returns how many ended."""
+    processes = members(job)
+    leaders = [p for p in processes if p.pid == job["pid"]] or processes
+    for process in leaders:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while members(job) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in members(job):
+        _signal(process, signal.SIGKILL)
+    while members(job):
+        time.sleep(0.05)
+    (FOLDER / f"{job['name']}.json").unlink(missing_ok=True)
+    return len(processes)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass

@@ -1,0 +1,107 @@
+"""From a model's name to a folder that every engine can load (configs/models.yaml lists each model once).
+
+The hub variables work as everywhere: HF_ENDPOINT names a Hugging Face mirror; USE_MODELSCOPE_HUB=1 or
+VLLM_USE_MODELSCOPE=1 downloads from ModelScope instead.
+"""
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from lab import ROOT, RUNS, fail, shown
+from lab.profile import read_yaml
+
+
+def catalogue() -> dict[str, dict]:
+    """configs/models.yaml: {name: {hub, modelscope, template, licence, ...}}."""
+    return read_yaml(ROOT / "configs" / "models.yaml")
+
+
+def entry(name: str) -> tuple[str, dict]:
+    """(name, its entry) for a name, Hugging Face id or ModelScope id of configs/models.yaml; (name, {}) for anything else."""
+    for key, model in catalogue().items():
+        if name.lower() in (key, model["hub"].lower(), model["modelscope"].lower()):
+            return key, model
+    return name, {}
+
+
+def from_modelscope() -> bool:
+    return any(os.environ.get(v, "").lower() in ("1", "true", "yes") for v in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE"))
+
+
+def served_names(name: str) -> list[str]:
+    """Names under which a server answers for this model: the short one and its hub id."""
+    key, model = entry(name)
+    return [key, model["hub"]] if model else [name if "/" not in name or not Path(name).is_dir() else Path(name).name]
+
+
+def model_folder(name: str) -> Path:
+    """Folder with the model's config, tokenizer and weights, downloaded or converted on first use.
+
+    `name` is one of configs/models.yaml, any `organisation/model` id of the hub, or a folder. Raises SystemExit(2) with one
+    sentence when it is none of these or cannot be had.
+    """
+    key, model = entry(name)
+    if "package" in model:
+        return _from_package(key, model)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            fail(f"the folder {name} holds no model: there is no config.json in it")
+        return Path(name).resolve()
+    if name.startswith((".", "/", "~")):
+        fail(f"there is no model folder {name}")
+    if not model and name.count("/") != 1:
+        fail(f"unknown model {name}: choose one of {', '.join(catalogue())} (configs/models.yaml), an organisation/model id of the hub, or a folder")
+    try:
+        if from_modelscope():
+            from modelscope import snapshot_download
+
+            return Path(snapshot_download(model.get("modelscope", name)))
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model.get("hub", name), ignore_patterns=["*.pth", "*.bin", "original/*"]))
+    except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        fail(f"could not get model {name}: {reason} -- check the name and the network, or set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
+
+
+def _from_package(key: str, model: dict) -> Path:
+    """Convert the GGUF file that a Python package ships into a Hugging Face folder, once (about 30 s)."""
+    folder = RUNS / "models" / key
+    if (folder / "config.json").is_file():
+        return folder
+    package = find_spec(model["package"])
+    if package is None:
+        fail(f"package {model['package']}, which carries model {key}, is not installed: run 'make setup'")
+    print(f"unpacking {key} into {shown(folder)} (once, about 30 s)", file=sys.stderr, flush=True)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(package.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model["gguf"])
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as published; the GGUF names <|im_start|> here
+    weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=torch.bfloat16)
+    partial = folder.with_name(f".{key}-{os.getpid()}")  # renamed when whole: an interrupted conversion leaves no half model
+    tokenizer.save_pretrained(partial)
+    weights.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
+    return folder
+
+
+def main() -> None:
+    """`python -m lab.models NAME ...`: print the folder of each model, downloading what is missing."""
+    if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
+        print("usage: python -m lab.models NAME [NAME ...]   print each model's folder, downloading what is missing\nnames:", ", ".join(catalogue()))
+        return
+    for name in sys.argv[1:]:
+        print(model_folder(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Result records: every number a script prints, with its birth certificate.
+
+A script ends with `finish(__file__, metrics, config)`. The last line of its stdout is one JSON object; the same numbers with
+command, commit, date, machine and versions go to runs/records/, and with STORE=1 to results/<machine>/ as evidence.
+"""
+
+import json
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lab import ROOT, RUNS, machine, shown
+
+
+def name_of(script: str) -> str:
+    """`03_vllm/03_throughput` for that module script; scripts outside modules/ keep their own folder's name."""
+    path = Path(script).resolve().with_suffix("")
+    return f"{path.parent.name}/{path.name}"
+
+
+def finish(script: str, metrics: dict, config: dict | None = None, variant: str = "") -> None:
+    """Store the record and print `{"script": ..., "machine": ..., **metrics}` as the last line of stdout.
+
+    Keys of `metrics` end in their unit (throughput_tok_per_s, start_s, speedup_ratio). `variant` keeps several records
+    of one script apart.
+    """
+    name = name_of(script) + (f"-{variant}" if variant else "")
+    record = {
+        "script": name,
+        "command": shlex.join([shown(Path(sys.argv[0]).resolve()), *sys.argv[1:]]),
+        "profile": os.environ.get("PROFILE", ""),
+        "commit": machine.commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "config": config or {},
+        "metrics": metrics,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    targets = [RUNS / "records" / f"{name}.json"]
+    if os.environ.get("STORE") == "1":
+        targets.append(ROOT / "results" / machine.name() / f"{name}.json")
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".tmp")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    print(f"record: {shown(targets[-1])}", file=sys.stderr)
+    print(json.dumps({"script": name, "machine": machine.name(), **metrics}, ensure_ascii=False), flush=True)
