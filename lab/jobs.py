@@ -17,14 +17,17 @@ from lab import RUNS
 FOLDER = RUNS / "jobs"
 
 
-def start(name: str, command: list[str], log: Path, **facts) -> subprocess.Popen:
-    """Run `command` in the background with its output in `log`; `facts` (address ...) are kept in the job's file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def start(name: str, command: list[str], log: Path | None, **facts) -> subprocess.Popen:
+    """Run `command` as a job, its output in `log` (None: on the screen); `facts` (address ...) are kept in the job's file."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    if log is None:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
     created = psutil.Process(process.pid).create_time()
-    job = {"name": name, "pid": process.pid, "created": created, "log": str(log), "command": command, **facts}
+    job = {"name": name, "pid": process.pid, "created": created, "log": str(log or ""), "command": command, **facts}
     (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1))
     return process
 

@@ -1,0 +1,123 @@
+"""Start vLLM's OpenAI-compatible server with the profile's arguments and wait until it answers.
+
+    make vllm-serve                                 # in the background: returns when healthy, `make stop` ends it
+    make vllm-serve FG=1                            # stays in front with the log on the screen, Ctrl+C ends it
+    make vllm-serve MODEL=Qwen/Qwen2.5-7B-Instruct ARGS="--tensor-parallel-size 1"
+    python modules/03_vllm/01_serve.py --dry-run    # only print the engine's own command
+
+Flags this script does not know go to vLLM as they are and win over the profile's.
+Look at: the printed command (it is all there is to serving), and in the log `GPU KV cache size` or its CPU twin, which says how
+many tokens of context the memory left over holds.
+"""
+
+import argparse
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from lab import RUNS, fail, jobs, models, shown
+from lab.profile import load_profile
+
+
+def healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def refuse_taken_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            fail(f"port {port} is in use by another program: end it, or take another one with --port (make vllm-serve PORT=8001)")
+
+
+def lines_of(log: Path) -> list[str]:
+    """Messages of the engine's log, without process, level, time and place."""
+    text = re.sub(r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?", "", log.read_text(errors="replace"), flags=re.M)
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def cause(log: Path) -> str:
+    """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
+    lines = lines_of(log) or ["it wrote nothing"]
+    for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
+        for line in lines:
+            if found := re.match(pattern, line):
+                return found[1][:300]
+    return lines[-1][:300]
+
+
+def main() -> None:
+    profile = load_profile()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=profile.serve.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=profile.serve.port, help="on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--foreground", action="store_true", help="stay in front, with the log on the screen")
+    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds to wait for a healthy server (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
+    args, engine_args = parser.parse_known_args()
+
+    # -----------------------------------------------------------------------------
+    # 1. The engine's command: the profile's arguments, then the user's, of which the last one counts
+
+    if not args.dry_run:
+        if "vllm" in (running := jobs.running()):
+            fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
+        refuse_taken_port(args.port)
+    folder = args.model if args.dry_run else models.model_folder(args.model)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
+    for flag, value in profile.serve.args.items():
+        command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    command += engine_args  # argparse lets the last one win
+    print(shlex.join(["python", *command[1:]]), flush=True)
+    if args.dry_run:
+        return
+
+    # -----------------------------------------------------------------------------
+    # 2. Start it in a session of its own, so that it and its workers can be ended whole
+
+    address, log = f"http://127.0.0.1:{args.port}", RUNS / "03_vllm" / "serve.log"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
+    process = jobs.start("vllm", command, None if args.foreground else log, address=address)
+    ready = False
+    try:
+        if args.foreground:
+            raise SystemExit(process.wait())
+        began = reported = time.monotonic()
+        while not (ready := healthy(address)):
+            if process.poll() is not None:
+                fail(f"the server stopped while starting: {cause(log)} (whole log: {shown(log)})")
+            if (now := time.monotonic()) - began > args.timeout:
+                fail(f"the server was not healthy after {args.timeout:.0f} s and was ended; its log: {shown(log)}")
+            if now - reported >= 5:
+                reported = now
+                print(f"  {now - began:4.0f} s  {(lines_of(log) or ['starting'])[-1][:120]}", flush=True)
+            time.sleep(0.25)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        if not ready:
+            jobs.stop(jobs.running().get("vllm", {"name": "vllm", "pid": process.pid, "created": 0}))
+
+    # -----------------------------------------------------------------------------
+    # 3. Healthy
+
+    print(f"healthy after {time.monotonic() - began:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}")
+    print(f"log: {shown(log)}   end it: make stop")
+
+
+if __name__ == "__main__":
+    main()

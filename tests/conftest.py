@@ -1,0 +1,77 @@
+"""What the tests share: running a command as a reader would, a copy of the tree, one running server."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def pytest_collection_modifyitems(items):
+    """Fast files first: what breaks early is said early."""
+    order = ["test_layout", "test_profile", "test_results", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
+    items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
+
+
+def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:
+    """Run a command in a session of its own with the environment's programs first on PATH; `check` is the exit code it must have."""
+    words = [str(w) for w in command]
+    # Not inherited: what pytest's own run set for its children, such as the profile of an in-process test.
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL")} | env
+    process = subprocess.Popen(words, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{words} ran longer than {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
+    if check is not None:
+        assert process.returncode == check, f"{words}: exit code {process.returncode}, expected {check}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def refused(*command, **kwargs) -> str:
+    """Run a command that must be refused: exit code 2 and exactly one sentence. Returns the sentence."""
+    done = run(*command, check=2, **kwargs)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr[-3000:]
+    return sentences[0]
+
+
+def python(*command, **kwargs):
+    return run(sys.executable, *command, **kwargs)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A copy of the repository's files under a path with a space and Chinese characters, using this environment."""
+    target = tmp_path / "路径 with space"
+    for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """Folder of the cpu profile's model, converted at most once."""
+    from lab.models import model_folder
+
+    return model_folder("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Address of a server started as the readme says, ended afterwards; nothing of it may stay."""
+    run("make", "stop", check=0)
+    run("make", "vllm-serve", check=0)
+    yield "http://127.0.0.1:8000"
+    run("make", "stop", check=0)
+    assert "nothing of this repository is running" in run("make", "stop", check=0).stdout

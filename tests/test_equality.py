@@ -1,0 +1,47 @@
+"""The same greedy tokens from transformers and from vLLM: in float32, where rounding cannot decide between two tokens."""
+
+import json
+
+import pytest
+from conftest import python
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a haiku about two graphics cards.",
+    "def fibonacci(n):",
+    "你好，请用一句话介绍你自己。",
+    "The three primary colours are",
+    "Explain why the sky is blue. " * 12,
+]
+TOKENS = 32
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    folder, prompts, tokens = json.loads(sys.argv[1])
+    llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_greedy_tokens_of_transformers_and_vllm(small_model, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    expected = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    script = tmp_path / "generate.py"
+    script.write_text(VLLM)
+    done = python("-m", "lab.profile", "python", script, json.dumps([str(small_model), PROMPTS, TOKENS]), check=0, timeout=400)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert json.loads(line[7:]) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), "the prompts must lead to different texts"

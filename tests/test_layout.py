@@ -1,0 +1,190 @@
+"""The repository's own promises: every script, configuration, make target and readme block is covered by a test that runs it."""
+
+import json
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, python, run
+from test_readmes import BLOCKS, README_FILES
+
+TRACKED = run("git", "ls-files", "-co", "--exclude-standard", check=0).stdout.splitlines()
+MODULE_SCRIPTS = [f for f in TRACKED if re.fullmatch(r"modules/[^/]+/\d\d_\w+\.py", f)]
+SCRIPTS = MODULE_SCRIPTS + [f for f in TRACKED if re.fullmatch(r"scripts/\w+\.py", f)]
+TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+PACKAGES = ["torch", "vllm", "transformers", "accelerate", "deepspeed", "llamafactory", "nvitop", "gpustat", "pytest"]  # of the original design
+
+# Which test reads a configuration file as its user would. A file that no pattern claims fails test_every_configuration_is_read.
+CONFIGURATIONS = {
+    r"configs/profiles/\w+\.yaml": "test_profile.py::test_every_profile_loads",
+    r"configs/models\.yaml": "test_models.py::test_catalogue",
+    r"environment\.yml": "test_layout.py::test_environment_yml",
+    r"modules/03_vllm/configs/monitoring/.*": "test_monitoring.py",
+    r"results/[^/]+/[^/]+/\w[\w-]*\.json": "test_results.py::test_records_are_complete",
+}
+# Make targets that no readme block runs, and the test that does.
+TARGETS_TESTED = {
+    "help": "test_help_lists_every_target",
+    "test": ".ci/run",
+    "test-long": ".ci/run",
+    "quickstart": ".ci/run",
+    "lock": "test_lock_is_reproducible",
+    "evidence": "test_make_evidence_dry",
+    "clean": "test_clean",
+    "lint": "test_lint",
+    "tables": "test_tables_do_not_drift",
+}
+
+
+def executed() -> str:
+    """The text of all readme blocks that run on some machine, and the recipes of the make targets in them."""
+    text = "\n".join(block.code for block in BLOCKS)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z0-9-]+)", text):
+        if recipe := re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.M):
+            text += "\n" + recipe[1]
+    return text
+
+
+@pytest.mark.parametrize("script", MODULE_SCRIPTS)
+def test_every_module_script_is_run_by_a_readme(script):
+    assert script in executed(), f"no readme block runs {script}, directly or through make"
+
+
+def test_module_scripts_are_short():
+    lines = {f: len((ROOT / f).read_text().splitlines()) for f in TRACKED if f.startswith("modules/") and f.endswith(".py")}
+    assert max(lines.values()) <= 250, lines
+    assert statistics.median(lines.values()) <= 150, lines
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_make_target_is_run(target):
+    text = "\n".join(block.code for block in BLOCKS)
+    if re.search(rf"\bmake {target}\b(?!-)", text):
+        return
+    assert target in TARGETS_TESTED, f"no readme block and no test runs make {target}"
+    where = TARGETS_TESTED[target]
+    sources = (ROOT / ".ci/run").read_text() if where == ".ci/run" else "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
+    assert f"make {target}" in sources if where == ".ci/run" else f"def {where}(" in sources
+
+
+def test_documents_name_only_targets_that_exist():
+    for file in [*README_FILES, *ROOT.glob("modules/*/PLAN.md"), ROOT / ".CLAUDE.md"]:
+        for target in re.findall(r"`(?:[A-Z]+=\S+ )?make ([a-z][a-z0-9-]*)", file.read_text()):
+            assert target in TARGETS, f"{file} names make {target}"
+
+
+@pytest.mark.parametrize("file", [f for f in TRACKED if re.search(r"\.(ya?ml|json)$", f)])
+def test_every_configuration_is_read(file):
+    content = (ROOT / file).read_text()
+    if file.endswith("json"):
+        json.loads(content)
+    else:
+        list(yaml.safe_load_all(content))
+    claimed = [where for pattern, where in CONFIGURATIONS.items() if re.fullmatch(pattern, file)]
+    assert claimed, f"no test reads {file} as its user would: add one, and name it in CONFIGURATIONS"
+    path, _, name = claimed[0].partition("::")
+    assert not name or f"def {name}(" in (ROOT / "tests" / path).read_text(), f"{claimed[0]} does not exist"
+
+
+def test_locks_hold_every_package_of_the_design():
+    for lock in ("cpu", "gpu"):
+        text = (ROOT / "locks" / f"{lock}.txt").read_text()
+        names = {name: version for name, version in re.findall(r"^([a-z0-9-]+)==(\S+) \\$", text, re.M)}
+        for package in PACKAGES:
+            assert package in names or (lock == "cpu" and f"{package}-cpu" in names), f"{package} is not in locks/{lock}.txt"
+        for entry in re.split(r"\n(?=[a-z0-9])", text.strip()):
+            assert "--hash=sha256:" in entry, f"not hashed: {entry.splitlines()[0]}"
+    assert not re.search(r"https?://|file:|--find-links|--index", text), "a lock names a registry"
+
+
+def test_environment_yml():
+    content = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert content["name"] == "videofen"
+    names = {d.split("=")[0] for d in content["dependencies"]}
+    assert {"python", "cxx-compiler", "uv", "cuda-nvcc"} <= names
+    assert all(p in (ROOT / "environment.yml").read_text() for p in PACKAGES)
+
+
+def test_lock_is_reproducible(tmp_path):
+    """`make lock` on unchanged inputs changes nothing."""
+    before = {lock: (ROOT / "locks" / f"{lock}.txt").read_bytes() for lock in ("cpu", "gpu")}
+    try:
+        run("make", "lock", check=0)
+        assert {lock: (ROOT / "locks" / f"{lock}.txt").read_bytes() for lock in before} == before
+    finally:
+        for lock, content in before.items():
+            (ROOT / "locks" / f"{lock}.txt").write_bytes(content)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_says_how_to_run(script):
+    """No heavy package is imported for --help, on any profile, and the text is the script's docstring."""
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'accelerate', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    if "argparse" not in (ROOT / script).read_text():
+        pytest.skip("takes no arguments")
+    for profile in ("cpu", "4090x2"):
+        out = python("-c", code, script, check=0, PROFILE=profile).stdout
+    first = runpy.run_path(str(ROOT / script), run_name="imported")["__doc__"].strip().splitlines()[0]
+    assert first in out
+
+
+def test_help_lists_every_target():
+    out = run("make", check=0).stdout
+    assert all(re.search(rf"make {t} +\S", out) for t in TARGETS)
+    phony = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
+    assert phony == {*TARGETS, "env"}
+
+
+def test_every_make_recipe_parses():
+    for target in TARGETS:
+        run("make", "-n", target, check=0)
+
+
+def test_make_evidence_dry():
+    """Every command of `make evidence` exists, and every script that stores a record is in it."""
+    commands = runpy.run_path(str(ROOT / "scripts/evidence.py"), run_name="imported")["COMMANDS"]
+    assert all((ROOT / c).is_file() for c in commands)
+    storing = {s for s in MODULE_SCRIPTS if "results.finish" in (ROOT / s).read_text()}
+    assert storing <= set(commands)
+
+
+def test_clean(tree):
+    (tree / "runs" / "x").mkdir(parents=True)
+    (tree / "lab" / "__pycache__").mkdir(exist_ok=True)
+    run("make", "clean", cwd=tree, check=0)
+    assert not (tree / "runs").exists() and not (tree / "lab" / "__pycache__").exists() and (tree / "lab" / "models.py").exists()
+
+
+def test_lint():
+    done = run("make", "lint")
+    assert done.returncode == 0, done.stdout
+
+
+def test_tracked_tree_is_small():
+    sizes = {f: (ROOT / f).stat().st_size for f in TRACKED}
+    assert sum(sizes.values()) < 8e6
+    assert all(size < 150_000 for f, size in sizes.items() if f.endswith((".png", ".svg")))
+
+
+def test_no_machine_paths():
+    for file in TRACKED:
+        if file.startswith("results/") or not Path(ROOT / file).suffix:
+            continue
+        found = re.search(r"(?<![\w.])/(?:work|root|opt|home)/\w+", (ROOT / file).read_text(errors="ignore"))
+        assert not found or file.startswith("tests/"), f"{file} holds the path {found[0]}"
+
+
+def test_interpreter_is_the_environment():
+    assert subprocess.run([ROOT / ".venv/bin/python", "-c", "import lab"], check=False).returncode == 0
+    assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), "run the tests with make test, in the environment of the repository"
