@@ -60,24 +60,27 @@ def running() -> dict[str, dict]:
 
 
 def stop(job: dict, grace_s: float = 15) -> int:
-    """End every process of the job: SIGTERM to its leader, SIGKILL to what is left after `grace_s` seconds. Returns how many ended."""
-    processes = members(job)
-    leaders = [p for p in processes if p.pid == job["pid"]] or processes
-    for process in leaders:
-        _signal(process, signal.SIGTERM)
+    """End every process of the job: SIGTERM to its leader, which ends its workers itself, then to what the leader left
+    behind, SIGKILL to what still lives after `grace_s` seconds. Returns how many processes ended.
+    """
+    count = len(members(job))
+    told: set[int] = set()
     deadline = time.monotonic() + grace_s
-    while members(job) and time.monotonic() < deadline:
+    while left := members(job):
+        if time.monotonic() > deadline:
+            _signal(left, signal.SIGKILL)
+        else:
+            leader = [p for p in left if p.pid == job["pid"]]
+            _signal([p for p in leader or left if p.pid not in told], signal.SIGTERM)
+            told |= {p.pid for p in leader or left}
         time.sleep(0.1)
-    for process in members(job):
-        _signal(process, signal.SIGKILL)
-    while members(job):
-        time.sleep(0.05)
     (FOLDER / f"{job['name']}.json").unlink(missing_ok=True)
-    return len(processes)
+    return count
 
 
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue

@@ -3,12 +3,12 @@
 #
 #   make setup                the active or existing conda environment `videofen`, one made from environment.yml
 #                             where conda or mamba is installed, else .venv; the gpu lock where an NVIDIA GPU is visible
-#   make setup LOCK=cpu|gpu   take this lock whatever the machine
+#   make setup LOCK=cpu|gpu   take this lock whatever the machine; the environment then keeps it
 #   make setup ENV=venv       take .venv even where conda is installed
 #   make setup YES=1          let it change a `videofen` that it did not create
 #   scripts/setup.sh --check  is the environment there and up to date? (every make target asks)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd -P "$(dirname "$0")/.."
 root=$PWD
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -18,15 +18,14 @@ say() { echo "setup: $*"; }
 # 1. Which lock, which environment
 
 gpu_visible() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
-lock=${LOCK:-}
-if [ -z "$lock" ]; then if gpu_visible; then lock=gpu; else lock=cpu; fi; fi
-case $lock in cpu|gpu) ;; *) fail "LOCK=$lock is unknown: say LOCK=cpu or LOCK=gpu" ;; esac
+case ${LOCK:-} in ""|cpu|gpu) ;; *) fail "LOCK=$LOCK is unknown: say LOCK=cpu or LOCK=gpu" ;; esac
 case ${ENV:-} in ""|venv|conda) ;; *) fail "ENV=$ENV is unknown: say ENV=venv or ENV=conda" ;; esac
 
 conda=""
 for c in mamba conda "${CONDA_EXE:-}"; do [ -n "$c" ] && command -v "$c" >/dev/null && { conda=$c; break; }; done
 [ "${ENV:-}" != conda ] || [ -n "$conda" ] || fail "ENV=conda, but neither conda nor mamba is on PATH: install Miniforge, or say ENV=venv"
-conda_prefix() { "$conda" env list 2>/dev/null | sed -n 's/^videofen[ *+]*//p' | head -n 1; }
+# conda prints `videofen  *  /path`, mamba 2 indents that and pads it with blanks.
+conda_prefix() { { "$conda" env list 2>/dev/null || true; } | sed -n 's/ *$//; s/^ *videofen[ *+]\{1,\}//p' | head -n 1; }
 
 prefix=$root/.venv          # .venv is the environment, or a link to the conda one: make finds Python there
 if [ "${ENV:-}" != venv ]; then
@@ -36,11 +35,15 @@ if [ "${ENV:-}" != venv ]; then
 fi
 [ "$prefix" = "$root/.venv" ] || [ -L .venv ] || [ ! -e .venv ] ||
   fail "the conda environment videofen is active, and .venv is here too: remove one of them (rm -r .venv, or conda deactivate)"
+[ "${ENV:-}" != venv ] || [ ! -L .venv ] || fail ".venv is a link to $(readlink .venv): remove the link (rm .venv), then repeat make setup ENV=venv"
 
 # The marker says that set-up made this environment, and, once it is filled, from what: an interrupted run leaves it empty.
 marker=.videofen-setup
-wanted="$lock $(cat "locks/$lock.txt" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16) $root"
-if [ "$prefix" != new ] && [ -x "$prefix/bin/python" ] && [ "$(cat "$prefix/$marker" 2>/dev/null)" = "$wanted" ] && [ .venv/bin -ef "$prefix/bin" ]; then
+made=$(cat "$prefix/$marker" 2>/dev/null || echo none)
+lock=${LOCK:-$(echo "$made" | sed -n 's/^\([cg]pu\) .*/\1/p')}
+if [ -z "$lock" ]; then if gpu_visible; then lock=gpu; else lock=cpu; fi; fi
+wanted="$lock $(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16) $root"
+if [ "$prefix" != new ] && [ -x "$prefix/bin/python" ] && [ "$made" = "$wanted" ] && [ .venv/bin -ef "$prefix/bin" ]; then
   [ "${1:-}" = --check ] || say "up to date ($lock lock, $prefix)"
   exit 0
 fi
@@ -82,18 +85,20 @@ if [ "$prefix" = new ]; then
   say "creating the conda environment videofen from environment.yml with $conda"
   "$conda" env create -f environment.yml || fail "$conda could not create videofen (see above): mend that and repeat make setup, or take a plain .venv with make setup ENV=venv"
   prefix=$(conda_prefix)
-  [ -x "$prefix/bin/python" ] || fail "$conda created videofen, but it holds no Python: remove it (conda env remove -n videofen), then repeat make setup"
+  { [ -n "$prefix" ] && [ -x "$prefix/bin/python" ]; } || fail "$conda created videofen, but it holds no Python: remove it (conda env remove -n videofen), then repeat make setup"
   : > "$prefix/$marker"
-elif [ "$prefix" = "$root/.venv" ] && [ ! -e "$prefix/$marker" ]; then
-  [ ! -e .venv ] || [ "${YES:-}" = 1 ] || fail ".venv is here and was not made by make setup: remove it, or let set-up replace it with YES=1"
+elif [ "$prefix" = "$root/.venv" ] && [[ $made != *" $root" ]]; then   # none yet, interrupted half-way, or made in another folder
+  [ ! -e .venv ] || [ "$made" != none ] || [ "${YES:-}" = 1 ] || fail ".venv is here and was not made by make setup: remove it, or let set-up replace it with YES=1"
   python=$(python_for_venv) || fail "no Python 3.11 with its venv module found: install it (Ubuntu: sudo apt install python3.11 python3.11-venv; anywhere: uv python install 3.11, or Miniforge), then repeat make setup"
   say "creating .venv with $("$python" --version)"
-  "$python" -m venv --clear .venv
-  : > "$prefix/$marker"
+  rm -rf .venv && mkdir .venv && : > "$prefix/$marker"
+  "$python" -m venv .venv || fail "could not create .venv (see above): check that the disk has space and that this folder can be written, then repeat make setup"
+elif [ -z "$made" ]; then
+  # Interrupted: uv takes what it left half-installed for installed (INSTALLER is written last), and pip, to get uv with, may be gone.
+  for info in "$prefix"/lib/python3.*/site-packages/*.dist-info; do [ -e "$info/INSTALLER" ] || rm -rf "$info"; done
+  "$prefix/bin/python" -m ensurepip >/dev/null 2>&1 || true
 fi
 [ -x "$prefix/bin/python" ] || fail "$prefix has no Python: conda install -n videofen python=3.11, or remove it, then repeat make setup"
-[ -L .venv ] || [ -e .venv ] || ln -s "$prefix" .venv
-[ .venv/bin -ef "$prefix/bin" ] || ln -sfn "$prefix" .venv
 minor=$("$prefix/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$minor" = 3.11 ] || { [ "$minor" = 3.12 ] && [ "$lock" = gpu ]; } ||
   fail "$prefix has Python $minor, the $lock lock needs 3.11: remove that environment and repeat make setup"
@@ -108,7 +113,7 @@ index=${PIP_INDEX_URL:-$("$prefix/bin/python" -m pip config get global.index-url
 [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-cache=${XDG_CACHE_HOME:-$HOME/.cache}
+cache=${XDG_CACHE_HOME:-${HOME:-/proc}/.cache}
 { mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_CACHE_DIR=${UV_CACHE_DIR:-$root/runs/cache/uv}   # HOME is read-only
 
 requirement() { awk -v pattern="$1" '/^[^ #]/ {on = $0 ~ pattern} on' "locks/$lock.txt"; }   # the lock's entries whose first line matches
@@ -129,6 +134,9 @@ if [ ! -e "$prefix/$marker" ] && [ "${YES:-}" != 1 ]; then
   fail "nothing was changed: let it with 'make setup YES=1', or keep that environment and take a plain one with 'make setup ENV=venv'"
 fi
 
+[ -L .venv ] || [ -e .venv ] || ln -s "$prefix" .venv
+[ .venv/bin -ef "$prefix/bin" ] || ln -sfn "$prefix" .venv
+: > "$prefix/$marker"
 say "installing $(grep -c '^[a-z0-9]' "locks/$lock.txt") packages of locks/$lock.txt into $prefix"
 requirement '[+]cpu ' > "$work/local.txt"   # wheels that PyPI does not have
 if [ -s "$work/local.txt" ]; then
@@ -136,7 +144,7 @@ if [ -s "$work/local.txt" ]; then
   { [ -n "${PIP_FIND_LINKS:-}" ] && "${one[@]}" --find-links "$PIP_FIND_LINKS"; } || "${one[@]}" --torch-backend cpu ||
     fail "could not get torch for CPU: its wheels come from PyTorch's own index, or from a folder of wheels named by PIP_FIND_LINKS; then repeat make setup"
 fi
-"${pip[@]}" sync "${on[@]}" --require-hashes "locks/$lock.txt" ||
+"${pip[@]}" sync "${on[@]}" --compile-bytecode --require-hashes "locks/$lock.txt" ||
   fail "installation stopped (see above): check the network and the disk, then repeat make setup, which goes on where it stopped"
 "${pip[@]}" install --quiet "${on[@]}" --no-deps --no-build-isolation -e . || fail "could not install the lab package of this repository (see above)"
 if [ "$lock" = cpu ] && ! grep -q '^torchaudio==.*[+]cpu' locks/cpu.txt; then

@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, prompts, tokens = json.loads(sys.argv[1])
     llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, min_tokens=tokens, max_tokens=tokens), use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """
 
