@@ -7,6 +7,7 @@ An HTML comment before a block marks the exceptions: <!-- long --> runs in `make
 
 import re
 import shlex
+import textwrap
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +16,7 @@ from conftest import ROOT, run
 from lab.profile import detect
 
 README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
-FENCE = re.compile(r"(?:<!-- (?P<mark>long|gpu|self|exit 2) -->\n)?^(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S)
+FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
 
 
 @dataclass
@@ -36,7 +37,7 @@ def blocks() -> list[Block]:
         text = file.read_text(encoding="utf-8")
         for m in FENCE.finditer(text):
             if m["language"] == "bash":
-                found.append(Block(str(file.relative_to(ROOT)), text[: m.start("code")].count("\n"), m["mark"] or "", m["code"]))
+                found.append(Block(str(file.relative_to(ROOT)), text[: m.start("code")].count("\n"), m["mark"] or "", textwrap.dedent(m["code"])))
     return found
 
 
@@ -49,9 +50,9 @@ def test_every_block_is_seen():
     for file in README_FILES:
         text = file.read_text(encoding="utf-8")
         assert text.count("```bash\n") == sum(b.file == str(file.relative_to(ROOT)) for b in BLOCKS), file
-        assert len(re.findall(r"^```", text, re.M)) % 2 == 0, file
-        assert not re.findall(r"^```(?:sh|shell|console|zsh)\n", text, re.M), f"{file}: use bash for what is run, text for what appears"
-        assert not re.findall(r"<!-- (?!long|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n```", text), f"{file}: unknown mark"
+        assert len(re.findall(r"^ *```", text, re.M)) % 2 == 0, file
+        assert not re.findall(r"^ *```(?:sh|shell|console|zsh)\n", text, re.M), f"{file}: use bash for what is run, text for what appears"
+        assert not re.findall(r"<!-- (?!long|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n *```", text), f"{file}: unknown mark"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "self"], ids=lambda b: b.id)
