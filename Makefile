@@ -4,14 +4,14 @@ PY := .venv/bin/python
 export PROFILE STORE
 .DEFAULT_GOAL := help
 
-.PHONY: help setup lock quickstart test test-long smoke vllm-serve vllm-chat vllm-throughput vllm-watch stop evidence tables lint clean env
-
+.PHONY: help
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 # ------------------------------------------------------------------------------
 # Everything
 
+.PHONY: setup quickstart test test-long stop
 setup: ## create the environment and fill it with the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" scripts/setup.sh
 
@@ -30,12 +30,14 @@ stop: env ## end every server and job this repository started, and nothing else
 # ------------------------------------------------------------------------------
 # 01 single GPU smoke test
 
+.PHONY: smoke
 smoke: env ## 01: versions, matrix products against float64, memory bandwidth, first tokens
 	@$(PY) modules/01_single_gpu_smoke/01_smoke.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
+.PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -51,8 +53,12 @@ vllm-watch: env ## 03: GPUs and engine of the running server, a line a second, u
 # ------------------------------------------------------------------------------
 # Upkeep
 
+.PHONY: lock data evidence tables lint clean env
 lock: env ## regenerate locks/*.txt from the .in and .overrides files (UPGRADE=1 takes the newest)
 	@UPGRADE="$(UPGRADE)" scripts/lock.sh
+
+data: env ## write the data set of the training stages anew (fixed seed)
+	@$(PY) scripts/make_data.py $(ARGS)
 
 evidence: env ## measure and store this machine's records under results/, then the tables
 	@$(PY) scripts/evidence.py $(ARGS)

@@ -15,7 +15,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.en
 
 def pytest_collection_modifyitems(items):
     """Fast files first: what breaks early is said early."""
-    order = ["test_layout", "test_profile", "test_results", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
+    order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
     items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
 
 
@@ -65,6 +65,21 @@ def small_model() -> Path:
     from lab.models import model_folder
 
     return model_folder("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small_model, tmp_path_factory) -> Path:
+    """The small model's shape with 2 layers and 64 dimensions, random weights, its tokenizer: trains a step in no time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(small_model)
+    config.update({"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small_model).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""Reading the data set (scripts/make_data.py writes it): rows of chat messages, checked, and packed into blocks for training."""
+
+import json
+from pathlib import Path
+
+from lab import ROOT, fail, shown
+
+FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
+
+
+def rows(name: str) -> list[dict]:
+    """Rows {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]} of a data set.
+
+    `name` is one of the data folder without `.json` (launch_en_train), or a path. Exit code 2 with one sentence that names the
+    row and the field when something in it is wrong.
+    """
+    path = FOLDER / f"{name}.json" if not name.endswith(".json") else Path(name)
+    if not path.is_file():
+        known = sorted(f.stem for f in FOLDER.glob("launch_*.json"))
+        fail(f"there is no data set {shown(path)}: choose one of {', '.join(known) or 'none'}, or write them with 'python scripts/make_data.py'")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        fail(f"{shown(path)} is not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}")
+    if not isinstance(found, list) or not found:
+        fail(f"{shown(path)} must be a list of rows, and not an empty one")
+    for number, row in enumerate(found, 1):
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not isinstance(messages, list) or not messages:
+            fail(f"{shown(path)}: row {number} has no list `messages`")
+        for message, role in zip(messages, ("user", "assistant") * len(messages), strict=False):
+            if not isinstance(message, dict) or message.get("role") != role:
+                fail(f"{shown(path)}: row {number}: field `role` must be {role}, it is {message.get('role') if isinstance(message, dict) else message!r}")
+            if not isinstance(message.get("content"), str) or not message["content"].strip():
+                fail(f"{shown(path)}: row {number}: field `content` of the {role} must be a text that is not empty")
+    return found
+
+
+def blocks(tokenizer, name: str, length: int):
+    """The data set as chat texts one after another, cut into blocks of `length` tokens: LongTensor [blocks, length].
+
+    Every block holds the same number of tokens, so that the mean of the processes' losses is the loss of all tokens.
+    """
+    import torch
+
+    text = "".join(tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows(name))
+    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    return tokens[: len(tokens) // length * length].view(-1, length)
