@@ -11,12 +11,15 @@ help: ## list every target
 # ------------------------------------------------------------------------------
 # Everything
 
-.PHONY: setup quickstart test test-long stop
+.PHONY: setup quickstart download test test-long stop
 setup: ## create the environment and fill it with the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" scripts/setup.sh
 
 quickstart: setup ## set up, then run one headline script of each stage; an interrupted run goes on (FRESH=1 starts anew)
 	@$(PY) scripts/quickstart.py $(if $(FRESH),--fresh) $(ARGS)
+
+download: env ## fetch the models of this profile beforehand, resumably (ARGS=--list only lists them)
+	@$(PY) scripts/download.py $(ARGS)
 
 test: setup ## everything a change must pass
 	@$(PY) -m pytest -m "not long" $(ARGS)

@@ -40,9 +40,13 @@ def missing(requires: dict) -> str:
 
 
 def detect() -> str:
-    """Name of the most demanding profile that this machine can run."""
+    """Name of the most demanding profile that this machine can run; GPUs that fit none are not passed over in silence."""
     fitting = [(p.get("requires", {}).get("gpus", 0), f.stem) for f in FOLDER.glob("*.yaml") if not missing((p := read_yaml(f)).get("requires", {}))]
-    return max(fitting)[1]
+    gpus, name = max(fitting)
+    if machine.gpus() and gpus == 0:
+        print(f"note: no profile fits the {len(machine.gpus())} x {machine.gpus()[0]['name']} here, computing on the CPU (LOCK=cpu); "
+              "for these GPUs add a YAML file to configs/profiles/", file=sys.stderr)  # fmt: skip
+    return name
 
 
 def writable_home() -> dict[str, str]:
@@ -62,11 +66,11 @@ def writable_home() -> dict[str, str]:
 
 
 @cache
-def load_profile(name: str | None = None):
+def load_profile(name: str | None = None, check: bool = True):
     """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ where the user set nothing.
 
     `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks is
-    refused, except where nothing runs (--help, --dry-run).
+    refused, except where nothing runs (--help, --dry-run, or `check` False).
     """
     from omegaconf import OmegaConf
 
@@ -75,7 +79,8 @@ def load_profile(name: str | None = None):
     if name not in known:
         fail(f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect")
     values = read_yaml(FOLDER / f"{name}.yaml")
-    if (lacks := missing(values.get("requires", {}))) and not {"-h", "--help", "--dry-run"} & set(sys.argv):
+    lacks = missing(values.get("requires", {}))
+    if lacks and check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
         fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
     os.environ["PROFILE"] = name  # child processes run under the same one
     for variable, value in (values.get("env", {}) | writable_home()).items():

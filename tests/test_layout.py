@@ -35,6 +35,7 @@ TARGETS_TESTED = {
     "test-long": ".ci/run",
     "quickstart": ".ci/run",
     "lock": "test_lock_is_reproducible",
+    "download": "test_download",
     "data": "test_files_are_what_the_script_writes",
     "evidence": "test_make_evidence_dry",
     "clean": "test_clean",

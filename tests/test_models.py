@@ -1,6 +1,8 @@
 """configs/models.yaml and the way from a name to a folder."""
 
-from conftest import ROOT
+import re
+
+from conftest import ROOT, python, run
 
 from lab import models
 from lab.profile import read_yaml
@@ -18,7 +20,7 @@ def test_catalogue():
 def test_profiles_name_models_of_the_catalogue():
     for file in (ROOT / "configs/profiles").glob("*.yaml"):
         for section, values in read_yaml(file).items():
-            if isinstance(values, dict) and "model" in values:
+            if isinstance(values, dict) and values.get("model"):
                 assert values["model"] in models.catalogue(), f"{file.name}: {section}"
 
 
@@ -34,3 +36,15 @@ def test_embedded_model_is_the_published_one(small_model):
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_download_list_names_every_model_of_the_profile():
+    for profile in (ROOT / "configs/profiles").glob("*.yaml"):
+        out = python("scripts/download.py", "--list", PROFILE=profile.stem, check=0).stdout
+        named = {values["model"] for values in read_yaml(profile).values() if isinstance(values, dict) and values.get("model")}
+        assert named == set(re.findall(r"^  (\S+) +(?:[\d.]+ GB|in a package)", out, re.M))
+
+
+def test_download():
+    """`make download` ends with the folder of every model of this profile."""
+    assert "smollm2-135m: " in run("make", "download", "PROFILE=cpu", check=0).stdout
