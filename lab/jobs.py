@@ -6,13 +6,17 @@ A session id survives its leader's death, so a killed server's orphaned workers 
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from lab import RUNS
+from lab import RUNS, fail, shown
 
 FOLDER = RUNS / "jobs"
 
@@ -80,6 +84,45 @@ def stop(job: dict, grace_s: float = 15) -> int:
         time.sleep(0.1)
     (FOLDER / f"{job['name']}.json").unlink(missing_ok=True)
     return count
+
+
+def refuse_taken_port(port: int, way_out: str) -> None:
+    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take another one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            fail(f"port {port} is in use by another program: end it, or {way_out}")
+
+
+def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, cause: Callable[[], str], timeout_s: float = 900) -> float:
+    """Seconds until `url` answered with HTTP 200, a line of the job's log every 5 s meanwhile.
+
+    A job that ends first, is not healthy after `timeout_s`, or whose wait is interrupted leaves no process; `cause()` says why it
+    ended, for the one sentence of exit code 2.
+    """
+    ready = False
+    began = reported = time.monotonic()
+    try:
+        while not ready:
+            if process.poll() is not None:
+                fail(f"{name} stopped while starting: {cause()} (whole log: {shown(log)})")
+            if (now := time.monotonic()) - began > timeout_s:
+                fail(f"{name} was not healthy after {timeout_s:.0f} s and was ended; its log: {shown(log)}")
+            if now - reported >= 5:
+                reported = now
+                lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                print(f"  {now - began:4.0f} s  {(lines or ['starting'])[-1][:120]}", flush=True)
+            try:
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    ready = answer.status == 200
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+    finally:
+        if not ready:
+            stop(running().get(name, {"name": name, "pid": process.pid, "created": 0}))
+    return time.monotonic() - began
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:

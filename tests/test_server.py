@@ -120,13 +120,17 @@ def test_stop_ends_ours_and_nothing_else(server):
         stranger.kill()
 
 
-def test_no_server():
+@pytest.fixture
+def no_server():
     run("make", "stop", check=0)
+
+
+def test_no_server(no_server):
     assert "make vllm-serve" in refused("make", "vllm-chat")
     assert "make vllm-serve" in refused("make", "vllm-watch")
 
 
-def test_port_in_use():
+def test_port_in_use(no_server):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -135,13 +139,13 @@ def test_port_in_use():
 
 
 @pytest.mark.parametrize("flag, words", [("--tensor-parallel-size=2", "attention heads"), ("--no-such-flag", "unrecognized arguments: --no-such-flag")])
-def test_settings_the_engine_refuses(flag, words):
+def test_settings_the_engine_refuses(no_server, flag, words):
     said = refused("make", "vllm-serve", f"ARGS={flag}")
     assert words in said and "runs/03_vllm/serve.log" in said
     assert not jobs.running()
 
 
-def test_interrupted_start_leaves_nothing():
+def test_interrupted_start_leaves_nothing(no_server):
     """Ctrl+C while the server starts, then Ctrl+C on one in front: both leave no process."""
     for arguments in ([], ["FG=1"]):
         process = subprocess.Popen(

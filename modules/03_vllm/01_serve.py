@@ -14,43 +14,18 @@ import argparse
 import re
 import shlex
 import signal
-import socket
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from lab import RUNS, fail, jobs, models, shown
 from lab.profile import load_profile
 
 
-def healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def refuse_taken_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            fail(f"port {port} is in use by another program: end it, or take another one with --port (make vllm-serve PORT=8001)")
-
-
-def lines_of(log: Path) -> list[str]:
-    """Messages of the engine's log, without process, level, time and place."""
-    text = re.sub(r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?", "", log.read_text(errors="replace"), flags=re.M)
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def cause(log: Path) -> str:
     """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
-    lines = lines_of(log) or ["it wrote nothing"]
+    prefix = r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?"
+    text = re.sub(prefix, "", log.read_text(errors="replace"), flags=re.M)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it wrote nothing"]
     for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
         for line in lines:
             if found := re.match(pattern, line):
@@ -74,7 +49,7 @@ def main() -> None:
     if not args.dry_run:
         if "vllm" in (running := jobs.running()):
             fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
-        refuse_taken_port(args.port)
+        jobs.refuse_taken_port(args.port, "take another one with --port (make vllm-serve PORT=8001)")
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
@@ -92,30 +67,20 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
     process = jobs.start("vllm", command, None if args.foreground else log, address=address)
-    ready = False
     try:
         if args.foreground:
             raise SystemExit(process.wait())
-        began = reported = time.monotonic()
-        while not (ready := healthy(address)):
-            if process.poll() is not None:
-                fail(f"the server stopped while starting: {cause(log)} (whole log: {shown(log)})")
-            if (now := time.monotonic()) - began > args.timeout:
-                fail(f"the server was not healthy after {args.timeout:.0f} s and was ended; its log: {shown(log)}")
-            if now - reported >= 5:
-                reported = now
-                print(f"  {now - began:4.0f} s  {(lines_of(log) or ['starting'])[-1][:120]}", flush=True)
-            time.sleep(0.25)
+        seconds = jobs.wait_healthy("vllm", process, f"{address}/health", log, lambda: cause(log), args.timeout)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        if not ready:
-            jobs.stop(jobs.running().get("vllm", {"name": "vllm", "pid": process.pid, "created": 0}))
+        if args.foreground and "vllm" in (running := jobs.running()):
+            jobs.stop(running["vllm"])
 
     # -----------------------------------------------------------------------------
     # 3. Healthy
 
-    print(f"healthy after {time.monotonic() - began:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}")
+    print(f"healthy after {seconds:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}")
     print(f"log: {shown(log)}   end it: make stop")
 
 

@@ -48,20 +48,15 @@ def gpu_columns() -> tuple[str, dict[str, float]]:
     }
 
 
-def keep_busy(base_url: str, stop: threading.Event) -> None:
-    """One client that sends request after request until told to stop."""
+def keep_busy(client, model: str, stop: threading.Event) -> None:
+    """One reader that sends request after request until told to stop, or until its connection is closed."""
     import openai
 
-    client = openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0)
-    model = client.models.list().data[0].id
     while not stop.is_set():
-        stream = client.completions.create(
-            model=model, prompt="Once upon a time", max_tokens=200, temperature=1, stream=True, extra_body={"ignore_eos": True}
-        )
-        for _ in stream:
-            if stop.is_set():
-                stream.close()  # the server notices and frees the request's blocks
-                break
+        try:
+            client.completions.create(model=model, prompt="Once upon a time", max_tokens=100, temperature=1, extra_body={"ignore_eos": True})
+        except openai.APIError:
+            return
 
 
 def main() -> None:
@@ -74,16 +69,18 @@ def main() -> None:
     if args.seconds < 2 or args.load < 0:
         fail("--seconds must be at least 2 and --load at least 0")
     try:
-        before = engine_metrics(args.address)
+        engine_metrics(args.address)
     except OSError:
         fail(f"no server answers at {args.address}: start one with 'make vllm-serve'")
 
-    import openai  # noqa: F401 -- the threads use it; imported here, its second is not part of the watch
+    import openai
 
     stop = threading.Event()
-    clients = [threading.Thread(target=keep_busy, args=(f"{args.address}/v1", stop), daemon=True) for _ in range(args.load)]
-    for client in clients:
-        client.start()
+    client = openai.OpenAI(base_url=f"{args.address}/v1", api_key="unused", max_retries=0)
+    model = client.models.list().data[0].id
+    for _ in range(args.load):
+        threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()
+    before = engine_metrics(args.address)
 
     rows = []
     print(f"{'running':>8}{'waiting':>9}{'KV cache':>10}{'tokens/s':>10}   each GPU: util, memory, power")
@@ -103,8 +100,7 @@ def main() -> None:
         fail(f"the server at {args.address} went away while it was watched")
     finally:
         stop.set()
-        for client in clients:
-            client.join(timeout=10)
+        client.close()  # the server notices and frees the requests' blocks
 
     steady = rows[len(rows) // 2 :]  # the first half holds the start
     metrics = {name: round(sum(row[name] for row in steady) / len(steady), 2) for name in steady[0]}
