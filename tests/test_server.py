@@ -96,6 +96,9 @@ def test_dashboard_names_exist(server):
     named = {name for file in files for name in re.findall(r"vllm:\w+", file.read_text())}
     assert len(named) >= 8
     assert not {name for name in named if not re.search(rf"^{name}[ {{]", live, re.M)}
+    scrape = (ROOT / "results/h100-cap24/03_vllm/nvitop_exporter.txt").read_text()  # of nvitop-exporter, recorded on a GPU
+    gpus = set(re.findall(r"gpu_[a-zA-Z_]+", (ROOT / "modules/03_vllm/configs/monitoring/grafana/dashboards/vllm.json").read_text()))
+    assert len(gpus) >= 4 and not {name for name in gpus if not re.search(rf"^{name}{{", scrape, re.M)}
 
 
 def test_a_second_server_is_refused(server):
