@@ -50,7 +50,7 @@ def test_streaming_client(server):
 def test_watch_sees_the_load(server):
     done = run("python", "modules/03_vllm/04_watch.py", "--load", "4", "--seconds", "8", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["running_count"] > 3 and result["generation_tok_per_s"] > 0 and result["kv_cache_pct"] > 0
+    assert 0 < result["running_count"] <= 4 and result["generation_tok_per_s"] > 0 and result["kv_cache_pct"] > 0
 
 
 def test_monitoring(server, tmp_path):

@@ -80,6 +80,9 @@ def main() -> None:
     model = client.models.list().data[0].id
     for _ in range(args.load):
         threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()
+    patience = time.monotonic() + 30
+    while args.load and not engine_metrics(args.address)["vllm:num_requests_running"] and time.monotonic() < patience:
+        time.sleep(0.2)  # the first requests are still on their way
     before = engine_metrics(args.address)
 
     rows = []
