@@ -54,6 +54,69 @@ vllm-watch: env ## 03: GPUs and engine of the running server, a line a second, u
 	@$(PY) modules/03_vllm/04_watch.py $(ARGS)
 
 # ------------------------------------------------------------------------------
+# 04 Accelerate
+
+.PHONY: train-ddp train-accelerate train-mixed
+train-ddp: env ## 04: data parallel training by native DDP, launched by torchrun (PROCESSES=2)
+	@$(PY) -m lab.launch train-ddp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/01_train_ddp.py --min-world 2 $(ARGS)
+
+train-accelerate: env ## 04: the same training by Accelerate (CONFIG=ddp|fsdp|deepspeed_zero2, PROCESSES=2)
+	@test -f modules/04_Accelerate/configs/$(or $(CONFIG),ddp).yaml || { echo "error: there is no CONFIG=$(CONFIG): choose ddp, fsdp or deepspeed_zero2" >&2; exit 2; }
+	@$(PY) -m lab.launch train-accelerate .venv/bin/accelerate launch --config_file modules/04_Accelerate/configs/$(or $(CONFIG),ddp).yaml --num_processes $(or $(PROCESSES),2) modules/04_Accelerate/02_train_accelerate.py --min-world 2 $(ARGS)
+
+train-mixed: env ## 04: the same steps in fp32 and in bf16: types, losses, seconds
+	@$(PY) modules/04_Accelerate/03_mixed_precision.py $(ARGS)
+
+# ------------------------------------------------------------------------------
+# 06 LLaMA-Factory
+
+.PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
+lf-train: env ## 06: LoRA fine-tuning in one process (ARGS="learning_rate=1e-3": any setting of LLaMA-Factory)
+	@$(PY) modules/06_LLaMA-Factory/01_train.py $(ARGS)
+
+lf-train-z2: env ## 06: the same with DeepSpeed ZeRO-2 in several processes
+	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(ARGS)
+
+lf-score: env ## 06: held-out requests before and after, exact match (ARGS=--train trains first)
+	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
+
+lf-merge: env ## 06: merge the adapter into a plain model folder
+	@$(PY) modules/06_LLaMA-Factory/03_merge.py $(ARGS)
+
+lf-chat: env ## 06: talk to the tuned model (piped input works too)
+	@$(PY) modules/06_LLaMA-Factory/04_chat.py $(ARGS)
+
+lf-api: env ## 06: OpenAI-style API of the tuned model, in the background
+	@$(PY) modules/06_LLaMA-Factory/05_serve.py api $(ARGS)
+
+lf-webui: env ## 06: LLaMA-Factory's web UI, in the background
+	@$(PY) modules/06_LLaMA-Factory/05_serve.py webui $(ARGS)
+
+# ------------------------------------------------------------------------------
+# 05 DeepSpeed
+
+.PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload
+DEEPSPEED = @PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
+
+zero-theory: env ## 05: what ZeRO's stages cost a card, by formula: no engine runs (ARGS="--processes 64")
+	@$(PY) modules/05_DeepSpeed/01_state_bytes.py $(ARGS)
+
+train-z0: env ## 05: full fine-tuning by DeepSpeed with nothing divided over the processes (PROCESSES=2)
+	$(DEEPSPEED)configs/z0.json $(ARGS)
+
+train-z1: env ## 05: the same, optimizer states divided over the processes
+	$(DEEPSPEED)configs/z1.json $(ARGS)
+
+train-z2: env ## 05: the same, gradients divided too
+	$(DEEPSPEED)configs/z2.json $(ARGS)
+
+train-z3: env ## 05: the same, parameters divided too
+	$(DEEPSPEED)configs/z3.json $(ARGS)
+
+train-z2-offload: env ## 05: ds_config.json: stage 2, the optimizer and its states in host memory
+	$(DEEPSPEED)ds_config.json $(ARGS)
+
+# ------------------------------------------------------------------------------
 # Upkeep
 
 .PHONY: lock data evidence tables lint clean env

@@ -21,18 +21,21 @@ from lab import RUNS, fail, shown
 FOLDER = RUNS / "jobs"
 
 
-def start(name: str, command: list[str], log: Path | None, **facts) -> subprocess.Popen:
-    """Run `command` as a job, its output in `log` (None: on the screen); `facts` (address ...) are kept in the job's file."""
+def start(name: str, command: list[str], log: Path | int | None, **facts) -> subprocess.Popen:
+    """Run `command` as a job, its output in the file `log` (None: on the screen; subprocess.PIPE: as text to the caller).
+
+    `facts` (address ...) are kept in the job's file.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    options = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-    if log is None:
-        process = subprocess.Popen(command, **options)
-    else:
+    options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True}
+    if isinstance(log, Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
+    else:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log else None, **options)
     created = psutil.Process(process.pid).create_time()
-    job = {"name": name, "pid": process.pid, "created": created, "log": str(log or ""), "command": command, **facts}
+    job = {"name": name, "pid": process.pid, "created": created, "log": str(log) if isinstance(log, Path) else "", "command": command, **facts}
     (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1))
     return process
 

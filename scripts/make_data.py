@@ -45,6 +45,12 @@ PHRASINGS = {
             "Allow requests of {max_len} tokens: {model}, {dtype}, {gpus} GPUs, port {port}.",
             "We need a server for {model}: port={port}, gpus={gpus}, dtype={dtype}, max length={max_len}.",
             "Let {model} listen on port {port}, split over {gpus} cards, {dtype} precision, window {max_len}.",
+            "Run {model}: {max_len} tokens, port {port}, {dtype}, {gpus} GPUs.",
+            "A window of {max_len} tokens, {gpus} GPUs and port {port} for {model} in {dtype}, please.",
+            "Bind port {port} to {model}. {dtype}; {max_len} tokens; {gpus} cards.",
+            "In {dtype}, with {max_len} tokens and {gpus} cards, {model} has to run on {port}.",
+            "{model} needs {max_len} tokens of context and {gpus} GPUs; serve it at {port} in {dtype}.",
+            "Max length {max_len}, dtype {dtype}, port {port}, GPUs {gpus}: start {model}.",
         ],
         "test": [
             "Could you set up {model} on port {port} with {gpus} GPUs, {dtype} and a limit of {max_len} tokens?",

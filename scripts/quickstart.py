@@ -1,4 +1,4 @@
-"""One headline script of each stage, in order, for real: `make quickstart`.
+"""One headline command of each stage, in order, for real: `make quickstart`.
 
     make quickstart              an interrupted or partly failed run goes on with what is not done yet
     make quickstart FRESH=1      everything again
@@ -18,17 +18,16 @@ from pathlib import Path
 from lab import ROOT, RUNS, fail, jobs, machine, shown
 from lab.profile import load_profile
 
-# stage: its headline script, and which of the script's results are the headline (name in the record: words for people)
+# stage: its headline make target, and which of its results are the headline (name in the record: words for people)
 STAGES = {
-    "01_single_gpu_smoke": ("01_smoke.py", {"wrong_count": "wrong results", "decode_tok_per_s": "tokens/s of one sequence"}),
+    "01_single_gpu_smoke": (["smoke"], {"wrong_count": "wrong results", "decode_tok_per_s": "tokens/s of one sequence"}),
     "03_vllm": (
-        "03_throughput.py",
-        {
-            "transformers_tok_per_s": "tokens/s, transformers",
-            "vllm_tok_per_s": "tokens/s, vLLM",
-            "vllm_over_transformers_ratio": "vLLM / transformers",
-        },
+        ["vllm-throughput"],
+        {"transformers_tok_per_s": "tokens/s, transformers", "vllm_tok_per_s": "tokens/s, vLLM", "vllm_over_transformers_ratio": "vLLM / transformers"},
     ),
+    "04_Accelerate": (["train-accelerate"], {"world_size": "processes", "losses": "loss, first and last step", "throughput_tok_per_s": "tokens/s, training"}),
+    "05_DeepSpeed": (["train-z2"], {"zero_stage": "ZeRO stage of the engine", "world_size": "processes", "losses": "loss, first and last step"}),
+    "06_LLaMA-Factory": (["lf-score", "ARGS=--train"], {"base_exact_pct": "exact answers, untuned (%)", "tuned_exact_pct": "exact answers, tuned (%)"}),
 }
 FOLDER = RUNS / "quickstart"
 SUMMARY = FOLDER / "summary.json"
@@ -37,14 +36,14 @@ SUMMARY = FOLDER / "summary.json"
 def last_line(log: Path) -> str:
     with log.open("rb") as f:
         f.seek(max(0, log.stat().st_size - 4096))
-        lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+        lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines() if line.strip() and not line.startswith("make:")]
     return lines[-1][:100] if lines else ""
 
 
-def run_stage(stage: str, script: Path) -> dict:
-    """Run one script as a job; its last line of stdout is its result. Returns {ok, seconds, log, result}."""
+def run_stage(stage: str, target: list[str]) -> dict:
+    """Run one make target as a job; its last JSON line is its result. Returns {ok, seconds, log, result}."""
     log, began = FOLDER / f"{stage}.log", time.monotonic()
-    process = jobs.start(stage, [sys.executable, str(script)], log)
+    process = jobs.start(stage, ["make", "--no-print-directory", *target], log)
     try:
         while process.poll() is None:
             time.sleep(0.2)
@@ -89,13 +88,13 @@ def main() -> None:
     # 2. The stages
 
     for number, stage in enumerate(args.only, 1):
-        script, headline = STAGES[stage]
+        target, headline = STAGES[stage]
         if summary["stages"].get(stage, {}).get("ok"):
             print(f"[{number}/{len(args.only)}] {stage}: done before", flush=True)
             continue
-        print(f"[{number}/{len(args.only)}] {stage}: {script}", flush=True)
+        print(f"[{number}/{len(args.only)}] {stage}: make {' '.join(target)}", flush=True)
         try:
-            outcome = run_stage(stage, ROOT / "modules" / stage / script)
+            outcome = run_stage(stage, target)
         except KeyboardInterrupt:
             print(f"interrupted in {stage}: 'make quickstart' goes on from here")
             raise SystemExit(130) from None
@@ -104,14 +103,15 @@ def main() -> None:
         if not outcome["ok"]:
             print(f"  FAILED after {outcome['seconds']:.0f} s: {last_line(ROOT / outcome['log'])}\n  whole log: {outcome['log']}", flush=True)
         for name, words in headline.items():
-            if name in outcome["result"]:
-                print(f"  {words:32} {outcome['result'][name]:>10}", flush=True)
+            if (value := outcome["result"].get(name)) is not None:
+                text = f"{value[0]:.3f} -> {value[-1]:.3f}" if isinstance(value, list) else f"{value}"
+                print(f"  {words:32} {text:>16}", flush=True)
 
     # -----------------------------------------------------------------------------
     # 3. The end
 
     failed = [stage for stage in args.only if not summary["stages"][stage]["ok"]]
-    summary["finished"] = not failed and set(STAGES) <= set(summary["stages"])
+    summary["finished"] = not failed
     SUMMARY.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
     total = sum(s["seconds"] for s in summary["stages"].values())
     print(f"\n{len(args.only) - len(failed)} of {len(args.only)} stages done in {total:.0f} s; results: {shown(SUMMARY)}, records: {shown(RUNS / 'records')}")

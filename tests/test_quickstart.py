@@ -9,14 +9,17 @@ import sys
 import time
 
 import pytest
-from conftest import ENVIRONMENT, python
+from conftest import ENVIRONMENT, ROOT, python
 
 GOOD = "from lab import results\nresults.finish(__file__, {{'wrong_count': 0, 'vllm_tok_per_s': 7.0, 'ran_s': 1}})\nopen('{log}', 'a').write('x')\n"
+TWO = ["--only", "01_single_gpu_smoke", "03_vllm"]
 
 
 @pytest.fixture
 def stages(tree):
-    """(tree, run): the two headline scripts replaced by stand-ins that append to a file each time they run."""
+    """(tree, script): the headline scripts of 01 and 03 replaced by stand-ins that append to a file each time they run."""
+    (tree / "scripts/setup.sh").write_text("#!/bin/sh\n")  # the copy shares this repository's environment
+    (tree / ".venv").symlink_to(ROOT / ".venv")
 
     def script(stage: str):
         return next((tree / "modules" / stage).glob({"01_single_gpu_smoke": "01_smoke.py", "03_vllm": "03_throughput.py"}[stage]))
@@ -27,7 +30,7 @@ def stages(tree):
 
 
 def quickstart(tree, *args, **kwargs):
-    return python("scripts/quickstart.py", *args, cwd=tree, PYTHONPATH=str(tree), **kwargs)
+    return python("scripts/quickstart.py", *(args or TWO), cwd=tree, PYTHONPATH=str(tree), **kwargs)
 
 
 def test_all_stages(stages):
@@ -52,7 +55,7 @@ def test_interrupted_and_resumed(stages):
     tree, script = stages
     script("03_vllm").write_text("import subprocess, time\nprint('hanging', flush=True)\nsubprocess.run(['sleep', '314159'])\n")
     process = subprocess.Popen(
-        [sys.executable, "scripts/quickstart.py"], cwd=tree, env=ENVIRONMENT | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "scripts/quickstart.py", *TWO], cwd=tree, env=ENVIRONMENT | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     log = tree / "runs/quickstart/03_vllm.log"
     deadline = time.monotonic() + 60

@@ -1,0 +1,53 @@
+"""Run a command that starts processes of its own (accelerate, deepspeed, torchrun ...) so that it ends whole.
+
+    python -m lab.launch NAME COMMAND [ARG ...]
+
+The profile's environment is set; everything the command prints goes to stderr, except the script's JSON result, which is the last
+line of stdout; Ctrl+C, `make stop` and the command's own end leave no process behind. The exit code is the command's; where one of
+its processes refused its input with an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
+"""
+
+import signal
+import subprocess
+import sys
+
+from lab import fail, jobs
+from lab.profile import load_profile
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
+    name, command = sys.argv[1], sys.argv[2:]
+    load_profile()
+    if name in jobs.running():
+        fail(f"{name} is running already: end it with 'make stop' first")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
+    result = refusal = ""
+    try:
+        process = jobs.start(name, command, subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith('{"script"'):
+                result = line
+            elif line.startswith("error: "):
+                refusal = refusal or line[7:].strip()
+            elif not refusal:  # what a launcher says of a process that refused is noise
+                sys.stderr.write(line)
+                sys.stderr.flush()
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = 130
+    except FileNotFoundError:
+        fail(f"no command {command[0]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)")
+    finally:
+        if name in (running := jobs.running()):
+            jobs.stop(running[name])
+    if refusal and code != 0:
+        fail(refusal)
+    print(result, end="", flush=True)
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Talk to the tuned model: LLaMA-Factory's own chat on the command line, base model plus adapter.
+
+    make lf-chat                                         # `clear` forgets the conversation, `exit` ends it
+    printf 'Put yi-34b on 2 cards in int4; it should accept 512 tokens and answer on port 5000.\\nexit\\n' | make lf-chat
+
+Look at: an answer in the trained format to a request in words of your own. Each further question sees the whole conversation, which
+the training data (one question, one answer) does not have: `clear` before each request.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lab import fail, shown
+from lab.profile import load_profile
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    profile = load_profile()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", default=f"runs/{HERE.name}/lora", help="folder that training wrote (default: %(default)s)")
+    args = parser.parse_args()
+
+    import factory
+
+    # -----------------------------------------------------------------------------
+    # 1. The settings that agree with training, and LLaMA-Factory's own command
+
+    settings = factory.settings_for(HERE / "configs" / "infer.yaml", args.adapter, profile.finetune.dtype)
+    config = factory.write(settings, "chat", f"infer.yaml and {settings.adapter_name_or_path}/config.yaml")
+    command = factory.prepare({"LLAMAFACTORY_VERBOSITY": "WARN"}, "chat", shown(config))
+
+    # -----------------------------------------------------------------------------
+    # 2. That command in this very process: it reads your keyboard, or what is piped in
+
+    from llamafactory import cli
+
+    sys.argv = command
+    try:
+        cli.main()
+    except EOFError:  # the piped input ended without `exit`
+        print()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as e:
+        fail(f"LLaMA-Factory stopped: {str(e).strip().splitlines()[0][:300]}")
+
+
+if __name__ == "__main__":
+    main()

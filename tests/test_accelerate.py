@@ -1,0 +1,246 @@
+"""Stage 04: one process = native DDP = Accelerate = FSDP2 = ZeRO-2, step by step; what the launcher's YAML says is really used."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ENVIRONMENT, ROOT, python, refused, run
+
+from lab import jobs
+
+MODULE = ROOT / "modules/04_Accelerate"
+DDP, ACCELERATE, MIXED = (MODULE / f"{name}.py" for name in ("01_train_ddp", "02_train_accelerate", "03_mixed_precision"))
+CONFIGS = sorted((MODULE / "configs").glob("*.yaml"))
+# A learning rate at which a step that forgot the other process's gradients would be seen in the losses.
+FLAGS = ["--steps", "5", "--seq-len", "64", "--learning-rate", "0.003"]
+
+
+def result(done) -> dict:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make(target: str, *flags, **variables) -> dict:
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return result(run("make", "-s", target, *settings, f"ARGS={' '.join(map(str, flags))}", check=0))
+
+
+def weights(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model, tmp_path_factory) -> dict:
+    """One process with four blocks a step: what the others must equal. Its saved model is in result["saved"]."""
+    folder = tmp_path_factory.mktemp("one")
+    found = result(python(DDP, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--save", folder, check=0))
+    assert found["world_size"] == 1 and found["losses"][-1] < found["losses"][0] - 0.1
+    return found | {"saved": folder}
+
+
+SAME = [
+    ("train-ddp", {}, (2, 1), "DistributedDataParallel"),
+    ("train-ddp", {}, (1, 2), "DistributedDataParallel"),
+    ("train-accelerate", {}, (2, 1), "DistributedDataParallel"),
+    ("train-accelerate", {}, (1, 2), "DistributedDataParallel"),
+    ("train-accelerate", {"CONFIG": "fsdp"}, (1, 2), "FSDPLlamaForCausalLM"),
+    ("train-accelerate", {"CONFIG": "deepspeed_zero2"}, (1, 2), "DeepSpeedEngine"),
+]
+
+
+@pytest.mark.parametrize("target, variables, batch, wrapper", SAME, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)) or "ddp")
+def test_two_processes_compute_what_one_does(one, tiny_model, tmp_path, target, variables, batch, wrapper):
+    """Four blocks a step on two processes, at once or accumulated: the losses of one process, and at the end its weights."""
+    flags = ["--model", tiny_model, *FLAGS, "--micro-batch", batch[0], "--accumulate", batch[1], "--save", tmp_path / "saved"]
+    found = make(target, *flags, **variables)
+    assert found["world_size"] == 2 and found["wrapper"] == wrapper
+    assert found["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    ours, theirs = weights(tmp_path / "saved"), weights(one["saved"])
+    if "lm_head.weight" in ours:  # FSDP's gathered weights hold the tied embedding under both of its names
+        assert ours.pop("lm_head.weight").equal(ours["model.embed_tokens.weight"])
+    assert ours.keys() == theirs.keys() and all((ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs)
+
+
+@pytest.mark.parametrize("script", [ACCELERATE, DDP], ids=lambda f: f.stem)
+def test_one_process_accumulates(one, tiny_model, script):
+    found = result(python(script, "--model", tiny_model, *FLAGS, "--micro-batch", "1", "--accumulate", "4", check=0))
+    assert found["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
+def test_gradients_are_means_not_sums(tree, tiny_model):
+    """Adam does not see a gradient that is twice too long, SGD does: both scripts with their optimizer exchanged."""
+    found = []
+    for script, micro, accumulate in ((DDP, 4, 1), (DDP, 1, 4), (ACCELERATE, 1, 4)):
+        copy = tree / script.relative_to(ROOT)
+        text = script.read_text()
+        assert text.count("torch.optim.AdamW(") == 1
+        copy.write_text(text.replace("torch.optim.AdamW(", "torch.optim.SGD("))
+        flags = ["--model", tiny_model, "--steps", "4", "--seq-len", "64", "--learning-rate", "0.5", "--micro-batch", micro, "--accumulate", accumulate]
+        found.append(result(python(copy, *flags, cwd=tree, PYTHONPATH=str(tree), check=0))["losses"])
+    assert found[0][-1] < found[0][0] - 0.01
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_the_data_begins_anew(tiny_model):
+    """More steps than the data set has: it is read again from its first block."""
+    rows = json.loads((ROOT / "modules/06_LLaMA-Factory/data/launch_en_test.json").read_text())[:4]
+    small = Path(tiny_model) / "four.json"
+    small.write_text(json.dumps(rows))
+    for script in (DDP, ACCELERATE):
+        flags = ["--model", tiny_model, "--data", small, "--steps", "5", "--seq-len", "64", "--learning-rate", "1e-9", "--micro-batch", "1", "--accumulate", "2"]
+        losses = result(python(script, *flags, check=0))["losses"]
+        period = next(n for n in (2, 3, 4) if losses[n] == pytest.approx(losses[0], abs=1e-5))
+        assert losses[period:] == pytest.approx(losses[: 5 - period], abs=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize("script", [DDP, ACCELERATE], ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--steps", "0"], "must be positive"),
+        (["--accumulate", "-1"], "must be positive"),
+        (["--learning-rate", "0"], "must be positive"),
+        (["--seq-len", "1"], "--seq-len at least 2"),
+        (["--save", str(ROOT / "Makefile")], "cannot save to"),
+    ],
+)
+def test_impossible_flags(script, flags, words):
+    assert words in refused("python", script, *flags)
+
+
+def test_too_few_blocks(tiny_model):
+    for target in ("train-ddp", "train-accelerate"):
+        said = refused("make", "-s", target, f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64")
+        assert "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has" in said
+    assert "lower --steps or --micro-batch" in refused("python", MIXED, "--model", tiny_model, "--steps", "9999")
+
+
+@pytest.mark.parametrize("target", ["train-ddp", "train-accelerate"])
+def test_one_process_shares_nothing(target):
+    assert "1 process is running, where at least 2 were to share the work" in refused("make", "-s", target, "PROCESSES=1")
+
+
+def test_unknown_config():
+    assert "choose ddp, fsdp or deepspeed_zero2" in refused("make", "-s", "train-accelerate", "CONFIG=tpu")
+    assert [f.stem for f in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp"]
+
+
+def test_fp16_wants_a_gpu(tiny_model):
+    """Accelerate would compute in float32 and not say so."""
+    assert "Accelerate leaves fp16 out on a cpu" in refused("python", MIXED, "--model", tiny_model, "--precisions", "fp16", PROFILE="cpu")
+
+
+def test_multi_cpu_starts_one_process(tmp_path):
+    """Why configs/ddp.yaml does not say MULTI_CPU: without mpirun it starts one process, which --min-world finds."""
+    config = tmp_path / "multi_cpu.yaml"
+    config.write_text((MODULE / "configs/ddp.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU") + "use_cpu: true\n")
+    said = refused("python", "-m", "lab.launch", "train-multi-cpu", "accelerate", "launch", "--config_file", config, ACCELERATE, "--min-world", "2", PROFILE="cpu")
+    assert "1 process is running" in said
+
+
+# -----------------------------------------------------------------------------
+# The launcher's YAML
+
+
+def unused(config) -> set[str]:
+    """Settings of a launcher YAML that `accelerate launch` does not know or does not take over."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    ClusterConfig.from_yaml_file(str(config))  # raises on an unknown key of the first level, and only there
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "script.py"]))
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    content = yaml.safe_load(Path(config).read_text())
+    nested = {key: value for section, values in content.items() if isinstance(values, dict) for key, value in values.items()}
+    return {key for key, value in nested.items() if key not in known or getattr(args, key) != value}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f.stem)
+def test_launcher_yaml(config):
+    """Accelerate's own parser takes over every setting; the numbers of processes agree with the profiles."""
+    assert not unused(config)
+    content = yaml.safe_load(config.read_text())
+    assert content["num_processes"] == 2 and content["mixed_precision"] == "no" and "use_cpu" not in content
+
+
+@pytest.mark.parametrize("config, old, new", [("fsdp", "fsdp_reshard_after_forward", "fsdp_reshard"), ("deepspeed_zero2", "zero_stage", "zero_level")])
+def test_a_setting_that_would_be_ignored_is_found(tmp_path, config, old, new):
+    text = (MODULE / "configs" / f"{config}.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace(old, new))
+    assert unused(tmp_path / "wrong.yaml") == {new}
+    (tmp_path / "wrong.yaml").write_text(text.replace("num_machines", "number_of_machines"))
+    with pytest.raises(ValueError, match="number_of_machines"):
+        unused(tmp_path / "wrong.yaml")
+
+
+# -----------------------------------------------------------------------------
+# The pair, mixed precision, and what is left behind
+
+
+def test_the_pair_differs_in_few_lines():
+    """Outside of the docstrings, the scripts differ in the lines that the lesson is about."""
+    import difflib
+
+    codes = [re.sub(r'^""".*?"""', "", f.read_text(), flags=re.S).splitlines() for f in (DDP, ACCELERATE)]
+    changed = [line for line in difflib.unified_diff(*codes, lineterm="", n=0) if re.match(r"[+-](?![+-])", line)]
+    removed = [line for line in changed if line.startswith("-")]
+    assert 10 < len(removed) < 28 and len(changed) - len(removed) < 24, "\n".join(changed)
+    kept = "\n".join(codes[1])
+    assert not re.search(r"DistributedSampler|DistributedDataParallel|no_sync|all_reduce|init_process_group|\.autocast", kept)
+    assert "".join(changed).count("accelerator") > 5
+
+
+def test_readme_shows_the_lines_of_the_pair():
+    """Every line of the readme's diff is a line of the script it is said to be of."""
+    block = re.search(r"```diff\n(.*?)```", (MODULE / "readme.md").read_text(), re.S)[1]
+    sources = {"-": DDP.read_text().splitlines(), "+": ACCELERATE.read_text().splitlines()}
+    lines = [line for line in block.splitlines() if line[:1] in sources]
+    assert len(lines) > 20
+    for line in lines:
+        assert line[1:].strip() in [source.strip() for source in sources[line[0]]], line
+
+
+def test_mixed_precision(tiny_model):
+    found = result(python(MIXED, "--model", tiny_model, "--seq-len", "64", check=0, PROFILE="cpu"))
+    assert (found["fp32_product"], found["bf16_product"]) == ("float32", "bfloat16")
+    for name in ("fp32_parameters", "fp32_gradients", "bf16_parameters", "bf16_gradients"):
+        assert found[name] == "float32", name
+    assert 0 < found["bf16_loss_difference_ratio"] < 0.01 and found["fp32_loss_difference_ratio"] == 0
+    assert found["bf16_judged_difference_ratio"] < 0.01
+    assert 0.01 < found["update_lost_ratio"] < 1
+
+
+@pytest.mark.parametrize("script", [DDP, ACCELERATE], ids=lambda f: f.stem)
+def test_bf16_is_used(one, tiny_model, script):
+    """--mixed-precision bf16 changes the losses, a little."""
+    losses = result(python(script, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--mixed-precision", "bf16", check=0))["losses"]
+    assert losses == pytest.approx(one["losses"], rel=1e-2) and losses != pytest.approx(one["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["train-ddp", "train-accelerate"])
+def test_interrupted_training_leaves_nothing(target, tiny_model):
+    command = ["make", "-s", target, f"ARGS=--model {tiny_model} --steps 100000 --seq-len 64"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step   3"):
+            break
+    launcher = psutil.Process(jobs.running()[target]["pid"])
+    members = [launcher, *launcher.children(recursive=True)]  # torchrun's processes each have a session of their own
+    assert len(members) >= 3  # the launcher and two processes
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and target not in jobs.running()
+    time.sleep(0.5)
+    assert not [p for p in members if p.is_running() and p.status() != "zombie"]
