@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 export PROFILE STORE
+export MAKE_COMMAND = $(MAKECMDGOALS) $(MAKEOVERRIDES)
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -11,12 +12,18 @@ help: ## list every target
 # ------------------------------------------------------------------------------
 # Everything
 
-.PHONY: setup quickstart download test test-long stop
+.PHONY: setup quickstart report progress download test test-long stop
 setup: ## create the environment and fill it with the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" scripts/setup.sh
 
-quickstart: setup ## set up, then run one headline script of each stage; an interrupted run goes on (FRESH=1 starts anew)
+quickstart: setup ## set up, run one headline script of each stage, write a report; an interrupted run goes on (FRESH=1 starts anew)
 	@$(PY) scripts/quickstart.py $(if $(FRESH),--fresh) $(ARGS)
+
+report: env ## write runs/report.html, one page with plots, from what has been run
+	@$(PY) scripts/report.py $(ARGS)
+
+progress: env ## which stages and which tasks of the PLAN.md files are done
+	@$(PY) scripts/progress.py $(ARGS)
 
 download: env ## fetch the models of this profile beforehand, resumably (ARGS=--list only lists them)
 	@$(PY) scripts/download.py $(ARGS)
@@ -56,7 +63,10 @@ vllm-watch: env ## 03: GPUs and engine of the running server, a line a second, u
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-ddp train-accelerate train-mixed
+.PHONY: train-one train-ddp train-accelerate train-mixed
+train-one: env ## 04: the yardstick: one process, as many tokens a step as two processes
+	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
+
 train-ddp: env ## 04: data parallel training by native DDP, launched by torchrun (PROCESSES=2)
 	@$(PY) -m lab.launch train-ddp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/01_train_ddp.py --min-world 2 $(ARGS)
 
@@ -66,6 +76,33 @@ train-accelerate: env ## 04: the same training by Accelerate (CONFIG=ddp|fsdp|de
 
 train-mixed: env ## 04: the same steps in fp32 and in bf16: types, losses, seconds
 	@$(PY) modules/04_Accelerate/03_mixed_precision.py $(ARGS)
+
+# ------------------------------------------------------------------------------
+# 05 DeepSpeed
+
+.PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare
+DEEPSPEED = @PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
+
+zero-theory: env ## 05: what ZeRO's stages cost a card, by formula: no engine runs (ARGS="--processes 64")
+	@$(PY) modules/05_DeepSpeed/01_state_bytes.py $(ARGS)
+
+train-z0: env ## 05: full fine-tuning by DeepSpeed with nothing divided over the processes (PROCESSES=2)
+	$(DEEPSPEED)configs/z0.json $(ARGS)
+
+train-z1: env ## 05: the same, optimizer states divided over the processes
+	$(DEEPSPEED)configs/z1.json $(ARGS)
+
+train-z2: env ## 05: the same, gradients divided too
+	$(DEEPSPEED)configs/z2.json $(ARGS)
+
+train-z3: env ## 05: the same, parameters divided too
+	$(DEEPSPEED)configs/z3.json $(ARGS)
+
+train-z2-offload: env ## 05: ds_config.json: stage 2, the optimizer and its states in host memory
+	$(DEEPSPEED)ds_config.json $(ARGS)
+
+train-compare: env ## 04, 05: the losses of your last trainings side by side, every engine against one process
+	@$(PY) modules/05_DeepSpeed/02_compare.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory
@@ -91,30 +128,6 @@ lf-api: env ## 06: OpenAI-style API of the tuned model, in the background
 
 lf-webui: env ## 06: LLaMA-Factory's web UI, in the background
 	@$(PY) modules/06_LLaMA-Factory/05_serve.py webui $(ARGS)
-
-# ------------------------------------------------------------------------------
-# 05 DeepSpeed
-
-.PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload
-DEEPSPEED = @PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
-
-zero-theory: env ## 05: what ZeRO's stages cost a card, by formula: no engine runs (ARGS="--processes 64")
-	@$(PY) modules/05_DeepSpeed/01_state_bytes.py $(ARGS)
-
-train-z0: env ## 05: full fine-tuning by DeepSpeed with nothing divided over the processes (PROCESSES=2)
-	$(DEEPSPEED)configs/z0.json $(ARGS)
-
-train-z1: env ## 05: the same, optimizer states divided over the processes
-	$(DEEPSPEED)configs/z1.json $(ARGS)
-
-train-z2: env ## 05: the same, gradients divided too
-	$(DEEPSPEED)configs/z2.json $(ARGS)
-
-train-z3: env ## 05: the same, parameters divided too
-	$(DEEPSPEED)configs/z3.json $(ARGS)
-
-train-z2-offload: env ## 05: ds_config.json: stage 2, the optimizer and its states in host memory
-	$(DEEPSPEED)ds_config.json $(ARGS)
 
 # ------------------------------------------------------------------------------
 # Upkeep

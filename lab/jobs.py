@@ -1,10 +1,12 @@
 """Background jobs of this repository: started in a session of their own, listed in runs/jobs, stopped whole.
 
-A session id survives its leader's death, so a killed server's orphaned workers are still found, and nothing else is.
+A job's processes are those of its session (whose id survives its leader's death) and those that inherited its mark, a random word in
+the environment: torchrun gives each worker a session of its own. A killed job's orphans are so found, and nothing else is.
 """
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ import psutil
 from lab import RUNS, fail, shown
 
 FOLDER = RUNS / "jobs"
+MARKS = "LAB_JOBS"  # variable: the marks of the job a process belongs to, and of the jobs that job was started by
 
 
 def start(name: str, command: list[str], log: Path | int | None, **facts) -> subprocess.Popen:
@@ -27,7 +30,9 @@ def start(name: str, command: list[str], log: Path | int | None, **facts) -> sub
     `facts` (address ...) are kept in the job's file.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True}
+    mark = secrets.token_hex(8)
+    environment = os.environ | {MARKS: f"{os.environ.get(MARKS, '')} {mark}".strip()}
+    options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "env": environment}
     if isinstance(log, Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
@@ -35,24 +40,34 @@ def start(name: str, command: list[str], log: Path | int | None, **facts) -> sub
     else:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log else None, **options)
     created = psutil.Process(process.pid).create_time()
-    job = {"name": name, "pid": process.pid, "created": created, "log": str(log) if isinstance(log, Path) else "", "command": command, **facts}
+    job = {"name": name, "pid": process.pid, "created": created, "mark": mark, "log": str(log) if isinstance(log, Path) else "", "command": command, **facts}
     (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1))
     return process
 
 
 def members(job: dict) -> list[psutil.Process]:
-    """Living processes of the job's session; [] when its process id now belongs to somebody else."""
+    """Living processes of the job: of its session, or marked as its own."""
     found = []
+    reused = False  # its process id, and so its session's, now belongs to somebody else
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) != job["pid"] or process.status() == psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1:
-                return []
-            found.append(process)
+            if _marked(process, job["mark"]):
+                found.append(process)
+            elif os.getsid(process.pid) == job["pid"] and not reused:
+                reused = process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1
+                found += [] if reused else [process]
         except (ProcessLookupError, PermissionError, psutil.Error):
             continue
     return found
+
+
+def _marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return mark in process.environ().get(MARKS, "").split()
+    except (psutil.Error, OSError):  # of another user
+        return False
 
 
 def running() -> dict[str, dict]:
@@ -120,8 +135,8 @@ def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, caus
             except (urllib.error.URLError, OSError):
                 time.sleep(0.25)
     finally:
-        if not ready:
-            stop(running().get(name, {"name": name, "pid": process.pid, "created": 0}))
+        if not ready and name in (jobs := running()):
+            stop(jobs[name])
     return time.monotonic() - began
 
 

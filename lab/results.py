@@ -13,11 +13,26 @@ from pathlib import Path
 
 from lab import ROOT, RUNS, machine, shown
 
+FOLDER = Path(os.environ.get("RECORDS") or RUNS / "records")  # the tests keep theirs apart from yours
 
 def name_of(script: str) -> str:
     """`03_vllm/03_throughput` for that module script; scripts outside modules/ keep their own folder's name."""
     path = Path(script).resolve().with_suffix("")
     return f"{path.parent.name}/{path.name}"
+
+
+def command() -> str:
+    """The command line of this process, as a reader at the repository root would type it."""
+    return shlex.join([shown(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
+
+
+def note(name: str) -> None:
+    """Keep in history.jsonl that this command has done its work: `make progress` goes by it. MAKE_COMMAND is set by the Makefile."""
+    line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "script": name, "profile": os.environ.get("PROFILE", "")}
+    line |= {"command": command(), "make": os.environ.get("MAKE_COMMAND", "")}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "history.jsonl").open("a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def finish(script: str, metrics: dict, config: dict | None = None, variant: str = "") -> None:
@@ -29,7 +44,7 @@ def finish(script: str, metrics: dict, config: dict | None = None, variant: str 
     name = name_of(script) + (f"-{variant}" if variant else "")
     record = {
         "script": name,
-        "command": shlex.join([shown(Path(sys.argv[0]).resolve()), *sys.argv[1:]]),
+        "command": command(),
         "profile": os.environ.get("PROFILE", ""),
         "commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,9 +54,10 @@ def finish(script: str, metrics: dict, config: dict | None = None, variant: str 
         "metrics": metrics,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    targets = [RUNS / "records" / f"{name}.json"]
+    targets = [FOLDER / f"{name}.json"]
     if os.environ.get("STORE") == "1":
         targets.append(ROOT / "results" / machine.name() / f"{name}.json")
+    note(name)
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".tmp")

@@ -1,19 +1,22 @@
-"""One headline command of each stage, in order, for real: `make quickstart`.
+"""One headline command of each stage, in order, for real, and a report of it: `make quickstart`.
 
     make quickstart              an interrupted or partly failed run goes on with what is not done yet
     make quickstart FRESH=1      everything again
     make quickstart ARGS="--only 03_vllm"
 
 Each stage's whole output goes to runs/quickstart/<stage>.log. A failed stage is named with its log, the rest go on, and the exit
-code is 1. Headline results stand at the end and in runs/quickstart/summary.json.
+code is 1. Headline results go to runs/quickstart/summary.json, the page with plots to runs/report.html.
 """
 
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+import download
 
 from lab import ROOT, RUNS, fail, jobs, machine, shown
 from lab.profile import load_profile
@@ -29,6 +32,8 @@ STAGES = {
     "05_DeepSpeed": (["train-z2"], {"zero_stage": "ZeRO stage of the engine", "world_size": "processes", "losses": "loss, first and last step"}),
     "06_LLaMA-Factory": (["lf-score", "ARGS=--train"], {"base_exact_pct": "exact answers, untuned (%)", "tuned_exact_pct": "exact answers, tuned (%)"}),
 }
+# Sections of the profile whose models these targets load.
+SECTIONS = ("smoke", "image_edit", "throughput", "train", "zero", "finetune")
 FOLDER = RUNS / "quickstart"
 SUMMARY = FOLDER / "summary.json"
 
@@ -83,6 +88,9 @@ def main() -> None:
     if {key: summary.get(key) for key in now} != now or summary.get("finished"):
         summary = {**now, "finished": False, "stages": {}}
     print(f"quickstart on {machine.name()}, profile {profile.name}")
+    text, download_gb = download.listing(profile, SECTIONS)
+    if download_gb:
+        print(f"{text}\nA stage fetches what it lacks; 'make download' fetches everything beforehand, and goes on where it was interrupted.", flush=True)
 
     # -----------------------------------------------------------------------------
     # 2. The stages
@@ -113,6 +121,7 @@ def main() -> None:
     failed = [stage for stage in args.only if not summary["stages"][stage]["ok"]]
     summary["finished"] = not failed
     SUMMARY.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    subprocess.run([sys.executable, ROOT / "scripts/report.py"], check=False)  # the page shows what there is, failed stages or not
     total = sum(s["seconds"] for s in summary["stages"].values())
     print(f"\n{len(args.only) - len(failed)} of {len(args.only)} stages done in {total:.0f} s; results: {shown(SUMMARY)}, records: {shown(RUNS / 'records')}")
     if failed:

@@ -7,14 +7,23 @@ A table stands between two comments. The first names a record and, a row each, w
     -->
     (generated: one column for each machine under results/ that has the record)
     <!-- /table -->
+
+Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml, its measured column from records.
 """
 
 import argparse
 import json
 import re
 
+import yaml
+
 from lab import ROOT, fail, shown
 
+CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
+CLAIM_WORDS = {
+    "zh": ("说法", "实测", "来源", "准确地说", "状态", {"measured": "实测", "cited": "引用", "not yet": "待测"}),
+    "en": ("claim", "measured", "source", "precisely", "status", {"measured": "measured", "cited": "cited", "not yet": "not yet"}),
+}
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 
 
@@ -31,9 +40,30 @@ def number(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def records(name: str) -> dict[str, dict]:
+    """{machine: its stored record of `name`}."""
+    return {f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text()) for f in sorted(ROOT.glob(f"results/*/{name}.json"))}
+
+
+def claims(language: str) -> str:
+    """The claims of configs/claims.yaml, a row each, with what the records say of them."""
+    *heads, statuses = CLAIM_WORDS[language]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for entry in yaml.safe_load((ROOT / "configs/claims.yaml").read_text(encoding="utf-8")):
+        measured: dict[str, list[str]] = {}
+        for measure in entry.get("measured", []):
+            for machine, record in records(measure["record"]).items():
+                if measure["metric"] in record["metrics"]:
+                    measured.setdefault(machine, []).append(measure["print"].format(record["metrics"][measure["metric"]]))
+        status = "measured" if measured else "cited" if "source" in entry else "not yet"
+        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(f"`{m}`: {', '.join(v)}" for m, v in measured.items())]
+        lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(record: str, rows: str) -> str:
     """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it or a metric is missing."""
-    found = {f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text()) for f in sorted(ROOT.glob(f"results/*/{record}.json"))}
+    found = records(record)
     if not found:
         fail(f"no machine under results/ has a record of {record}: run 'make evidence'")
     lines = ["| | " + " | ".join(found) + " |", "|---|" + "---:|" * len(found)]
@@ -50,6 +80,7 @@ def table(record: str, rows: str) -> str:
 
 def filled(text: str) -> str:
     """`text` with every table in it generated anew."""
+    text = CLAIMS.sub(lambda m: m[1] + "\n" + claims(m[2]) + "\n" + m[4], text)
     return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3]) + "\n" + m[5], text)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["RECORDS"] = str(ROOT / "runs" / "tests" / "records")  # the reader's own stay as they are
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl+C, and every child would inherit that
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 

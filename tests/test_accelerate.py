@@ -62,7 +62,7 @@ def test_two_processes_compute_what_one_does(one, tiny_model, tmp_path, target, 
     flags = ["--model", tiny_model, *FLAGS, "--micro-batch", batch[0], "--accumulate", batch[1], "--save", tmp_path / "saved"]
     found = make(target, *flags, **variables)
     assert found["world_size"] == 2 and found["wrapper"] == wrapper
-    assert found["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
     ours, theirs = weights(tmp_path / "saved"), weights(one["saved"])
     if "lm_head.weight" in ours:  # FSDP's gathered weights hold the tied embedding under both of its names
         assert ours.pop("lm_head.weight").equal(ours["model.embed_tokens.weight"])
@@ -72,7 +72,7 @@ def test_two_processes_compute_what_one_does(one, tiny_model, tmp_path, target, 
 @pytest.mark.parametrize("script", [ACCELERATE, DDP], ids=lambda f: f.stem)
 def test_one_process_accumulates(one, tiny_model, script):
     found = result(python(script, "--model", tiny_model, *FLAGS, "--micro-batch", "1", "--accumulate", "4", check=0))
-    assert found["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
 
 
 def test_gradients_are_means_not_sums(tree, tiny_model):
@@ -86,7 +86,7 @@ def test_gradients_are_means_not_sums(tree, tiny_model):
         flags = ["--model", tiny_model, "--steps", "4", "--seq-len", "64", "--learning-rate", "0.5", "--micro-batch", micro, "--accumulate", accumulate]
         found.append(result(python(copy, *flags, cwd=tree, PYTHONPATH=str(tree), check=0))["losses"])
     assert found[0][-1] < found[0][0] - 0.01
-    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+    assert found[1] == pytest.approx(found[0], rel=5e-6) and found[2] == pytest.approx(found[0], rel=5e-6)
 
 
 def test_the_data_begins_anew(tiny_model):
@@ -229,17 +229,21 @@ def test_bf16_is_used(one, tiny_model, script):
     assert losses == pytest.approx(one["losses"], rel=1e-2) and losses != pytest.approx(one["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("target", ["train-ddp", "train-accelerate"])
-def test_interrupted_training_leaves_nothing(target, tiny_model):
+@pytest.mark.parametrize("target, how", [("train-ddp", "ctrl-c"), ("train-accelerate", "ctrl-c"), ("train-ddp", "launcher killed")])
+def test_interrupted_training_leaves_nothing(target, how, tiny_model):
     command = ["make", "-s", target, f"ARGS=--model {tiny_model} --steps 100000 --seq-len 64"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step   3"):
             break
     launcher = psutil.Process(jobs.running()[target]["pid"])
-    members = [launcher, *launcher.children(recursive=True)]  # torchrun's processes each have a session of their own
+    members = [launcher, *launcher.children(recursive=True)]
     assert len(members) >= 3  # the launcher and two processes
-    os.killpg(process.pid, signal.SIGINT)
+    assert len({os.getsid(p.pid) for p in members}) >= 3, "torchrun's processes each have a session of their own"
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        launcher.kill()
     process.communicate(timeout=60)
     assert process.returncode != 0 and target not in jobs.running()
     time.sleep(0.5)

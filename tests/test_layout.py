@@ -22,10 +22,14 @@ PACKAGES = ["torch", "vllm", "transformers", "accelerate", "deepspeed", "llamafa
 # Which test reads a configuration file as its user would. A file that no pattern claims fails test_every_configuration_is_read.
 CONFIGURATIONS = {
     r"configs/profiles/\w+\.yaml": "test_profile.py::test_every_profile_loads",
+    r"configs/claims\.yaml": "test_report.py::test_claims_go_by_records_that_exist_or_will",
     r"configs/models\.yaml": "test_models.py::test_catalogue",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
+    r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     r"modules/05_DeepSpeed/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",
+    r"modules/06_LLaMA-Factory/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
+    r"modules/06_LLaMA-Factory/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
     r"modules/06_LLaMA-Factory/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
     r"results/[^/]+/[^/]+/\w[\w-]*\.json": "test_results.py::test_records_are_complete",
 }
@@ -35,6 +39,7 @@ TARGETS_TESTED = {
     "test": ".ci/run",
     "test-long": ".ci/run",
     "quickstart": ".ci/run",
+    "report": "test_report",
     "lock": "test_lock_is_reproducible",
     "download": "test_download",
     "data": "test_files_are_what_the_script_writes",

@@ -99,7 +99,7 @@ def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
 
 
 def test_path_with_space_and_chinese_characters(tree, small_model):
-    out = python(SMOKE, "--matmul-size", "128", "--copy-mib", "1", "--model", small_model, cwd=tree, PYTHONPATH=str(tree), check=0).stdout
+    out = python(SMOKE, "--matmul-size", "128", "--copy-mib", "1", "--model", small_model, cwd=tree, PYTHONPATH=str(tree), RECORDS="", check=0).stdout
     assert "Paris" in out and (tree / "runs/records/01_single_gpu_smoke/01_smoke.json").exists()
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lab import RUNS, fail, jobs, models, shown
+from lab import RUNS, fail, jobs, models, results, shown
 from lab.profile import load_profile
 
 
@@ -82,6 +82,7 @@ def main() -> None:
 
     print(f"healthy after {seconds:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}")
     print(f"log: {shown(log)}   end it: make stop")
+    results.note(results.name_of(__file__))
 
 
 if __name__ == "__main__":

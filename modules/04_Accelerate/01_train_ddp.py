@@ -126,10 +126,11 @@ def main() -> None:
         model.module.save_pretrained(args.save)
     if rank == 0:
         steady = seconds[1:] or seconds  # the first step warms up
-        tokens = step_blocks * args.seq_len * len(steady)
+        tokens = step_blocks * args.seq_len  # of a step
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {"losses": losses, "world_size": world, "wrapper": type(model).__name__, "throughput_tok_per_s": round(tokens / sum(steady), 1)}
-        results.finish(__file__, metrics | {"peak_memory_gib": round(peak / 2**30, 2)}, vars(args))
+        metrics = {"losses": losses, "world_size": world, "wrapper": type(model).__name__, "throughput_tok_per_s": round(tokens * len(steady) / sum(steady), 1)}
+        metrics |= {"step_tok_count": tokens, "peak_memory_gib": round(peak / 2**30, 2)}
+        results.finish(__file__, metrics, vars(args), "" if world > 1 else "one")
     del model  # before the process group: gloo's threads can hang where DDP is the last to let go of it
     dist.destroy_process_group()
 

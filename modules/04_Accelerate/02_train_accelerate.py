@@ -120,10 +120,12 @@ def main() -> None:
         accelerator.unwrap_model(model).save_pretrained(args.save, state_dict=weights)
     if rank == 0:
         steady = seconds[1:] or seconds  # the first step warms up
-        tokens = step_blocks * args.seq_len * len(steady)
+        tokens = step_blocks * args.seq_len  # of a step
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {"losses": losses, "world_size": world, "wrapper": type(model).__name__, "throughput_tok_per_s": round(tokens / sum(steady), 1)}
-        results.finish(__file__, metrics | {"peak_memory_gib": round(peak / 2**30, 2)}, vars(args))
+        metrics = {"losses": losses, "world_size": world, "wrapper": type(model).__name__, "throughput_tok_per_s": round(tokens * len(steady) / sum(steady), 1)}
+        metrics |= {"step_tok_count": tokens, "peak_memory_gib": round(peak / 2**30, 2)}
+        kind = "one" if world == 1 else "fsdp" if sharded else "deepspeed" if "DeepSpeed" in type(model).__name__ else ""
+        results.finish(__file__, metrics, vars(args), kind)
     model = accelerator.free_memory(model)  # before the process group: gloo's threads can hang where DDP is the last to let go of it
     accelerator.end_training()
 

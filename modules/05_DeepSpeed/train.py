@@ -138,7 +138,8 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 2. Data, the meeting of the processes, model, engine
 
-    folder = models.model_folder(args.model or (profile.zero.model if parsed.zero_optimization_stage else p.model))  # DDP holds a smaller one
+    args.model = args.model or (profile.zero.model if parsed.zero_optimization_stage else p.model)  # whole in every process: a smaller one
+    folder = models.model_folder(args.model)
     blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
     if len(blocks) < step_blocks:
         fail(f"one step needs {step_blocks} blocks, {args.data} has {len(blocks)}: lower --micro-batch, --accumulate or --seq-len")
@@ -222,15 +223,17 @@ def main() -> None:
             AutoTokenizer.from_pretrained(folder).save_pretrained(args.save)
     if rank == 0:
         steady = seconds[1:] or seconds  # the first step warms up
-        tokens = step_blocks * args.seq_len * len(steady)
+        tokens = step_blocks * args.seq_len  # of a step
         peak = torch.cuda.max_memory_allocated() if profile.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {"zero_stage": stage, "world_size": world, "losses": losses, "throughput_tok_per_s": round(tokens / sum(steady), 1)}
+        metrics = {"zero_stage": stage, "world_size": world, "losses": losses, "step_tok_count": tokens}
         for kind, name in (("parameters", "parameter_state"), ("gradients", "gradient_state"), ("optimizer", "optimizer_state")):
             metrics |= {f"{name}_gib": held[kind] / 2**30, f"{name}_theory_gib": expected[kind] / 2**30}
         metrics |= {"state_gib": sum(held.values()) / 2**30, "state_theory_gib": sum(expected.values()) / 2**30}
-        metrics |= {"state_on_device_gib": on_device / 2**30, "peak_memory_gib": round(peak / 2**30, 2)}
+        metrics |= {"state_bytes_per_parameter_ratio": round(sum(held.values()) / parameters, 3), "state_on_device_gib": on_device / 2**30}
+        metrics |= {"throughput_tok_per_s": round(tokens * len(steady) / sum(steady), 1), "peak_memory_gib": round(peak / 2**30, 2)}
         metrics |= {"parameters_count": parameters, "optimizer": adam, "dtype": dtype}
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | {"deepspeed_config": config}
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        settings |= {"learning_rate": lr, "micro_batch": micro_batch, "accumulate": accumulate, "deepspeed_config": config}
         results.finish(__file__, metrics, settings, f"z{stage}" + "-offload" * offload)
     dist.destroy_process_group()
 

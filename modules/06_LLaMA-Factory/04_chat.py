@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lab import fail, shown
+from lab import fail, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ def main() -> None:
         raise SystemExit(130) from None
     except (ValueError, OSError) as e:
         fail(f"LLaMA-Factory stopped: {str(e).strip().splitlines()[0][:300]}")
+    results.note(results.name_of(__file__))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lab import fail, jobs, shown
+from lab import fail, jobs, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
@@ -72,6 +72,7 @@ def main() -> None:
         raise SystemExit(130) from None
     print(f"healthy after {seconds:.0f} s: {address}{'/v1' if args.what == 'api' else ''}")
     print(f"log: {shown(log)}   end it: make stop")
+    results.note(results.name_of(__file__))
 
 
 if __name__ == "__main__":
