@@ -10,9 +10,17 @@ its processes refused its input with an `error: ` sentence, that sentence is the
 import signal
 import subprocess
 import sys
+import threading
 
 from lab import fail, jobs
 from lab.profile import load_profile
+
+
+def end(name: str, launcher: subprocess.Popen) -> None:
+    """Wait for the launcher and end what it left behind: workers of a killed torchrun compute on, and hold its output open."""
+    launcher.wait()
+    if name in (running := jobs.running()):
+        jobs.stop(running[name])
 
 
 def main() -> None:
@@ -27,6 +35,7 @@ def main() -> None:
     result = refusal = ""
     try:
         process = jobs.start(name, command, subprocess.PIPE)
+        threading.Thread(target=end, args=(name, process), daemon=True).start()
         for line in process.stdout:
             if line.startswith('{"script"'):
                 result = line

@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import download
-
 from lab import ROOT, RUNS, fail, jobs, machine, shown
 from lab.profile import load_profile
 
@@ -77,6 +75,9 @@ def main() -> None:
     if unknown := set(args.only) - set(STAGES):
         fail(f"unknown stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}")
     profile = load_profile()
+
+    import download  # the script beside this one
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running stage is ended with us
 
     # -----------------------------------------------------------------------------
