@@ -45,6 +45,13 @@ smoke: env ## 01: versions, matrix products against float64, memory bandwidth, f
 	@$(PY) modules/01_single_gpu_smoke/01_smoke.py $(ARGS)
 
 # ------------------------------------------------------------------------------
+# 02 image editing
+
+.PHONY: image-edit
+image-edit: env ## 02: edit a picture by words (ARGS='--image my.png --prompt "make it night" --recipe nf4')
+	@$(PY) modules/02_qwen_image_edit/01_edit.py $(ARGS)
+
+# ------------------------------------------------------------------------------
 # 03 vLLM
 
 .PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch

@@ -65,6 +65,15 @@ def writable_home() -> dict[str, str]:
     return {variable: str(cache_ / folder) for variable, folder in names.items()}
 
 
+def capped(environment: dict) -> dict:
+    """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, where that stands in for a smaller one."""
+    if not (machine.memory_cap_gib() and machine.gpus()):
+        return environment
+    fraction = machine.memory_cap_gib() / machine.gpus()[0]["memory_gib"]
+    settings = [environment.get("PYTORCH_ALLOC_CONF", ""), f"per_process_memory_fraction:{min(fraction, 1):.4f}"]
+    return environment | {"PYTORCH_ALLOC_CONF": ",".join(filter(None, settings))}
+
+
 @cache
 def load_profile(name: str | None = None, check: bool = True):
     """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ where the user set nothing.
@@ -83,7 +92,7 @@ def load_profile(name: str | None = None, check: bool = True):
     if lacks and check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
         fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
     os.environ["PROFILE"] = name  # child processes run under the same one
-    for variable, value in (values.get("env", {}) | writable_home()).items():
+    for variable, value in (capped(values.get("env", {})) | writable_home()).items():
         os.environ.setdefault(variable, str(value))
     return OmegaConf.create({"name": name, **values})
 

@@ -22,6 +22,7 @@ from lab.profile import load_profile
 # stage: its headline make target, and which of its results are the headline (name in the record: words for people)
 STAGES = {
     "01_single_gpu_smoke": (["smoke"], {"wrong_count": "wrong results", "decode_tok_per_s": "tokens/s of one sequence"}),
+    "02_qwen_image_edit": (["image-edit"], {"step_s": "seconds a step", "total_s": "seconds a picture"}),
     "03_vllm": (
         ["vllm-throughput"],
         {"transformers_tok_per_s": "tokens/s, transformers", "vllm_tok_per_s": "tokens/s, vLLM", "vllm_over_transformers_ratio": "vLLM / transformers"},

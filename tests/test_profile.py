@@ -39,6 +39,18 @@ def test_detection(monkeypatch):
         assert machine.name() == name
 
 
+def test_memory_cap(monkeypatch):
+    """A larger card that stands in for a 24 GB one: the allocator's ceiling, beside the profile's own settings; else nothing changes."""
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}] * 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NCCL_P2P_DISABLE": 1}
+    monkeypatch.delenv("MEMORY_CAP_GIB", raising=False)
+    assert profile.capped(ours) == ours
+    monkeypatch.setenv("MEMORY_CAP_GIB", "24")
+    assert profile.capped(ours) == ours | {"PYTORCH_ALLOC_CONF": "expandable_segments:True,per_process_memory_fraction:0.3000"}
+    assert profile.capped({}) == {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.3000"} and machine.name() == "h100x2-cap24"
+
+
 def test_environment_reaches_launchers_and_the_user_wins():
     out = run("bash", "-c", 'eval "$(python -m lab.profile)"; python -m lab.profile env', check=0, VLLM_CPU_KVCACHE_SPACE="3").stdout
     assert "VLLM_NO_USAGE_STATS=1" in out and "VLLM_CPU_KVCACHE_SPACE=3" in out
