@@ -47,9 +47,12 @@ smoke: env ## 01: versions, matrix products against float64, memory bandwidth, f
 # ------------------------------------------------------------------------------
 # 02 image editing
 
-.PHONY: image-edit
+.PHONY: image-edit image-fits
 image-edit: env ## 02: edit a picture by words (ARGS='--image my.png --prompt "make it night" --recipe nf4')
 	@$(PY) modules/02_qwen_image_edit/01_edit.py $(ARGS)
+
+image-fits: env ## 02: what each recipe needs on each card and on the host, by arithmetic, and whether it fits here
+	@$(PY) modules/02_qwen_image_edit/02_what_fits.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 03 vLLM

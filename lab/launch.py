@@ -27,7 +27,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
     name, command = sys.argv[1], sys.argv[2:]
-    load_profile()
+    load_profile(check=False)  # the command's own processes check; who started it may have left them one GPU of two
     if name in jobs.running():
         fail(f"{name} is running already: end it with 'make stop' first")
     for number in (signal.SIGTERM, signal.SIGHUP):
