@@ -29,7 +29,7 @@ STAGES = {
     ),
     "04_Accelerate": (["train-accelerate"], {"world_size": "processes", "losses": "loss, first and last step", "throughput_tok_per_s": "tokens/s, training"}),
     "05_DeepSpeed": (["train-z2"], {"zero_stage": "ZeRO stage of the engine", "world_size": "processes", "losses": "loss, first and last step"}),
-    "06_LLaMA-Factory": (["lf-score", "ARGS=--train"], {"base_exact_pct": "exact answers, untuned (%)", "tuned_exact_pct": "exact answers, tuned (%)"}),
+    "06_LLaMA-Factory": (["lf-score", "ARGS=--train --limit 24"], {"base_exact_pct": "exact answers, untuned (%)", "tuned_exact_pct": "exact answers, tuned (%)"}),
 }
 # Sections of the profile whose models these targets load.
 SECTIONS = ("smoke", "image_edit", "throughput", "train", "zero", "finetune")

@@ -54,7 +54,7 @@ def claims(language: str) -> str:
         for measure in entry.get("measured", []):
             for machine, record in records(measure["record"]).items():
                 if measure["metric"] in record["metrics"]:
-                    measured.setdefault(machine, []).append(measure["print"].format(record["metrics"][measure["metric"]]))
+                    measured.setdefault(machine, []).append(measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"]))
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
         cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(f"`{m}`: {', '.join(v)}" for m, v in measured.items())]
         lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")

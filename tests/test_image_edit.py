@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -283,5 +282,4 @@ def test_random_model_refusals(tmp_path):
     script = MODULE / "random_model.py"
     assert "exists already" in refused("python", script, "tiny", tmp_path)
     assert "no tokenizer in" in refused("python", script, "tiny", tmp_path / "x", "--tokenizer", tmp_path)
-    began = time.monotonic()
-    assert python(script, "--help", check=0).stdout and time.monotonic() - began < 5
+    assert "random weights" in python(script, "--help", check=0).stdout

@@ -226,7 +226,7 @@ def main() -> None:
     print("pictures: " + ", ".join(shown(file) for file in files))
     if (folder / random_model.LABEL).is_file():
         print("the weights are random, so the picture is noise: what is real is the pipeline, its shapes and its steps")
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config = {key: shown(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     results.finish(__file__, metrics, config, "" if args.recipe == values.recipe else args.recipe)
 
 
