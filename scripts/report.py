@@ -94,7 +94,7 @@ def sections() -> list[tuple[str, str]]:
     found = []
     if smoke := record("01_single_gpu_smoke/01_smoke"):
         words = {"wrong_count": "处错误", "first_token_ms": "毫秒出第一个 token", "decode_tok_per_s": "tokens/s，单条序列", "decode_of_bandwidth_ratio": "达到带宽上限的比例"}
-        products = {k[7:-13]: v for k, v in smoke.items() if k.startswith("matmul_") and k.endswith("_tflop_per_s")}
+        products = {k[7:-12].replace("_", " "): v for k, v in smoke.items() if k.startswith("matmul_") and k.endswith("_tflop_per_s")}
         found.append(("01 冒烟测试：机器算得对、读得快", cards(smoke, words) + bars(products, "matrix product, TFLOP/s")))
     if edit := record("02_qwen_image_edit/01_edit"):
         pictures = sorted((RUNS / "02_qwen_image_edit").glob("*side_by_side.png"), key=lambda f: f.stat().st_mtime)

@@ -75,6 +75,7 @@ def test_one_process_accumulates(one, tiny_model, script):
     assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
 
 
+@pytest.mark.long
 def test_gradients_are_means_not_sums(tree, tiny_model):
     """Adam does not see a gradient that is twice too long, SGD does: both scripts with their optimizer exchanged."""
     found = []
@@ -121,9 +122,10 @@ def test_impossible_flags(script, flags, words):
 
 
 def test_too_few_blocks(tiny_model):
-    for target in ("train-ddp", "train-accelerate"):
-        said = refused("make", "-s", target, f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64")
-        assert "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has" in said
+    said = refused("make", "-s", "train-ddp", f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64")
+    assert "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has" in said
+    said = refused("python", ACCELERATE, "--model", tiny_model, "--micro-batch", "500", "--accumulate", "2", "--seq-len", "64")
+    assert "one step needs 1000 blocks (1 processes x 2 micro-steps x 500), launch_en_train has" in said
     assert "lower --steps or --micro-batch" in refused("python", MIXED, "--model", tiny_model, "--steps", "9999")
 
 
