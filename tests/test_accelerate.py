@@ -90,6 +90,7 @@ def test_gradients_are_means_not_sums(tree, tiny_model):
     assert found[1] == pytest.approx(found[0], rel=5e-6) and found[2] == pytest.approx(found[0], rel=5e-6)
 
 
+@pytest.mark.long
 def test_the_data_begins_anew(tiny_model):
     """More steps than the data set has: it is read again from its first block."""
     rows = json.loads((ROOT / "modules/06_LLaMA-Factory/data/launch_en_test.json").read_text())[:4]
