@@ -48,9 +48,9 @@ def one(tiny_model, tmp_path_factory) -> dict:
 
 SAME = [
     ("train-ddp", {}, (2, 1), "DistributedDataParallel"),
-    ("train-ddp", {}, (1, 2), "DistributedDataParallel"),
+    pytest.param("train-ddp", {}, (1, 2), "DistributedDataParallel", marks=pytest.mark.long),
     ("train-accelerate", {}, (2, 1), "DistributedDataParallel"),
-    ("train-accelerate", {}, (1, 2), "DistributedDataParallel"),
+    pytest.param("train-accelerate", {}, (1, 2), "DistributedDataParallel", marks=pytest.mark.long),
     ("train-accelerate", {"CONFIG": "fsdp"}, (1, 2), "FSDPLlamaForCausalLM"),
     ("train-accelerate", {"CONFIG": "deepspeed_zero2"}, (1, 2), "DeepSpeedEngine"),
 ]
