@@ -309,7 +309,6 @@ if __name__ == "__main__":
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.long
 def test_vllm_answers_like_the_merged_model(merged, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
