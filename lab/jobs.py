@@ -74,7 +74,10 @@ def running() -> dict[str, dict]:
     """Jobs that have a living process: {name: job}. Files of dead ones are removed."""
     jobs = {}
     for file in sorted(FOLDER.glob("*.json")):
-        job = json.loads(file.read_text())
+        try:
+            job = json.loads(file.read_text())
+        except FileNotFoundError:  # somebody else has just seen it end
+            continue
         if members(job):
             jobs[job["name"]] = job
         else:

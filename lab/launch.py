@@ -16,9 +16,8 @@ from lab import fail, jobs
 from lab.profile import load_profile
 
 
-def end(name: str, launcher: subprocess.Popen) -> None:
-    """Wait for the launcher and end what it left behind: workers of a killed torchrun compute on, and hold its output open."""
-    launcher.wait()
+def end(name: str) -> None:
+    """End what lives of the job."""
     if name in (running := jobs.running()):
         jobs.stop(running[name])
 
@@ -35,7 +34,8 @@ def main() -> None:
     result = refusal = ""
     try:
         process = jobs.start(name, command, subprocess.PIPE)
-        threading.Thread(target=end, args=(name, process), daemon=True).start()
+        # Workers of a killed torchrun compute on, and hold the output open that is read below.
+        threading.Thread(target=lambda: (process.wait(), end(name)), daemon=True).start()
         for line in process.stdout:
             if line.startswith('{"script"'):
                 result = line
@@ -50,8 +50,7 @@ def main() -> None:
     except FileNotFoundError:
         fail(f"no command {command[0]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)")
     finally:
-        if name in (running := jobs.running()):
-            jobs.stop(running[name])
+        end(name)
     if refusal and code != 0:
         fail(refusal)
     print(result, end="", flush=True)

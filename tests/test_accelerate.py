@@ -251,3 +251,10 @@ def test_interrupted_training_leaves_nothing(target, how, tiny_model):
     assert process.returncode != 0 and target not in jobs.running()
     time.sleep(0.5)
     assert not [p for p in members if p.is_running() and p.status() != "zombie"]
+
+
+def test_a_job_file_that_vanishes(tmp_path, monkeypatch):
+    """Two may look after one job, as lab.launch and `make stop` do: a file that one has just removed is no job to the other."""
+    monkeypatch.setattr(jobs, "FOLDER", tmp_path)
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # listed, but not there to be read
+    assert jobs.running() == {}
