@@ -12,7 +12,7 @@ help: ## list every target
 # ------------------------------------------------------------------------------
 # Everything
 
-.PHONY: setup quickstart report progress download test test-long stop
+.PHONY: setup quickstart report progress plan download test test-long stop
 setup: ## create the environment and fill it with the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" scripts/setup.sh
 
@@ -24,6 +24,9 @@ report: env ## write runs/report.html, one page with plots, from what has been r
 
 progress: env ## which stages and which tasks of the PLAN.md files are done
 	@$(PY) scripts/progress.py $(ARGS)
+
+plan: env ## what fits which cards, by arithmetic (ARGS="serve --model ID --gpus 2", train, image-edit; alone: this repository)
+	@$(PY) scripts/plan.py $(ARGS)
 
 download: env ## fetch the models of this profile beforehand, resumably (ARGS=--list only lists them)
 	@$(PY) scripts/download.py $(ARGS)
@@ -142,7 +145,7 @@ lf-webui: env ## 06: LLaMA-Factory's web UI, in the background
 # ------------------------------------------------------------------------------
 # Upkeep
 
-.PHONY: lock data evidence tables lint clean env
+.PHONY: lock data evidence calibrate tables lint clean env
 lock: env ## regenerate locks/*.txt from the .in and .overrides files (UPGRADE=1 takes the newest)
 	@UPGRADE="$(UPGRADE)" scripts/lock.sh
 
@@ -151,6 +154,9 @@ data: env ## write the data set of the training stages anew (fixed seed)
 
 evidence: env ## measure and store this machine's records under results/, then the tables
 	@$(PY) scripts/evidence.py $(ARGS)
+
+calibrate: env ## measure what the planner predicts, on this machine, without a download (ARGS="--only serve-7b")
+	@$(PY) scripts/calibrate.py $(ARGS)
 
 tables: env ## write the tables in the readmes from the records
 	@$(PY) scripts/tables.py $(ARGS)

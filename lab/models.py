@@ -27,6 +27,48 @@ def entry(name: str) -> tuple[str, dict]:
     return name, {}
 
 
+def config(name: str) -> dict:
+    """What the model's config.json says. `name` is one of configs/models.yaml, a config.json, a folder that holds one, or a hub id.
+
+    Only a hub id that configs/models.yaml does not list needs the network (one small file). Raises SystemExit(2) with one sentence.
+    """
+    import json
+
+    known = entry(name)[1].get("config")
+    if known:
+        return dict(known)
+    file = Path(name).expanduser()
+    if file.is_dir():
+        file = file / "config.json"
+        if not file.is_file():
+            fail(f"the folder {name} holds no model: there is no config.json in it")
+    elif not file.is_file():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            fail(f"there is no model {name}: give a name of configs/models.yaml, a folder, a config.json or an organisation/model id of the hub")
+        try:
+            file = _config_from_hub(name)
+        except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
+            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            fail(f"could not get the config.json of {name}: {reason} -- check the name and the network, or give a config.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        fail(f"{name} is no config.json of a model: {e}")
+    if not isinstance(content, dict):
+        fail(f"{name} is no config.json of a model: it must be an object of names and values")
+    return content
+
+
+def _config_from_hub(name: str) -> Path:
+    if from_modelscope():
+        from modelscope import model_file_download
+
+        return Path(model_file_download(name, "config.json"))
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json"))
+
+
 def from_modelscope() -> bool:
     return any(os.environ.get(v, "").lower() in ("1", "true", "yes") for v in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE"))
 

@@ -147,6 +147,18 @@ def test_real_shapes_are_the_readmes(full):
         assert figure in README
 
 
+def test_shapes_json_holds_the_published_shapes(scripts, full):
+    """The same shapes as diffusers' and transformers' own classes, as often, and the same bytes under every way of storing."""
+    from collections import Counter
+
+    file = scripts["02_what_fits"].published()
+    for component, tensors in full.items():
+        assert Counter(file[component].values()) == Counter(tensors.values())
+        for how in ("bf16", "fp8", "nf4", "pinned", "gguf"):
+            count = [sum(scripts["02_what_fits"].stored_bytes(*item, how) for item in t.items()) for t in (file[component], tensors)]
+            assert count[0] == pytest.approx(count[1], rel=1e-9), (component, how)
+
+
 def test_recipes_fit_what_they_should(scripts, full):
     lacking = scripts["02_what_fits"].lacking
     one, two = {"cuda:0": CARD}, {"cuda:0": CARD, "cuda:1": CARD}

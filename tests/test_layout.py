@@ -24,6 +24,8 @@ CONFIGURATIONS = {
     r"configs/profiles/\w+\.yaml": "test_profile.py::test_every_profile_loads",
     r"configs/claims\.yaml": "test_report.py::test_claims_go_by_records_that_exist_or_will",
     r"configs/models\.yaml": "test_models.py::test_catalogue",
+    r"configs/calibration\.yaml": "test_plan.py::test_calibration_lines",
+    r"modules/02_qwen_image_edit/shapes\.json": "test_image_edit.py::test_shapes_json_holds_the_published_shapes",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",

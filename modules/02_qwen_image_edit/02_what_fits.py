@@ -24,6 +24,12 @@ RECIPES = {
     "nf4": {"transformer": ("cuda:0", "nf4"), "text_encoder": ("cuda:0", "nf4"), "vae": ("cuda:0", "bf16")},
     "group-offload": {"transformer": ("host", "pinned"), "text_encoder": ("host", "bf16"), "vae": ("cuda:0", "bf16")},
 }
+# What diffusers can do besides, and 01_edit.py does not: the planner knows it (make plan), nobody has run it here.
+PLANNED = {
+    "gguf": {"transformer": ("cuda:0", "gguf"), "text_encoder": ("cuda:1", "bf16"), "vae": ("cuda:0", "bf16")},
+    "model-offload": {c: ("in turn", "bf16") for c in ("transformer", "text_encoder", "vae")},
+    "sequential-offload": {c: ("host", "bf16") for c in ("transformer", "text_encoder", "vae")},
+}
 COMPONENTS = ("transformer", "text_encoder", "vae")
 # Working memory of a component at 1024 x 1024, GiB, from the peaks of fp8, nf4 and group-offload on an H100. They run one after another.
 WORK = {"transformer": 0.9, "text_encoder": 1.1, "vae": 4.3}
@@ -52,12 +58,22 @@ def tensors_of(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
+def published() -> dict[str, dict[str, tuple[int, ...]]]:
+    """tensors_of(Qwen/Qwen-Image-Edit) from shapes.json, where tensors of equal shape in repeated blocks are one line."""
+    found: dict[str, dict] = {}
+    for component, lines in json.loads(Path(__file__).with_name("shapes.json").read_text()).items():
+        found[component] = {f"{name}#{line}.{i}": tuple(shape) for line, (name, number, shape) in enumerate(lines) for i in range(number)}
+    return found
+
+
 def stored_bytes(name: str, shape: tuple[int, ...], how: str) -> float:
     count = math.prod(shape)
     if how == "fp8" and not re.search(r"norm|proj_out", name):  # what enable_layerwise_casting leaves alone
         return count
     if how == "nf4" and len(shape) == 2 and not re.search(r"embed_tokens|lm_head", name):
         return count * (4 + 32 / 64) / 8  # 4 bits, and a float32 scale for 64 numbers
+    if how == "gguf" and len(shape) == 2:
+        return count * 13.1 / 20.43  # a Q4_K_M file of this transformer has 13.1 GB
     if how == "pinned":  # torch rounds page-locked host memory up to a power of two
         return 2 ** math.ceil(math.log2(2 * count))
     return count * (4 if how == "float32" else 2)
@@ -65,19 +81,25 @@ def stored_bytes(name: str, shape: tuple[int, ...], how: str) -> float:
 
 def needs(recipe: str, tensors: dict, size: int, device: str = "cuda") -> dict[str, float]:
     """{place: GiB}: weights and working memory of every card, and of the host the most it holds, also while loading."""
-    lies = RECIPES[recipe] if device == "cuda" else dict.fromkeys(COMPONENTS, ("host", "float32"))
+    lies = (RECIPES | PLANNED)[recipe] if device == "cuda" else dict.fromkeys(COMPONENTS, ("host", "float32"))
     work = {"transformer": WORK["transformer"] * (4096 + size**2 / 256) / 8192, "text_encoder": WORK["text_encoder"]}
     work["vae"] = WORK["vae"] * max(1, size**2 / 2**20)  # it encodes the input at 1 megapixel, whatever `size` is
     if recipe == "nf4":
         work["vae"] = WORK["vae"] / 4  # tiles of 512 x 512
     gib: dict[str, float] = {"host": LIBRARIES}
+    if recipe in PLANNED and recipe != "gguf" and device == "cuda":
+        gib["cuda:0"] = 0
     for component, (place, how) in lies.items():
-        gib[place] = gib.get(place, 0) + sum(stored_bytes(*item, how) for item in tensors[component].items()) / 2**30
-    for place in gib.keys() - {"host"}:
+        size_gib = sum(stored_bytes(*item, how) for item in tensors[component].items()) / 2**30
+        if place == "in turn":  # lies on the host, and whole on the card while it runs
+            gib["cuda:0"] = max(gib["cuda:0"], size_gib + work[component])
+            place = "host"
+        gib[place] = gib.get(place, 0) + size_gib
+    for place in gib.keys() - {"host"} if recipe != "model-offload" else ():
         gib[place] += max(work[c] for c, (where, _) in lies.items() if where in (place, "host"))
     if recipe == "fp8":  # loaded as bf16, then cast
         gib["host"] += sum(stored_bytes(*item, "bf16") for item in tensors["transformer"].items()) / 2**30
-    elif device == "cuda" and recipe != "group-offload":  # one file after another on its way to the card
+    elif device == "cuda" and "offload" not in recipe:  # one file after another on its way to the card
         gib["host"] += FILE
     return gib
 
@@ -109,12 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.size < 64:
         fail("--size must be at least 64")
-    if args.model:
-        tensors = tensors_of(args.model)
-    else:
-        import random_model
-
-        tensors = {name: random_model.shapes(model) for name, model in random_model.components("full").items()}
+    tensors = tensors_of(args.model) if args.model else published()
 
     metrics, total = {}, 0
     print(f"{'component':14} {'parameters':>12} {'bf16':>9} {'fp8':>9} {'nf4':>9}")

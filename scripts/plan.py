@@ -1,0 +1,299 @@
+"""What fits on which cards, before anything is downloaded: memory of serving, training and image editing by arithmetic (lab/memory.py).
+
+    python scripts/plan.py                                                     # this repository's own recipes on 2 x 24 GB: make plan
+    python scripts/plan.py serve --model qwen2.5-14b-instruct --gpus 2 --tp 2 --max-model-len 8192
+    python scripts/plan.py train --model qwen2.5-7b-instruct --gpus 2 --method qlora --seq-len 2048 --checkpointing
+    python scripts/plan.py image-edit --model qwen-image-edit --gpus 2 --recipe fp8 --json
+
+Look at: the verdict, what is left over, and, where it does not fit, the cheapest change that does. No GPU is needed, no engine is
+imported, and nothing is downloaded when --model is a folder, a config.json or a name of configs/models.yaml.
+"""
+
+import argparse
+
+from lab import ROOT, fail, memory, models
+
+
+def numbers(kind, low, words: str):
+    """A type for argparse: a number of `kind` that is at least `low`."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value < 1e12:
+            fail(f"{words}, it is {text}")
+        return value
+
+    return read
+
+
+count = numbers(int, 1, "a count must be a whole number of at least 1")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One sentence, as everywhere in this repository."""
+        fail(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = whole.add_subparsers(dest="task", metavar="serve|train|image-edit")
+    machine = Parser(add_help=False)
+    machine.add_argument("--gpus", type=count, default=2, help="cards (default: %(default)s)")
+    machine.add_argument("--gpu-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), default=memory.CARD_GIB, help="of one card as CUDA sees it (default: %(default)s, an RTX 4090)")
+    machine.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    serve = tasks.add_parser("serve", parents=[machine], help="vLLM")
+    train = tasks.add_parser("train", parents=[machine], help="full, LoRA or QLoRA fine-tuning")
+    edit = tasks.add_parser("image-edit", parents=[machine], help="Qwen-Image-Edit")
+    for task in (serve, train, edit):
+        task.add_argument("--model", required=task is not edit, default="qwen-image-edit", help="name in configs/models.yaml, hub id, folder or config.json")
+    serve.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    serve.add_argument("--tp", type=count, help="tensor parallel size (default: all cards that --pp leaves)")
+    serve.add_argument("--pp", type=count, default=1, help="pipeline parallel size")
+    serve.add_argument("--dtype", choices=["auto", *memory.LINEAR_BYTES], default="auto", help="of the weights")
+    serve.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
+    serve.add_argument("--max-model-len", type=count, help="tokens of the longest request (default: the model's own limit)")
+    serve.add_argument("--concurrency", type=count, default=1, help="requests of that length to hold at once")
+    serve.add_argument("--max-num-seqs", type=count, default=256)
+    serve.add_argument("--max-num-batched-tokens", type=count, default=2048)
+    serve.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    train.add_argument("--method", choices=["full", "lora", "qlora"], default="full")
+    train.add_argument("--engine", choices=["ddp", "fsdp", "deepspeed"], help="(default: deepspeed with --zero 1 to 3, else ddp)")
+    train.add_argument("--zero", type=int, choices=range(4), default=0)
+    train.add_argument("--offload", choices=["none", "optimizer", "optimizer+param"], default="none")
+    train.add_argument("--offload-device", choices=["cpu", "nvme"], default="cpu")
+    train.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation (default: %(default)s, mixed precision)")
+    train.add_argument("--seq-len", type=count, default=1024, help="tokens of a sequence (default: %(default)s)")
+    train.add_argument("--micro-batch", type=count, default=1, help="sequences of one card and micro-step (default: %(default)s)")
+    train.add_argument("--accumulate", type=count, default=1, help="micro-steps of one optimizer step (default: %(default)s)")
+    train.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs, compute the rest again")
+    train.add_argument("--bucket", type=float, default=1e8, help="reduce_bucket_size, elements (default: %(default)g)")
+    train.add_argument("--lora-rank", type=count, default=16)
+    edit.add_argument("--recipe", default="plain", help="plain (bf16), fp8, nf4, gguf, model-offload, group-offload, sequential-offload (default: %(default)s)")
+    edit.add_argument("--size", type=count, default=1024, help="pixels of a side (default: %(default)s)")
+    return whole
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    args = parser().parse_args(words)
+    if args.task == "serve":
+        args.tp = args.tp or max(1, args.gpus // args.pp)
+        args.max_model_len = args.max_model_len or models.config(args.model).get("max_position_embeddings", 8192)
+    if args.task == "train":
+        args.engine = args.engine or ("deepspeed" if args.zero or args.offload != "none" else "ddp")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# The three tasks: a plan, and the cheapest change that makes it fit
+
+
+def options(args: argparse.Namespace) -> dict:
+    """The arguments that lab.memory takes, by its own names."""
+    return {k: v for k, v in vars(args).items() if k not in ("task", "model", "json", "recipe", "size")}
+
+
+def plan(args: argparse.Namespace) -> dict:
+    """The plan of a parsed command line, `suggestion` and predicted speed included."""
+    if args.task == "image-edit":
+        return image_edit(args)
+    model = memory.read(models.config(args.model), args.model)
+    task = memory.serve if args.task == "serve" else memory.train
+    found = task(model, **options(args))
+    found["suggestion"] = "" if found["fits"] else suggestion(task, model, args)
+    found["parameters"] = model.parameters
+    found["predicted_speed"] = predicted(model, args)
+    return found
+
+
+# What to try when something does not fit: (cost, value) for each option, a small cost first. Costs order the changes, nothing else.
+def changes(model: memory.Model, args: argparse.Namespace) -> dict[str, list]:
+    shorter = lambda name, floor: [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]  # noqa: E731
+    if args.task == "serve":
+        divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)]
+        found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, 0.95)] if args.gpu_memory_utilization != 0.95 else []}
+        found |= {"concurrency": [(2, 1)] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
+        found |= {"max_model_len": shorter("max_model_len", 1024)}
+        smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
+        return found | {"dtype": [(8 if d == "fp8" else 10, d) for d in smaller]}
+    found = {"checkpointing": [] if args.checkpointing else [(1, True)], "micro_batch": [(1, 1)] if args.micro_batch > 1 else []}
+    found |= {"seq_len": shorter("seq_len", 512), "dtype": [(1, "bfloat16")] if args.dtype == "float32" else []}
+    if args.method == "full":
+        found |= {"zero": [(z, z) for z in (1, 2, 3) if args.gpus > 1 and z > args.zero and args.engine != "fsdp"]}
+        found |= {"offload": [(c, o) for c, o in ((5, "optimizer"), (7, "optimizer+param")) if args.offload == "none" and args.engine != "fsdp"]}
+    found |= {"method": [(c, m) for c, m in ((12, "lora"), (14, "qlora")) if (args.method, m) not in (("lora", "lora"), ("qlora", "lora"), ("qlora", "qlora"))]}
+    return found
+
+
+def suggestion(task, model: memory.Model, args: argparse.Namespace) -> str:
+    """The cheapest combination of changes that fits, as flags of this command; a sentence where none does."""
+    from itertools import product
+
+    offers = changes(model, args)
+    sets = product(*([(0, name, None), *((cost, name, value) for cost, value in values)] for name, values in offers.items()))
+    for chosen in sorted(sets, key=lambda s: (sum(cost for cost, *_ in s), sum(v is not None for *_, v in s))):
+        new = {name: value for _, name, value in chosen if value is not None}
+        if new.get("method") and ("zero" in new or "offload" in new):
+            continue
+        if args.task == "train":
+            offload = new.get("offload", args.offload)
+            zero = new.get("zero", args.zero)
+            if offload != "none" and zero < (3 if "param" in offload else 1):
+                continue
+            new["engine"] = "deepspeed" if zero or offload != "none" else ("ddp" if args.engine != "fsdp" else "fsdp")
+        if new and task(model, **options(args) | new)["fits"]:
+            new.pop("engine", None)
+            return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in new.items())
+    return "nothing the planner knows makes it fit: take a smaller model, or more or larger cards"
+
+
+def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
+    """Bounds of the speed on cards as fast as a 4090 (lab/speed.py)."""
+    from lab import speed
+
+    cluster = speed.Machine(gpus=args.gpus)
+    if args.task == "serve":
+        found = speed.decode(model, cluster, tp=args.tp, pp=args.pp, dtype=args.dtype, kv_dtype=args.kv_dtype, batch=args.concurrency, context=min(1024, args.max_model_len))
+        found |= speed.prefill(model, cluster, tp=args.tp, dtype=args.dtype, tokens=min(1024, args.max_model_len))
+    else:
+        found = speed.train(model, cluster, tokens=args.micro_batch * args.seq_len, seq_len=args.seq_len, method=args.method, zero=args.zero,
+                            checkpointing=args.checkpointing, accumulate=args.accumulate)  # fmt: skip
+    return {name: round(value, 4 if name.endswith("ratio") else 2) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def image_edit(args: argparse.Namespace) -> dict:
+    """The arithmetic of modules/02_qwen_image_edit/02_what_fits.py for these cards."""
+    import runpy
+    from pathlib import Path
+
+    fits = runpy.run_path(str(ROOT / "modules/02_qwen_image_edit/02_what_fits.py"))
+    recipes = fits["RECIPES"] | fits["PLANNED"]
+    if args.recipe not in recipes:
+        fail(f"unknown recipe {args.recipe}: choose one of {', '.join(recipes)}")
+    if Path(args.model).is_dir():
+        tensors = fits["tensors_of"](Path(args.model))
+    elif models.entry(args.model)[0] == "qwen-image-edit":
+        tensors = fits["published"]()
+    else:
+        fail(f"{args.model} is no image editing model that the planner knows: give qwen-image-edit, or the folder of a QwenImageEditPipeline")
+    usable = args.gpu_memory_gib - memory.CONTEXT_GIB
+
+    def lacks(recipe: str) -> bool:
+        need = fits["needs"](recipe, tensors, args.size)
+        return any(gib > usable or int(place[5:]) >= args.gpus for place, gib in need.items() if place != "host")
+
+    need = fits["needs"](args.recipe, tensors, args.size)
+    cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
+    weights = {place: sum(fits["stored_bytes"](*item, how) for c, (where, how) in recipes[args.recipe].items() if where == place for item in tensors[c].items()) for place in cards}
+    fullest = max(cards, key=cards.get)
+    parts = {"weights": round(weights[fullest] / memory.GIB, 2), "total": round(cards[fullest] + memory.CONTEXT_GIB, 2)}
+    parts = {"weights": parts["weights"], "working_memory": round(cards[fullest] - parts["weights"], 2), "cuda_context": memory.CONTEXT_GIB, "total": parts["total"]}
+    better = next((f"--recipe {r}" for r in recipes if not lacks(r)), "nothing the planner knows makes it fit: take larger cards")
+    found = {"fits": not lacks(args.recipe), "per_gpu_gib": parts, "cards_gib": cards, "host_gib": round(need["host"], 1)}
+    return found | {"suggestion": better if lacks(args.recipe) else ""}
+
+
+# -----------------------------------------------------------------------------
+# This repository's own recipes, as the planner's command lines
+
+
+def recipes() -> dict[str, tuple[str, str]]:
+    """{what a reader types: (file it is written in, the planner's command line)} of the 4090x2 profile and of modules/*/configs."""
+    import json
+
+    import yaml
+
+    def read(file: str) -> dict:
+        return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))  # JSON is YAML
+
+    profile, found = read("configs/profiles/4090x2.yaml"), {}
+    for name, command in (("serve", "make vllm-serve"), ("throughput", "make vllm-throughput")):
+        section = profile[name]
+        flags = {k: v for k, v in section["args"].items() if k in ("gpu-memory-utilization", "max-model-len", "dtype")} | {"tp": section["args"].get("tensor-parallel-size", 1)}
+        found[command] = ("configs/profiles/4090x2.yaml", f"serve --model {section['model']} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
+    t = profile["train"]
+    steps = f"--micro-batch {t['micro_batch']} --seq-len {t['seq_len']} --accumulate {{}} --dtype {t['dtype']}"
+    found["make train-one"] = ("configs/profiles/4090x2.yaml", f"train --model {t['model']} --gpus 1 " + steps.format(2))
+    found["make train-ddp"] = ("configs/profiles/4090x2.yaml", f"train --model {t['model']} " + steps.format(t["accumulate"]))
+    for file in sorted((ROOT / "modules/04_Accelerate/configs").glob("*.yaml")):
+        launcher = read(file)
+        kind = launcher["distributed_type"]
+        engine = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": f"deepspeed --zero {launcher.get('deepspeed_config', {}).get('zero_stage', 0)}"}[kind]
+        found[f"make train-accelerate CONFIG={file.stem}"] = (f"modules/04_Accelerate/configs/{file.name}", f"train --model {t['model']} --engine {engine} " + steps.format(t["accumulate"]))
+    for target, file in [*((f"train-z{z}", f"configs/z{z}.json") for z in range(4)), ("train-z2-offload", "ds_config.json")]:
+        config = json.loads((ROOT / "modules/05_DeepSpeed" / file).read_text())
+        zero = config["zero_optimization"]
+        model = profile["zero"]["model"] if zero["stage"] else t["model"]
+        accumulate = config["gradient_accumulation_steps"] if config["gradient_accumulation_steps"] != "auto" else t["accumulate"]
+        where = "+".join(k.removeprefix("offload_") for k in ("offload_optimizer", "offload_param") if k in zero) or "none"
+        line = f"train --model {model} --engine deepspeed --zero {zero['stage']} --offload {where} --bucket {zero.get('reduce_bucket_size', 5e8):g} "
+        found[f"make {target}"] = (f"modules/05_DeepSpeed/{file}", line + steps.format(accumulate))
+    for file, target in (("sft_lora.yaml", "lf-train"), ("sft_lora_z2.yaml", "lf-train-z2")):
+        c = read(f"modules/06_LLaMA-Factory/configs/{file}")
+        method = "qlora" if c.get("quantization_bit") == 4 else c["finetuning_type"]
+        line = f"train --model {c['model_name_or_path']} --method {method} --lora-rank {c['lora_rank']} --seq-len {c['cutoff_len']}"
+        line += f" --micro-batch {c['per_device_train_batch_size']} --accumulate {c['gradient_accumulation_steps']}"
+        line += "" if c.get("disable_gradient_checkpointing") else " --checkpointing"
+        zero = read(c["deepspeed"])["zero_optimization"]["stage"] if "deepspeed" in c else 0
+        found[f"make {target}"] = (f"modules/06_LLaMA-Factory/configs/{file}", line + (f" --engine deepspeed --zero {zero}" if zero else " --gpus 1"))
+    for file, command in (("infer.yaml", "make lf-chat"),):
+        c = read(f"modules/06_LLaMA-Factory/configs/{file}")
+        found[command] = (f"modules/06_LLaMA-Factory/configs/{file}", f"serve --model {c['model_name_or_path']} --dtype {c['infer_dtype']} --tp 1 --max-model-len 4096")
+    e = profile["image_edit"]
+    found["make image-edit"] = ("configs/profiles/4090x2.yaml", f"image-edit --model {e['model']} --recipe {e['recipe']} --size {e['size']}")
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Words for people
+
+
+def left_over(found: dict) -> str:
+    """What a plan leaves, in the task's own terms."""
+    if "kv_tokens" in found:
+        return f"{found['kv_tokens']:,} KV tokens = {found['max_concurrency']:g} requests of {found['max_model_len']:,}"
+    return f"host {found['host_gib']:g} GiB"
+
+
+def show(args: argparse.Namespace, found: dict) -> None:
+    print(f"{args.task} {args.model} on {args.gpus} x {args.gpu_memory_gib:g} GiB" + (f", {found['parameters'] / 1e9:.2f} B parameters" if "parameters" in found else ""))
+    print(f"\n  GiB on {'the fullest card' if args.gpus > 1 else 'the card'}" + (f", {found['moment']}" if "moment" in found else ""))
+    for name, value in found["per_gpu_gib"].items():
+        print(f"    {name.replace('_', ' '):22}{value:8.2f}")
+    if "kv_tokens" in found:
+        print(f"  of {found['budget_gib']} that vLLM takes; the cache holds {left_over(found)} tokens")
+    print(f"  host memory             {found['host_gib']:8.1f}" + (f"   NVMe {found['nvme_gib']:.0f} GiB" if "nvme_gib" in found else ""))
+    if "predicted_speed" in found:
+        print("  predicted bounds on 4090s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in found["predicted_speed"].items()))
+    print("\nfits" if found["fits"] else f"\ndoes not fit; the cheapest change that does: {found['suggestion']}")
+
+
+def table() -> None:
+    """What of this repository fits 2 x 24 GB, and why: a line for each recipe."""
+    print(f"{'this repository on 2 x 24 GB':40} {'GiB on a card':>13}  {'most of it':42} left over")
+    for command, (_, line) in recipes().items():
+        found = plan(parse(line.split()))
+        parts = {name: value for name, value in found["per_gpu_gib"].items() if name != "total"}
+        most = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in sorted(parts.items(), key=lambda p: -p[1])[:2])
+        print(f"{command:40} {found['per_gpu_gib']['total']:13.1f}  {most:42} {left_over(found) if found['fits'] else 'DOES NOT FIT: ' + found['suggestion']}")
+    print("\nA card of 24 GB leaves 23.6 GiB to CUDA. Predictions; held against measurement in modules/01_single_gpu_smoke/readme.md.")
+
+
+def main() -> None:
+    args = parse()
+    if args.task is None:
+        return table()
+    found = plan(args)
+    if args.json:
+        import json
+
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        show(args, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""scripts/plan.py: its answers, what it refuses, and this repository's own recipes on 2 x 24 GB."""
+
+import json
+import shlex
+
+import pytest
+from conftest import ROOT, python, refused, run
+
+from lab import memory, models
+from lab.profile import read_yaml
+
+PLAN = "scripts/plan.py"
+CONFIG = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+CONFIG |= {"intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768}
+
+
+def answer(line: str) -> dict:
+    return json.loads(python(PLAN, *shlex.split(line), "--json", check=0).stdout)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """scripts/plan.py as a module."""
+    import importlib
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("plan")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_a_name_a_folder_and_a_config_give_one_answer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    by_name = answer("serve --model qwen2.5-7b-instruct --gpus 1")
+    assert by_name["fits"] and by_name["suggestion"] == "" and by_name["kv_tokens"] > 32768
+    assert by_name == answer("serve --model Qwen/Qwen2.5-7B-Instruct --gpus 1")
+    assert by_name == answer(f"serve --model {tmp_path} --gpus 1") == answer(f"serve --model {tmp_path}/config.json --gpus 1")
+
+
+def test_no_engine_and_no_network(tmp_path):
+    """An answer needs neither torch nor an engine, and opens no connection."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    code = (
+        "import runpy, socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'accelerate', 'numpy', 'omegaconf', 'pynvml'} & set(sys.modules); assert not heavy, heavy"
+    )
+    for line in (f"serve --model {tmp_path} --json", f"train --model {tmp_path}/config.json", "image-edit --recipe nf4", ""):
+        python("-c", code, PLAN, *shlex.split(line), check=0)
+
+
+FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measured fact
+    "serve --model qwen2.5-14b-instruct --max-model-len 8192": True,  # facts of the model cards: 29.5 GB over two cards
+    "serve --model qwen2.5-14b-instruct --gpus 1": False,
+    "serve --model qwen2.5-14b-instruct --gpus 1 --dtype fp8 --max-model-len 8192": True,
+    "serve --model qwen2.5-32b-instruct --max-model-len 8192": False,
+    "serve --model qwen2.5-32b-instruct --dtype int4 --max-model-len 8192": True,
+    "serve --model qwen2.5-7b-instruct --gpus 1 --dtype float32": False,
+    "train --model qwen2.5-7b-instruct --gpus 1 --dtype float32": False,
+    "train --model qwen2.5-7b-instruct --gpus 2 --zero 3 --checkpointing": False,
+    "train --model qwen2.5-7b-instruct --gpus 2 --zero 3 --offload optimizer+param --checkpointing": True,
+    "train --model qwen2.5-7b-instruct --gpus 1 --method qlora --checkpointing": True,
+    "train --model qwen2.5-1.5b-instruct --gpus 1": False,
+    "image-edit --gpus 2 --recipe plain": False,
+    "image-edit --gpus 2 --recipe fp8": True,
+    "image-edit --gpus 1 --recipe fp8": False,
+    "image-edit --gpus 1 --recipe nf4": True,
+    "image-edit --gpus 1 --recipe group-offload": True,
+    "image-edit --gpus 1 --recipe model-offload": False,
+    "image-edit --gpus 2 --recipe gguf": True,
+}
+
+
+@pytest.mark.parametrize("line", FITS)
+def test_verdicts(plan, line):
+    found = plan.plan(plan.parse(shlex.split(line)))
+    assert found["fits"] == FITS[line], found
+    parts = dict(found["per_gpu_gib"])
+    assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=0.02) and parts["weights"] >= 0 and found["host_gib"] > 0
+    assert bool(found["suggestion"]) != found["fits"]
+
+
+@pytest.mark.parametrize("line", [line for line, fits in FITS.items() if not fits])
+def test_suggestions_fit(plan, line):
+    """What the planner proposes is a command line of its own, and that one fits."""
+    found = plan.plan(plan.parse(shlex.split(line)))
+    assert found["suggestion"].startswith("--"), found["suggestion"]
+    assert plan.plan(plan.parse(shlex.split(f"{line} {found['suggestion']}")))["fits"]
+
+
+def test_no_suggestion_where_nothing_helps():
+    assert "smaller model" in answer("serve --model qwen2.5-32b-instruct --gpus 1 --gpu-memory-gib 8")["suggestion"]
+
+
+def test_every_recipe_of_the_repository_fits(plan):
+    """No recipe that two 24 GB cards cannot hold may be committed, and no configuration may slip past the planner."""
+    recipes = plan.recipes()
+    for command, (file, line) in recipes.items():
+        found = plan.plan(plan.parse(shlex.split(line)))
+        assert found["fits"], f"{command} ({file}) does not fit 2 x 24 GB: {found['per_gpu_gib']}; {found['suggestion']}"
+    files = {f.relative_to(ROOT).as_posix() for f in ROOT.glob("modules/*/configs/*.*")} | {"modules/05_DeepSpeed/ds_config.json"}
+    on_no_card = {"modules/06_LLaMA-Factory/configs/merge.yaml"}  # export_device: cpu
+    inside = {"modules/06_LLaMA-Factory/configs/zero2.json"}  # read through sft_lora_z2.yaml
+    assert {file for file, _ in recipes.values()} - {"configs/profiles/4090x2.yaml"} == files - on_no_card - inside
+    sections = {name for name, values in read_yaml(ROOT / "configs/profiles/4090x2.yaml").items() if isinstance(values, dict) and values.get("model")}
+    assert sections == {"smoke", "serve", "image_edit", "throughput", "train", "zero", "finetune"}, "a new section needs a line in recipes()"
+
+
+def test_a_recipe_that_does_not_fit_is_found(plan, monkeypatch):
+    """The test above can fail: a 14B served on one card."""
+    line = plan.recipes()["make vllm-serve"][1]
+    assert not plan.plan(plan.parse(shlex.split(line.replace("--tp 2", "--tp 1"))))["fits"]
+
+
+def test_make_plan():
+    out = run("make", "plan", check=0).stdout
+    assert "make vllm-serve" in out and "make train-z3" in out and "DOES NOT FIT" not in out
+    assert "does not fit; the cheapest change that does: " in run("make", "plan", "ARGS=serve --model qwen2.5-14b-instruct --gpus 1", check=0).stdout
+
+
+def test_calibration_lines(plan):
+    """Every line of configs/calibration.yaml is a command line of the planner that it says fits, and no test line is a fit line."""
+    cases = read_yaml(ROOT / "configs/calibration.yaml")
+    assert {case["use"] for case in cases.values()} == {"fit", "test"} and len({case["plan"] for case in cases.values()}) == len(cases)
+    for name, case in cases.items():
+        assert plan.plan(plan.parse(shlex.split(case["plan"])))["fits"], name
+
+
+BAD = {
+    "no config": ("serve --model {tmp}", "no config.json"),
+    "no such model": ("serve --model nowhere", "there is no model nowhere"),
+    "not json": ("serve --model {tmp}/broken.json", "is no config.json"),
+    "a list": ("serve --model {tmp}/list.json", "must be an object"),
+    "unknown architecture": ("serve --model {tmp}/t5.json", "T5ForConditionalGeneration"),
+    "a size missing": ("serve --model {tmp}/half.json", "hidden_size"),
+    "a negative size": ("train --model {tmp}/negative.json", "must be a whole number above 0"),
+    "tp and heads": ("serve --model qwen2.5-7b-instruct --gpus 3 --tp 3", "does not divide"),
+    "tp and cards": ("serve --model qwen2.5-7b-instruct --gpus 1 --tp 2", "needs 2 cards"),
+    "no gpus": ("serve --model qwen2.5-7b-instruct --gpus 0", "at least 1"),
+    "absurd batch": ("train --model qwen2.5-7b-instruct --micro-batch -4", "at least 1"),
+    "a word for a number": ("train --model qwen2.5-7b-instruct --seq-len many", "whole number"),
+    "no memory": ("serve --model qwen2.5-7b-instruct --gpu-memory-gib 0", "at least 0.1"),
+    "not a number": ("serve --model qwen2.5-7b-instruct --gpu-memory-gib nan", "at least 0.1"),
+    "more than the card": ("serve --model qwen2.5-7b-instruct --gpu-memory-utilization 1.5", "share of the card"),
+    "zero 9": ("train --model qwen2.5-7b-instruct --zero 9", "0, 1, 2, 3"),
+    "offload without zero": ("train --model qwen2.5-7b-instruct --offload optimizer", "--zero"),
+    "image model": ("image-edit --model qwen2.5-7b-instruct", "image editing model"),
+    "image recipe": ("image-edit --recipe magic", "unknown recipe magic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(case, tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "t5.json").write_text(json.dumps(CONFIG | {"architectures": ["T5ForConditionalGeneration"]}))
+    (tmp_path / "half.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
+    (tmp_path / "negative.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": -3}))
+    line, words = BAD[case]
+    assert words in refused("python", PLAN, *shlex.split(line.format(tmp=tmp_path)))
+
+
+def test_quantised_checkpoints_are_understood():
+    """Published sizes of Qwen2.5-32B-Instruct-GPTQ-Int4 (19.3 GB) and -AWQ, from their config.json's own words."""
+    config = models.config("qwen2.5-32b-instruct")
+    for quantization in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}):
+        model = memory.read(config | {"quantization_config": quantization})
+        assert model.stored == "int4" and memory.weight_bytes(model) / 1e9 == pytest.approx(19.3, rel=0.01)
+    assert memory.read(config | {"quantization_config": {"quant_method": "fp8"}}).stored == "fp8"
+
+
+def test_communication_model():
+    """The alpha-beta model at its edges: one card moves nothing; large messages go at the ring's 2 (n-1)/n; small ones by latency."""
+    from lab import speed
+
+    machine = speed.Machine(gpus=1024, gpus_per_node=8)
+    assert speed.collective("all_reduce", 1e9, 1, machine) == 0
+    assert speed.collective("all_reduce", 1e9, 2, machine) == pytest.approx(1e9 / machine.link, rel=0.01)
+    assert speed.collective("all_gather", 1e9, 8, machine) == pytest.approx(7 / 8 * 1e9 / machine.link, rel=0.01)
+    assert speed.collective("all_reduce", 8, 1024, machine) == pytest.approx(20 * machine.network_latency, rel=0.01)
+    times = [speed.collective("all_reduce", 1e9, n, machine) for n in (2, 8, 16, 64, 1024)]
+    assert times == sorted(times)
