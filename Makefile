@@ -43,9 +43,12 @@ stop: env ## end every server and job this repository started, and nothing else
 # ------------------------------------------------------------------------------
 # 01 single GPU smoke test
 
-.PHONY: smoke
+.PHONY: smoke plan-examples
 smoke: env ## 01: versions, matrix products against float64, memory bandwidth, first tokens
 	@$(PY) modules/01_single_gpu_smoke/01_smoke.py $(ARGS)
+
+plan-examples: env ## 01: five questions about two 24 GB cards, answered by arithmetic, beside other estimators
+	@$(PY) modules/01_single_gpu_smoke/02_plan_examples.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 02 image editing

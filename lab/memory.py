@@ -12,7 +12,7 @@ lines marked `test`: the table is in modules/01_single_gpu_smoke/readme.md. GiB 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lab import fail
 
@@ -23,15 +23,16 @@ GIB = 2**30
 LINEAR_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1, "int4": 0.5 + 2.5 / 128, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 CARD_GIB = 23.6  # of a 4090's 24 GiB, what its driver leaves to CUDA ("total capacity of 23.65 GiB" in PyTorch's error messages)
-CONTEXT_GIB = 0.5  # CUDA context and loaded kernels of a process
-HOST_PROCESS_GIB = 2.5  # Python, torch and its libraries
+HOST_PROCESS_GIB = 2.25  # Python, torch and its libraries
 KV_BLOCK = 16  # tokens of a block of vLLM's cache
 
-# vLLM's needs beside weights and cache: numbers a token of the largest batch (multiples of hidden and of the MLP's width), bytes for a
-# request and word of the vocabulary, GiB of graphs (fixed, and a layer) and of libraries (one card, NCCL with several).
-SERVE_HIDDEN, SERVE_MLP, SERVE_SAMPLING = 4, 3, 24
-ZERO3_LIVE = 1e9  # stage3_max_live_parameters
-SERVE_GRAPHS, SERVE_GRAPHS_LAYER, SERVE_OTHER, SERVE_NCCL = 0.2 * GIB, 0.01 * GIB, 0.1 * GIB, 0.3 * GIB
+# Measured on H100s (configs/calibration.yaml, lines `fit`): CUDA context and loaded kernels of a process, what PyTorch holds for cuBLAS,
+# what vLLM's libraries take within its share, a CUDA graph of one layer.
+CONTEXT, WORKSPACE, SERVE_OTHER, GRAPH_LAYER = 0.75 * GIB, 0.064 * GIB, 0.22 * GIB, 0.00025 * GIB
+# NCCL between two cards without NVLink, and its part in CUDA graphs. The first from logs of two GeForce cards (vllm#14452), the second
+# scaled from it: nobody has measured a 4090 here. On H100s, with more channels, they were 1.0 and 1.2 GiB.
+NCCL, GRAPH_NCCL = 0.33 * GIB, 0.4 * GIB
+ZERO3_LIVE = 1e9  # parameters gathered at once: stage3_max_live_parameters
 
 # What the code of an architecture decides and its config.json does not say.
 ARCHITECTURES = {
@@ -214,23 +215,27 @@ def serve(
     ends = model.embedding * (1 if model.tied or pp > 1 else 2)  # a pipeline's first and last card have one of the two each
     copies = max(1, tp / model.kv_heads)  # of each key and value head
     linear = model.linear / model.layers * layers / tp + layers * 2 * model.hidden * model.kv / tp * (copies - 1)
-    parts = {"weights": linear * LINEAR_BYTES[dtype] + (ends / tp + model.other / model.layers * layers) * wide}
+    weights = linear * LINEAR_BYTES[dtype] + (ends / tp + model.other / model.layers * layers) * wide
 
+    # The largest batch: three times the MLP's width and six times the hidden size are alive at once in a layer. At a first start
+    # torch.compile holds one more copy of the embedding, which is often the larger (seen with every model; not with --enforce-eager).
     most = model.expert_intermediate * model.experts_per_token + model.shared_intermediate if model.experts else model.intermediate
-    flow = max_num_batched_tokens * (SERVE_HIDDEN * model.hidden + SERVE_MLP * max(most, 0) / tp) * wide
-    sampling = min(max_num_seqs, max_num_batched_tokens) * model.vocab * SERVE_SAMPLING
-    parts["activations"] = max(flow, sampling)
-    parts["cuda_graphs"] = 0 if enforce_eager else SERVE_GRAPHS + SERVE_GRAPHS_LAYER * layers
-    parts["other"] = SERVE_OTHER + (SERVE_NCCL if tp * pp > 1 else 0)
+    flow = lambda tokens: tokens * (6 * model.hidden + 3 * most / tp) * wide  # noqa: E731
+    compiling = 0 if enforce_eager else model.embedding / tp * wide + 2 * max_num_batched_tokens * model.hidden * wide
+    parts = {"weights": weights, "activations": max(flow(max_num_batched_tokens), compiling), "libraries": SERVE_OTHER}
 
     per_token = kv_bytes_per_token(model, kv_dtype, tp, pp, dtype)
     budget = gpu_memory_gib * gpu_memory_utilization * GIB
     kv_tokens = max(0, math.floor((budget - sum(parts.values())) / per_token / KV_BLOCK) * KV_BLOCK)
-    parts["kv_cache"] = math.ceil(max_model_len / KV_BLOCK) * KV_BLOCK * concurrency * per_token
+    parts["kv_cache"] = max(0, budget - sum(parts.values()))
+    # Outside gpu_memory_utilization: the context, taken before vLLM looks, and the CUDA graphs, captured when the cache has its share.
+    largest = min(2 * max_num_seqs, 512, max_num_batched_tokens)
+    sizes = 3 + min(largest, 255) // 8 + max(0, (largest - 240) // 16)
+    graphs = 0 if enforce_eager else GRAPH_LAYER * layers * sizes + flow(largest) + (GRAPH_NCCL if tp > 1 else 0)
+    parts |= {"cuda_graphs": graphs, "cuda_context": CONTEXT + (NCCL if tp * pp > 1 else 0)}
     per_gpu = gib(parts)
-    startable = budget + CONTEXT_GIB * GIB <= gpu_memory_gib * GIB
     return {
-        "fits": kv_tokens >= max_model_len * concurrency and startable,
+        "fits": kv_tokens >= max_model_len * concurrency and per_gpu["total"] <= gpu_memory_gib,
         "per_gpu_gib": per_gpu,
         "budget_gib": round(budget / GIB, 2),
         "host_gib": round(HOST_PROCESS_GIB * (tp * pp + 1), 1),
@@ -308,59 +313,76 @@ def train(
 
     # What lies on the card all the time
     frozen = 0 if full else weight_bytes(model, "nf4" if method == "qlora" else "float32" if fp32 else "bfloat16")
-    still = {"weights": frozen / divided + trained * held / divided}
-    moments = trained * (12 if deepspeed and (zero or not fp32) else 8) / (n if zero or engine == "fsdp" else 1)
-    still["optimizer"] = 0 if offload != "none" else moments
-    if "param" in offload:
-        still["weights"] = 0
-    still["buffers"] = 0
-    if engine == "ddp" and n > 1:
-        still["buffers"] = trained * 4  # DDP's buckets: every gradient once more
-    if zero:
-        still["buffers"] = min(bucket, trained) * half * (2 if zero >= 2 else 1)
+    head = model.embedding * held if full else 0  # one gradient of the embedding or of the output layer
+    still = {"weights": 0 if "param" in offload else (frozen + trained * held) / divided}
+    optimizer = trained * (12 if deepspeed and (zero or not fp32) else 8) / (n if zero or engine == "fsdp" else 1)
+    still["optimizer"] = 0 if offload != "none" else optimizer
     grads = trained * held / (n if zero >= 2 or (zero == 1 and accumulate == 1) or engine == "fsdp" else 1)
-    kept_grads = 0 if offload != "none" else grads
+    still["buffers"] = WORKSPACE
+    if engine == "ddp" and n > 1:
+        still["buffers"] += trained * 4  # DDP's buckets: every gradient once more
+    if zero == 3:
+        still["buffers"] += min(bucket, trained) * half + (grads if offload == "none" else 0)  # one flat buffer, never freed
+    if zero and zero < 3 and offload != "none":
+        still["buffers"] += head  # the last gradient that was larger than a bucket
 
     # What comes and goes
     layer = saved_bytes_per_token(model, method, precision, lora_rank) * tokens
     stream = (4 if precision == "fp32" or (precision == "autocast" and full) else 2) * h * tokens  # a layer's input
     saved = layers * (stream if checkpointing else layer)
-    loss = 12 * model.vocab * tokens  # logits in fp32, their log-softmax, its gradient
+    logits = model.vocab * tokens  # 16-bit and fp32 ones and their log-softmax; then the fp32 ones, their log-softmax, its gradient
     cast = half * (model.linear + model.embedding if full else trained) if precision == "autocast" else 0
     live = 0
     if zero == 3:
-        live = half * min(model.parameters, ZERO3_LIVE)
+        live = half * min(model.parameters, ZERO3_LIVE + (0 if model.tied else model.embedding))
     if engine == "fsdp":
         live = half * (2 * model.linear / layers + model.embedding * (1 if model.tied else 2))
-    one = saved_bytes_per_token(model, method, precision, lora_rank) * tokens + 3 * half * model.intermediate * tokens
-    head = model.embedding * (held if full else 0)
-
+    widest = 3 * half * (model.intermediate if not model.experts else model.experts_per_token * model.expert_intermediate) * tokens
+    recomputed = layer + widest if checkpointing else 0
+    ending = 0 if zero == 3 else grads  # ZeRO-3 has their place already, or sends them to the host as they come
+    reducing = 2 * min(bucket, trained) * half + 3 * head if zero in (1, 2) else head  # buckets, and what is larger than one
+    stepping = 0 if offload != "none" else trained * 4 / (n if zero or engine == "fsdp" else 1)  # AdamW's square roots
+    grads_of_step = 0 if offload != "none" else trained * 4 / n if zero else grads + (trained * 4 if deepspeed and not fp32 else 0)
     moments_of_step = {
-        "loss": still | {"activations": saved, "logits": loss, "working_copies": cast + live},
-        "layer": still | {"activations": (saved if checkpointing else saved - layer) + one, "gradients": min(grads, head), "working_copies": live},
-        "end of backward": still | {"activations": one if checkpointing else layer, "gradients": grads + head, "working_copies": live},
-        "optimizer step": still | {"gradients": grads, "step": 0 if offload != "none" else trained * 4 / (n if zero or engine == "fsdp" else 1) * (2 if deepspeed else 1)},
+        "end of forward": still | {"activations": saved, "logits": (8 if fp32 else 10) * logits, "working_copies": cast + live},
+        "begin of backward": still | {"activations": saved, "logits": 12 * logits, "working_copies": (min(cast, half * model.embedding) if checkpointing else cast) + live},
+        "a layer's backward": still | {"activations": saved + recomputed, "gradients": min(grads, head), "working_copies": live},
+        "end of backward": still | {"activations": recomputed or layer, "gradients": ending + reducing, "working_copies": live},
+        "optimizer step": still | {"gradients": grads_of_step, "optimizer_step": stepping},
     }
-    del kept_grads
     moment = max(moments_of_step, key=lambda name: sum(moments_of_step[name].values()))
-    parts = moments_of_step[moment] | {"cuda_context": CONTEXT_GIB * GIB}
+    parts = moments_of_step[moment] | {"cuda_context": CONTEXT + (NCCL if n > 1 else 0)}
     per_gpu = gib({name: value for name, value in parts.items() if value or name == "weights"})
 
-    host = HOST_PROCESS_GIB * GIB * n
-    disk = 0.0
+    # Each process of an offloaded optimizer pins its part of the master copy and of the fp32 gradients, and has two moments that are not
+    # pinned; while it starts it also holds the model's weights once. Offloaded parameters lie there twice.
+    host, disk = HOST_PROCESS_GIB * GIB * n, 0.0
     if offload != "none":
-        lies = trained * (12 + 4) + (frozen + trained * half if "param" in offload else 0)
-        host, disk = (host + lies, 0.0) if offload_device == "cpu" else (host + trained * 4, lies)
+        part = 4 * trained / n
+        group = 4e9 if zero == 3 else part  # ZeRO-3 works on sub_group_size = 1e9 numbers at a time
+        master = pinned(part, group)
+        moments = 2 * part
+        params = 2 * half * trained if "param" in offload else 0
+        host += n * (master + half * trained)
+        if offload_device == "cpu":
+            host += n * (master + moments) + params
+        else:
+            disk = n * (part + moments) + params / 2
     host_gib = round(host / GIB, 1)
-    return {
+    states = {"parameters": (frozen + trained * held) / divided, "gradients": grads, "optimizer": optimizer}
+    found = {
         "fits": per_gpu["total"] <= gpu_memory_gib and (host_memory_gib is None or host_gib <= host_memory_gib),
         "per_gpu_gib": per_gpu,
         "moment": moment,
-        "state_gib": round((still["weights"] + still["optimizer"] + kept(still, grads, offload)) / GIB, 3),
+        "moments_gib": {name: round(sum(parts.values()) / GIB, 2) for name, parts in moments_of_step.items()},
+        "states_gib": gib(states),
         "host_gib": host_gib,
         "trained_parameters": trained,
-    } | ({"nvme_gib": round(disk / GIB, 1)} if disk else {})
+    }
+    return found | ({"nvme_gib": round(disk / GIB, 1)} if disk else {})
 
 
-def kept(still, grads, offload):
-    return grads
+def pinned(size: float, largest: float) -> float:
+    """Bytes that PyTorch page-locks for `size` bytes in tensors of at most `largest`: each is rounded up to a power of two."""
+    whole, rest = divmod(size, largest)
+    return whole * 2 ** math.ceil(math.log2(largest)) + (2 ** math.ceil(math.log2(rest)) if rest >= 1 else 0)

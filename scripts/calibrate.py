@@ -105,7 +105,7 @@ def worker(args) -> None:
     torch.manual_seed(0)
     whole = args.method == "full" and not deepspeed_engine  # these engines keep the weights in fp32 and compute in bf16
     held = torch.float32 if whole or args.dtype == "float32" else torch.bfloat16
-    with torch.device("cpu" if args.offload == "optimizer+param" else device):
+    with device:
         model = AutoModelForCausalLM.from_config(config, dtype=held)
     if args.method == "qlora":
         pack(model, device)

@@ -114,7 +114,7 @@ def changes(model: memory.Model, args: argparse.Namespace) -> dict[str, list]:
     shorter = lambda name, floor: [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]  # noqa: E731
     if args.task == "serve":
         divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)]
-        found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, 0.95)] if args.gpu_memory_utilization != 0.95 else []}
+        found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, 0.85, 0.8, 0.75) if u != args.gpu_memory_utilization]}
         found |= {"concurrency": [(2, 1)] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
         found |= {"max_model_len": shorter("max_model_len", 1024)}
         smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
@@ -179,7 +179,7 @@ def image_edit(args: argparse.Namespace) -> dict:
         tensors = fits["published"]()
     else:
         fail(f"{args.model} is no image editing model that the planner knows: give qwen-image-edit, or the folder of a QwenImageEditPipeline")
-    usable = args.gpu_memory_gib - memory.CONTEXT_GIB
+    usable = args.gpu_memory_gib - memory.CONTEXT / memory.GIB
 
     def lacks(recipe: str) -> bool:
         need = fits["needs"](recipe, tensors, args.size)
@@ -189,8 +189,8 @@ def image_edit(args: argparse.Namespace) -> dict:
     cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
     weights = {place: sum(fits["stored_bytes"](*item, how) for c, (where, how) in recipes[args.recipe].items() if where == place for item in tensors[c].items()) for place in cards}
     fullest = max(cards, key=cards.get)
-    parts = {"weights": round(weights[fullest] / memory.GIB, 2), "total": round(cards[fullest] + memory.CONTEXT_GIB, 2)}
-    parts = {"weights": parts["weights"], "working_memory": round(cards[fullest] - parts["weights"], 2), "cuda_context": memory.CONTEXT_GIB, "total": parts["total"]}
+    parts = {"weights": round(weights[fullest] / memory.GIB, 2), "total": round(cards[fullest] + memory.CONTEXT / memory.GIB, 2)}
+    parts = {"weights": parts["weights"], "working_memory": round(cards[fullest] - parts["weights"], 2), "cuda_context": round(memory.CONTEXT / memory.GIB, 2), "total": parts["total"]}
     better = next((f"--recipe {r}" for r in recipes if not lacks(r)), "nothing the planner knows makes it fit: take larger cards")
     found = {"fits": not lacks(args.recipe), "per_gpu_gib": parts, "cards_gib": cards, "host_gib": round(need["host"], 1)}
     return found | {"suggestion": better if lacks(args.recipe) else ""}

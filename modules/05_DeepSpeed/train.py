@@ -183,6 +183,7 @@ def main() -> None:
             gradients = [w.grad for w in engine.module.parameters()] + [w.grad for w in getattr(zero, "single_partition_of_fp32_groups", [])]
             gradients += [part for group in getattr(zero, "averaged_gradients", {}).values() for part in group or []]
             most = max(most, (nbytes(gradients), nbytes(gradients, profile.device)))  # what is kept from backward to step
+            del gradients  # or they would live into the next step
             engine.step()
             step_loss += loss.detach().float() / accumulate
         dist.all_reduce(step_loss)  # the sum over the processes, for the eye only
