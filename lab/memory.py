@@ -24,6 +24,7 @@ LINEAR_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1, 
 
 CARD_GIB = 23.6  # of a 4090's 24 GiB, what its driver leaves to CUDA ("total capacity of 23.65 GiB" in PyTorch's error messages)
 HOST_PROCESS_GIB = 2.25  # Python, torch and its libraries
+UTILIZATIONS = (0.9, 0.85, 0.8, 0.75)  # what vLLM may take of a card, the rest is for CUDA graphs and NCCL
 KV_BLOCK = 16  # tokens of a block of vLLM's cache
 
 # Measured on H100s (configs/calibration.yaml, lines `fit`): CUDA context and loaded kernels of a process, what PyTorch holds for cuBLAS,
@@ -188,7 +189,7 @@ def kv_bytes_per_token(model: Model, kv_dtype: str = "auto", tp: int = 1, pp: in
 
 
 def serve(
-    model: Model, *, gpus: int = 2, gpu_memory_gib: float = CARD_GIB, gpu_memory_utilization: float = 0.9, tp: int | None = None, pp: int = 1,
+    model: Model, *, gpus: int = 2, gpu_memory_gib: float = CARD_GIB, gpu_memory_utilization: float | None = None, tp: int | None = None, pp: int = 1,
     dtype: str = "auto", kv_dtype: str = "auto", max_model_len: int | None = None, concurrency: int = 1, max_num_seqs: int = 256,
     max_num_batched_tokens: int = 2048, enforce_eager: bool = False,
 ) -> dict:  # fmt: skip
@@ -196,8 +197,13 @@ def serve(
 
     vLLM takes gpu_memory_utilization of the card and gives the KV cache what weights, the largest batch (measured at its start) and CUDA
     graphs leave. It fits where the cache holds `concurrency` requests of `max_model_len` tokens. Source: vllm/v1/worker/gpu_worker.py,
-    determine_available_memory. Raises SystemExit(2) where the engine would refuse the division.
+    determine_available_memory. Without gpu_memory_utilization: the largest of UTILIZATIONS with which everything stays on the card.
+    Raises SystemExit(2) where the engine would refuse the division.
     """
+    if gpu_memory_utilization is None:
+        options = {name: value for name, value in locals().items() if name != "gpu_memory_utilization"}
+        plans = [serve(**options | {"gpu_memory_utilization": share}) for share in UTILIZATIONS]
+        return next((p for p in plans if p["fits"]), plans[0])
     tp = tp or max(1, gpus // pp)
     dtype = model.stored if dtype == "auto" else dtype
     max_model_len = max_model_len or model.max_len
@@ -238,6 +244,7 @@ def serve(
         "fits": kv_tokens >= max_model_len * concurrency and per_gpu["total"] <= gpu_memory_gib,
         "per_gpu_gib": per_gpu,
         "budget_gib": round(budget / GIB, 2),
+        "gpu_memory_utilization": gpu_memory_utilization,
         "host_gib": round(HOST_PROCESS_GIB * (tp * pp + 1), 1),
         "kv_tokens": kv_tokens,
         "kv_bytes_per_token": per_token,
@@ -248,7 +255,7 @@ def serve(
 
 def gib(parts: dict[str, float]) -> dict[str, float]:
     """Bytes to GiB, and their total."""
-    return {name: round(value / GIB, 3) for name, value in (parts | {"total": sum(parts.values())}).items()}
+    return {name: round(value / GIB, 6) for name, value in (parts | {"total": sum(parts.values())}).items()}
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +376,7 @@ def train(
         else:
             disk = n * (part + moments) + params / 2
     host_gib = round(host / GIB, 1)
-    states = {"parameters": (frozen + trained * held) / divided, "gradients": grads, "optimizer": optimizer}
+    states = {"parameters": (frozen + trained * held) / divided, "gradients": grads * (4 / held if offload != "none" else 1), "optimizer": optimizer}
     found = {
         "fits": per_gpu["total"] <= gpu_memory_gib and (host_memory_gib is None or host_gib <= host_memory_gib),
         "per_gpu_gib": per_gpu,

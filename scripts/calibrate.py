@@ -45,7 +45,7 @@ def serve(args, log: Path) -> dict:
     options |= {"max_num_seqs": args.max_num_seqs, "max_num_batched_tokens": args.max_num_batched_tokens, "enforce_eager": args.enforce_eager}
     options |= {"kv_cache_dtype": args.kv_dtype, "max_model_len": args.max_model_len, "disable_custom_all_reduce": True}
     if machine.gpus():
-        options["gpu_memory_utilization"] = args.gpu_memory_utilization * args.gpu_memory_gib / cuda_total_gib()
+        options["gpu_memory_utilization"] = (args.gpu_memory_utilization or 0.9) * args.gpu_memory_gib / cuda_total_gib()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(models.config(args.model)))
         code = "import json, sys\nfrom vllm import LLM\nif __name__ == '__main__': LLM(**json.loads(sys.argv[1]))"

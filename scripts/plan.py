@@ -11,7 +11,7 @@ imported, and nothing is downloaded when --model is a folder, a config.json or a
 
 import argparse
 
-from lab import ROOT, fail, memory, models
+from lab import ROOT, fail, memory, models, results
 
 
 def numbers(kind, low, words: str):
@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     edit = tasks.add_parser("image-edit", parents=[machine], help="Qwen-Image-Edit")
     for task in (serve, train, edit):
         task.add_argument("--model", required=task is not edit, default="qwen-image-edit", help="name in configs/models.yaml, hub id, folder or config.json")
-    serve.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    serve.add_argument("--gpu-memory-utilization", type=numbers(float, 0.01, "--gpu-memory-utilization is a share of the card, above 0 and at most 1"),
+                       help="share of the card that vLLM takes (default: 0.9, or less where CUDA graphs and NCCL would not fit beside it)")  # fmt: skip
     serve.add_argument("--tp", type=count, help="tensor parallel size (default: all cards that --pp leaves)")
     serve.add_argument("--pp", type=count, default=1, help="pipeline parallel size")
     serve.add_argument("--dtype", choices=["auto", *memory.LINEAR_BYTES], default="auto", help="of the weights")
@@ -114,7 +115,7 @@ def changes(model: memory.Model, args: argparse.Namespace) -> dict[str, list]:
     shorter = lambda name, floor: [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]  # noqa: E731
     if args.task == "serve":
         divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)]
-        found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, 0.85, 0.8, 0.75) if u != args.gpu_memory_utilization]}
+        found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, *memory.UTILIZATIONS) if args.gpu_memory_utilization and u != args.gpu_memory_utilization]}
         found |= {"concurrency": [(2, 1)] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
         found |= {"max_model_len": shorter("max_model_len", 1024)}
         smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
@@ -264,7 +265,7 @@ def show(args: argparse.Namespace, found: dict) -> None:
     for name, value in found["per_gpu_gib"].items():
         print(f"    {name.replace('_', ' '):22}{value:8.2f}")
     if "kv_tokens" in found:
-        print(f"  of {found['budget_gib']} that vLLM takes; the cache holds {left_over(found)} tokens")
+        print(f"  vLLM takes {found['budget_gib']} (--gpu-memory-utilization {found['gpu_memory_utilization']:g}); its cache holds {left_over(found)} tokens")
     print(f"  host memory             {found['host_gib']:8.1f}" + (f"   NVMe {found['nvme_gib']:.0f} GiB" if "nvme_gib" in found else ""))
     if "predicted_speed" in found:
         print("  predicted bounds on 4090s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in found["predicted_speed"].items()))
@@ -285,8 +286,10 @@ def table() -> None:
 def main() -> None:
     args = parse()
     if args.task is None:
-        return table()
+        table()
+        return results.note("scripts/plan")
     found = plan(args)
+    results.note("scripts/plan")
     if args.json:
         import json
 

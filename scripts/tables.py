@@ -8,6 +8,9 @@ A table stands between two comments. The first names a record and, a row each, w
     (generated: one column for each machine under results/ that has the record)
     <!-- /table -->
 
+Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` stands what the planner predicts of every record of
+`make calibrate` (states: of module 05's trainings) beside what was measured.
+
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml, its measured column from records.
 """
 
@@ -17,8 +20,9 @@ import re
 
 import yaml
 
-from lab import ROOT, fail, shown
+from lab import ROOT, fail, memory, models, shown
 
+CALIBRATION = re.compile(r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S)
 CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
 CLAIM_WORDS = {
     "zh": ("说法", "实测", "来源", "准确地说", "状态", {"measured": "实测", "cited": "引用", "not yet": "待测"}),
@@ -78,8 +82,45 @@ def table(record: str, rows: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def errors(use: str) -> list[tuple[str, str, str, float, float]]:
+    """(machine, line, quantity, predicted, measured) of the records of `make calibrate` with that use, or of module 05's states."""
+    import plan
+
+    rows = []
+    if use == "states":
+        for file in sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json")):
+            record = json.loads(file.read_text())
+            c, m = record["config"], record["metrics"]
+            model = next(entry["config"] for entry in models.catalogue().values() if "config" in entry and memory.read(entry["config"]).parameters == m["parameters_count"])
+            found = memory.train(memory.read(model), gpus=m["world_size"], engine="deepspeed", zero=m["zero_stage"], dtype=m["dtype"], accumulate=c["accumulate"],
+                                 offload="optimizer" if "offload" in file.stem else "none")  # fmt: skip
+            rows.append((record["machine"]["name"], file.stem, "states (GiB)", found["states_gib"]["total"], m["state_gib"]))
+        return rows
+    for name, case in yaml.safe_load((ROOT / "configs/calibration.yaml").read_text(encoding="utf-8")).items():
+        for machine, record in records(f"scripts/calibrate-{name}").items() if case["use"] == use else ():
+            args, m = plan.parse(case["plan"].split()), record["metrics"]
+            found = plan.plan(args)
+            if args.task == "serve":
+                rows.append((machine, name, "weights (GiB)", found["per_gpu_gib"]["weights"], m["weights_gib"]))
+                rows.append((machine, name, "KV tokens", found["kv_tokens"], int(m["kv_tok_count"])))
+            else:
+                rows.append((machine, name, "peak (GiB)", found["per_gpu_gib"]["total"] - found["per_gpu_gib"]["cuda_context"], m["peak_gib"]))
+                if args.offload != "none":
+                    rows.append((machine, name, "host (GiB)", found["host_gib"], m["host_gib"]))
+    return rows
+
+
+def calibration(use: str) -> str:
+    lines = ["| | | predicted | measured | error | machine |", "|---|---|---:|---:|---:|---|"]
+    for machine, name, quantity, predicted, measured in errors(use):
+        digits = "{:,}" if isinstance(predicted, int) else "{:,.2f}"
+        lines.append(f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |")
+    return "\n".join(lines) + "\n"
+
+
 def filled(text: str) -> str:
     """`text` with every table in it generated anew."""
+    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2]) + "\n" + m[4], text)
     text = CLAIMS.sub(lambda m: m[1] + "\n" + claims(m[2]) + "\n" + m[4], text)
     return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3]) + "\n" + m[5], text)
 

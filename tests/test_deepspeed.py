@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import ENVIRONMENT, ROOT, python, refused, run
 
-from lab import jobs
+from lab import jobs, memory, models
 
 MODULE = ROOT / "modules/05_DeepSpeed"
 TRAIN = MODULE / "train.py"
@@ -83,6 +83,16 @@ def test_state_bytes(stages, stage):
         expected = width * stages[stage]["parameters_count"] / 2**30
         assert stages[stage][f"{kind}_state_gib"] == pytest.approx(expected, rel=0.02), kind
         assert stages[stage][f"{kind}_state_theory_gib"] == pytest.approx(expected, rel=1e-9), kind
+
+
+@pytest.mark.parametrize("stage", BYTES)
+def test_the_planner_predicts_these_bytes(stages, tiny_model, stage):
+    """lab/memory.py, which knows only the config.json, against the tensors of the running engine, each kind within 2 %."""
+    model = memory.read(models.config(str(tiny_model)))
+    assert model.parameters == stages[stage]["parameters_count"]
+    predicted = memory.train(model, gpus=2, engine="deepspeed", zero=stage, dtype="float32", accumulate=ACCUMULATE)["states_gib"]
+    for kind, name in (("parameter", "parameters"), ("gradient", "gradients"), ("optimizer", "optimizer")):
+        assert predicted[name] == pytest.approx(stages[stage][f"{kind}_state_gib"], rel=0.02), kind
 
 
 def test_compare(stages, reference):

@@ -33,7 +33,7 @@ CONFIGURATIONS = {
     r"modules/06_LLaMA-Factory/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
     r"modules/06_LLaMA-Factory/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
     r"modules/06_LLaMA-Factory/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
-    r"results/[^/]+/[^/]+/\w[\w-]*\.json": "test_results.py::test_records_are_complete",
+    r"results/[^/]+/[^/]+/\w[\w.-]*\.json": "test_results.py::test_records_are_complete",
 }
 # Make targets that no readme block runs, and the test that does.
 TARGETS_TESTED = {

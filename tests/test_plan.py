@@ -128,6 +128,31 @@ def test_calibration_lines(plan):
         assert plan.plan(plan.parse(shlex.split(case["plan"])))["fits"], name
 
 
+@pytest.fixture(scope="module")
+def tables(plan):
+    import importlib
+
+    return importlib.import_module("tables")
+
+
+@pytest.mark.parametrize("use", ["fit", "test"])
+def test_predictions_hold_against_measurement(tables, use):
+    """The goals: serving within 5 %, the peak of training within 10 % (of the host: 15 %), on lines that fixed no constant, and on the others."""
+    rows = tables.errors(use)
+    goals = {"weights (GiB)": 0.05, "KV tokens": 0.05, "peak (GiB)": 0.1, "host (GiB)": 0.15}
+    assert len(rows) >= 12 and {row[2] for row in rows} == goals.keys()
+    for _, name, quantity, predicted, measured in rows:
+        assert predicted == pytest.approx(measured, rel=goals[quantity]), (name, quantity)
+
+
+def test_states_hold_against_measurement(tables):
+    """Bytes of parameters, gradients and optimizer states in the records of every stage, within 2 %."""
+    rows = tables.errors("states")
+    assert len(rows) >= 10
+    for machine, name, _, predicted, measured in rows:
+        assert predicted == pytest.approx(measured, rel=0.02), (machine, name)
+
+
 BAD = {
     "no config": ("serve --model {tmp}", "no config.json"),
     "no such model": ("serve --model nowhere", "there is no model nowhere"),

@@ -15,7 +15,7 @@ import urllib.request
 import pytest
 from conftest import ENVIRONMENT, ROOT, refused, run
 
-from lab import jobs
+from lab import jobs, memory, models
 
 SERVE = "modules/03_vllm/01_serve.py"
 
@@ -37,6 +37,14 @@ def test_it_listens_on_loopback_only(server):
     listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
     addresses = [line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(":8000")]
     assert addresses == ["127.0.0.1:8000"]
+
+
+def test_the_planner_predicts_the_cache(server):
+    """Blocks that the engine made of the profile's 1 GiB, against the planner's bytes per token."""
+    metrics = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
+    facts = dict(re.findall(r'(\w+)="([^"]*)"', re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.M)[1]))
+    tokens = int(facts["num_gpu_blocks"]) * int(facts["block_size"])
+    assert tokens * memory.kv_bytes_per_token(memory.read(models.config("smollm2-135m"))) / memory.GIB == pytest.approx(1, rel=0.02)
 
 
 def test_streaming_client(server):
