@@ -164,7 +164,12 @@ def stored_as(config: dict, name: str) -> str:
         return "fp8"
     if method == "bitsandbytes":
         return "nf4" if quantization.get("load_in_4bit") else "int8"
-    fail(f"{name} is quantised by {method} ({bits} bits), which the planner does not know: it knows awq, gptq, fp8 and bitsandbytes")
+    if method == "compressed-tensors":
+        weights = next(iter((quantization.get("config_groups") or {}).values()), {}).get("weights") or {}
+        kind = "fp8" if (weights.get("type"), weights.get("num_bits")) == ("float", 8) else f"int{weights.get('num_bits')}"
+        if kind in LINEAR_BYTES:
+            return kind
+    fail(f"{name} is quantised by {method} ({bits} bits), which the planner does not know: it knows awq, gptq, fp8, bitsandbytes and compressed-tensors")
 
 
 def width(dtype: str) -> int:
@@ -275,7 +280,7 @@ def saved_bytes_per_token(model: Model, method: str = "full", precision: str = "
 
     `precision`: "fp32"; "bf16" (weights held in bf16: DeepSpeed, FSDP); "autocast" (weights, or adapters, in fp32 and computed with in bf16).
     Counted from modeling_llama.py with sdpa attention, tensor by tensor; tests/test_memory.py counts them in a running graph. The often
-    quoted 34 x hidden (arXiv 2205.05198) is for a fused fp16 GPT with dropout and a 4 x hidden MLP.
+    quoted 34 x hidden (arXiv 2205.05198) is for a fused fp16 GPT with dropout and a 4 x hidden MLP. Of a MoE, the experts' part is not measured.
     """
     h, q, kv = model.hidden, model.q, model.kv
     mlp = model.experts_per_token * model.expert_intermediate + model.shared_intermediate if model.experts else model.intermediate
@@ -350,40 +355,41 @@ def train(
     reducing = 2 * min(bucket, trained) * half + 3 * head if zero in (1, 2) else head  # buckets, and what is larger than one
     stepping = 0 if offload != "none" else trained * 4 / (n if zero or engine == "fsdp" else 1)  # AdamW's square roots
     grads_of_step = 0 if offload != "none" else trained * 4 / n if zero else grads + (trained * 4 if deepspeed and not fp32 else 0)
+    earlier = grads if accumulate > 1 and zero < 3 and offload == "none" else 0  # of the micro-steps before
     moments_of_step = {
-        "end of forward": still | {"activations": saved, "logits": (8 if fp32 else 10) * logits, "working_copies": cast + live},
-        "begin of backward": still | {"activations": saved, "logits": 12 * logits, "working_copies": (min(cast, half * model.embedding) if checkpointing else cast) + live},
-        "a layer's backward": still | {"activations": saved + recomputed, "gradients": min(grads, head), "working_copies": live},
+        "end of forward": still | {"activations": saved, "gradients": earlier, "logits": (8 if fp32 else 10) * logits, "working_copies": cast + live},
+        "begin of backward": still | {"activations": saved, "gradients": earlier, "logits": 12 * logits,
+                                      "working_copies": (min(cast, half * model.embedding) if checkpointing else cast) + live},
+        "a layer's backward": still | {"activations": saved + recomputed, "gradients": earlier or min(grads, head), "working_copies": live},
         "end of backward": still | {"activations": recomputed or layer, "gradients": ending + reducing, "working_copies": live},
         "optimizer step": still | {"gradients": grads_of_step, "optimizer_step": stepping},
-    }
+    }  # fmt: skip
     moment = max(moments_of_step, key=lambda name: sum(moments_of_step[name].values()))
     parts = moments_of_step[moment] | {"cuda_context": CONTEXT + (NCCL if n > 1 else 0)}
     per_gpu = gib({name: value for name, value in parts.items() if value or name == "weights"})
 
     # Each process of an offloaded optimizer pins its part of the master copy and of the fp32 gradients, and has two moments that are not
     # pinned; while it starts it also holds the model's weights once. Offloaded parameters lie there twice.
-    host, disk = HOST_PROCESS_GIB * GIB * n, 0.0
+    host, disk = {"processes": HOST_PROCESS_GIB * GIB * n}, 0.0
     if offload != "none":
         part = 4 * trained / n
-        group = 4e9 if zero == 3 else part  # ZeRO-3 works on sub_group_size = 1e9 numbers at a time
-        master = pinned(part, group)
-        moments = 2 * part
-        params = 2 * half * trained if "param" in offload else 0
-        host += n * (master + half * trained)
+        master = n * pinned(part, 4e9 if zero == 3 else part)  # ZeRO-3 works on sub_group_size = 1e9 numbers at a time
+        moving = {"master_copy": master, "moments": 2 * n * part, "parameters": 2 * half * trained if "param" in offload else 0}
+        host |= {"gradients": master, "start": n * half * trained}
         if offload_device == "cpu":
-            host += n * (master + moments) + params
+            host |= moving
         else:
-            disk = n * (part + moments) + params / 2
-    host_gib = round(host / GIB, 1)
+            disk = sum(moving.values())
+    host_parts = gib(host)
     states = {"parameters": (frozen + trained * held) / divided, "gradients": grads * (4 / held if offload != "none" else 1), "optimizer": optimizer}
     found = {
-        "fits": per_gpu["total"] <= gpu_memory_gib and (host_memory_gib is None or host_gib <= host_memory_gib),
+        "fits": per_gpu["total"] <= gpu_memory_gib and (host_memory_gib is None or host_parts["total"] <= host_memory_gib),
         "per_gpu_gib": per_gpu,
         "moment": moment,
         "moments_gib": {name: round(sum(parts.values()) / GIB, 2) for name, parts in moments_of_step.items()},
         "states_gib": gib(states),
-        "host_gib": host_gib,
+        "host_gib": round(host_parts["total"], 1),
+        "host_parts_gib": host_parts,
         "trained_parameters": trained,
     }
     return found | ({"nvme_gib": round(disk / GIB, 1)} if disk else {})

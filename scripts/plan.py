@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--micro-batch", type=count, default=1, help="sequences of one card and micro-step (default: %(default)s)")
     train.add_argument("--accumulate", type=count, default=1, help="micro-steps of one optimizer step (default: %(default)s)")
     train.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs, compute the rest again")
-    train.add_argument("--bucket", type=float, default=1e8, help="reduce_bucket_size, elements (default: %(default)g)")
+    train.add_argument("--host-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), help="of the host (default: not checked)")
+    train.add_argument("--bucket", type=numbers(float, 1, "a bucket has at least 1 element"), default=1e8, help="reduce_bucket_size, elements (default: %(default)g)")
     train.add_argument("--lora-rank", type=count, default=16)
     edit.add_argument("--recipe", default="plain", help="plain (bf16), fp8, nf4, gguf, model-offload, group-offload, sequential-offload (default: %(default)s)")
     edit.add_argument("--size", type=count, default=1024, help="pixels of a side (default: %(default)s)")
@@ -105,9 +106,24 @@ def plan(args: argparse.Namespace) -> dict:
     task = memory.serve if args.task == "serve" else memory.train
     found = task(model, **options(args))
     found["suggestion"] = "" if found["fits"] else suggestion(task, model, args)
+    if found["fits"] and args.task == "train":
+        largest = lambda name: most(lambda value: task(model, **options(args) | {name: value})["fits"], getattr(args, name))  # noqa: E731
+        found |= {"max_micro_batch": largest("micro_batch"), "max_seq_len": largest("seq_len")}
     found["parameters"] = model.parameters
     found["predicted_speed"] = predicted(model, args)
     return found
+
+
+def most(fits, value: int) -> int:
+    """The largest number that still fits, from `value`, which does; a million at most."""
+    top = value
+    while top < 1_000_000 and fits(2 * top):
+        top *= 2
+    low, high = top, 2 * top
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 # What to try when something does not fit: (cost, value) for each option, a small cost first. Costs order the changes, nothing else.
@@ -256,6 +272,8 @@ def left_over(found: dict) -> str:
     """What a plan leaves, in the task's own terms."""
     if "kv_tokens" in found:
         return f"{found['kv_tokens']:,} KV tokens = {found['max_concurrency']:g} requests of {found['max_model_len']:,}"
+    if "max_micro_batch" in found:
+        return f"micro-batch up to {found['max_micro_batch']:,}, or {found['max_seq_len']:,} tokens; host {found['host_gib']:g} GiB"
     return f"host {found['host_gib']:g} GiB"
 
 
@@ -266,7 +284,12 @@ def show(args: argparse.Namespace, found: dict) -> None:
         print(f"    {name.replace('_', ' '):22}{value:8.2f}")
     if "kv_tokens" in found:
         print(f"  vLLM takes {found['budget_gib']} (--gpu-memory-utilization {found['gpu_memory_utilization']:g}); its cache holds {left_over(found)} tokens")
-    print(f"  host memory             {found['host_gib']:8.1f}" + (f"   NVMe {found['nvme_gib']:.0f} GiB" if "nvme_gib" in found else ""))
+    parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in found.get("host_parts_gib", {}).items() if name != "total" and value]
+    print(f"  host memory             {found['host_gib']:8.1f}" + (f" = {' + '.join(parts)}" if len(parts) > 1 else ""))
+    if "nvme_gib" in found:
+        print(f"  NVMe (nobody has run it){found['nvme_gib']:8.1f}")
+    if "max_micro_batch" in found:
+        print(f"  left over: {left_over(found).split(';')[0]} a sequence")
     if "predicted_speed" in found:
         print("  predicted bounds on 4090s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in found["predicted_speed"].items()))
     print("\nfits" if found["fits"] else f"\ndoes not fit; the cheapest change that does: {found['suggestion']}")
@@ -274,12 +297,12 @@ def show(args: argparse.Namespace, found: dict) -> None:
 
 def table() -> None:
     """What of this repository fits 2 x 24 GB, and why: a line for each recipe."""
-    print(f"{'this repository on 2 x 24 GB':40} {'GiB on a card':>13}  {'most of it':42} left over")
+    print(f"{'this repository on 2 x 24 GB':44} {'GiB on a card':>13}  {'most of it':42} left over")
     for command, (_, line) in recipes().items():
         found = plan(parse(line.split()))
         parts = {name: value for name, value in found["per_gpu_gib"].items() if name != "total"}
         most = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in sorted(parts.items(), key=lambda p: -p[1])[:2])
-        print(f"{command:40} {found['per_gpu_gib']['total']:13.1f}  {most:42} {left_over(found) if found['fits'] else 'DOES NOT FIT: ' + found['suggestion']}")
+        print(f"{command:44} {found['per_gpu_gib']['total']:13.1f}  {most:42} {left_over(found) if found['fits'] else 'DOES NOT FIT: ' + found['suggestion']}")
     print("\nA card of 24 GB leaves 23.6 GiB to CUDA. Predictions; held against measurement in modules/01_single_gpu_smoke/readme.md.")
 
 
