@@ -128,6 +128,41 @@ def test_calibration_lines(plan):
         assert plan.plan(plan.parse(shlex.split(case["plan"])))["fits"], name
 
 
+def test_calibrate_without_a_gpu():
+    """No GPU is no error: it says so; an unknown line is one."""
+    done = python("scripts/calibrate.py", "--only", "full-0.5b", check=0, PROFILE="cpu", CUDA_VISIBLE_DEVICES="")
+    assert "it needs 1 x 24 GiB" in done.stderr and "nothing to measure on this machine" in done.stdout
+    assert "there is no line full-9b" in refused("python", "scripts/calibrate.py", "--only", "full-9b")
+
+
+@pytest.mark.parametrize("flags", ["", "--method lora --checkpointing"])
+def test_calibrate_trains(flags, tiny_model):
+    """The code that measures on a GPU trains on a CPU too; only there is no device memory to read."""
+    done = python("scripts/calibrate.py", "--worker", f"train --gpus 1 --seq-len 64 --model {tiny_model} {flags}", check=0, PROFILE="cpu", CUDA_VISIBLE_DEVICES="")
+    assert json.loads(done.stdout.removeprefix("measured "))["host_gib"] > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", ["--engine fsdp", "--zero 2", "--zero 3 --offload optimizer+param"])
+def test_calibrate_trains_divided(flags, tiny_model):
+    line = f"train --gpus 2 --seq-len 64 --model {tiny_model} {flags}"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*launch, "scripts/calibrate.py", "--worker", line, check=0, PROFILE="cpu", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    assert '"host_gib"' in done.stdout
+
+
+@pytest.mark.long
+def test_calibrate_serves(plan, tiny_model, tmp_path, monkeypatch):
+    """vLLM's own report of its cache is read from a real engine: 1 GiB on a CPU."""
+    import importlib
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    args = plan.parse(f"serve --gpus 1 --model {tiny_model} --max-model-len 512 --enforce-eager".split())
+    found = importlib.import_module("calibrate").serve(args, tmp_path / "log")
+    model = memory.read(models.config(str(tiny_model)))
+    assert found["kv_tok_count"] * memory.kv_bytes_per_token(model) / memory.GIB == pytest.approx(1, rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def tables(plan):
     import importlib
