@@ -222,13 +222,13 @@ def able(args) -> str:
 
 
 def main() -> None:
-    import plan
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these lines")
     parser.add_argument("--list", action="store_true", help="show the lines and run none")
     parser.add_argument("--worker", metavar="LINE", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    import plan  # beside this script
+
     if asked.worker:
         return worker(plan.parse(shlex.split(asked.worker)))
     cases = read_yaml(CASES)
