@@ -134,10 +134,9 @@ def read(config: dict, name: str = "this model") -> Model:
     experts = size("num_experts", "num_local_experts", default=1) if "Moe" in architecture or "Mixtral" in architecture else 0
     sparse = {}
     if experts:
-        dense = set(config.get("mlp_only_layers") or [])
-        step = config.get("decoder_sparse_step", 1)
+        dense, step = set(config.get("mlp_only_layers") or []), size("decoder_sparse_step", default=1)
         sparse = {"experts": experts, "experts_per_token": size("num_experts_per_tok"), "expert_intermediate": size("moe_intermediate_size", "intermediate_size")}
-        sparse |= {"shared_intermediate": config.get("shared_expert_intermediate_size") or 0}
+        sparse |= {"shared_intermediate": size("shared_expert_intermediate_size") if config.get("shared_expert_intermediate_size") else 0}
         sparse |= {"expert_layers": sum(i not in dense and (i + 1) % step == 0 for i in range(layers))}
     bias = bool(config.get("attention_bias", False)) and architecture.startswith(("Llama", "Qwen3"))
     model = Model(
@@ -154,7 +153,7 @@ def read(config: dict, name: str = "this model") -> Model:
 def stored_as(config: dict, name: str) -> str:
     """The key of LINEAR_BYTES for what config.json says of the checkpoint."""
     quantization = config.get("quantization_config")
-    if not quantization:
+    if not isinstance(quantization, dict) or not quantization:
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return dtype if dtype in LINEAR_BYTES else "bfloat16"
     method, bits = quantization.get("quant_method"), quantization.get("bits")
@@ -200,9 +199,10 @@ def serve(
 ) -> dict:  # fmt: skip
     """What vLLM's server needs of each card; `kv_tokens` is how many tokens its cache holds, `max_concurrency` in requests of full length.
 
-    vLLM takes gpu_memory_utilization of the card and gives the KV cache what weights, the largest batch (measured at its start) and CUDA
-    graphs leave. It fits where the cache holds `concurrency` requests of `max_model_len` tokens. Source: vllm/v1/worker/gpu_worker.py,
-    determine_available_memory. Without gpu_memory_utilization: the largest of UTILIZATIONS with which everything stays on the card.
+    vLLM takes gpu_memory_utilization of the card and gives the KV cache what weights and the largest batch (measured at its start) leave;
+    CUDA graphs and context come on top. It fits where the cache holds `concurrency` requests of `max_model_len` tokens and all of it stays
+    on the card. Source: vllm/v1/worker/gpu_worker.py, determine_available_memory. Without gpu_memory_utilization: the largest of
+    UTILIZATIONS that fits.
     Raises SystemExit(2) where the engine would refuse the division.
     """
     if gpu_memory_utilization is None:
@@ -231,9 +231,9 @@ def serve(
     # The largest batch: three times the MLP's width and six times the hidden size are alive at once in a layer. At a first start
     # torch.compile holds one more copy of the embedding, which is often the larger (seen with every model; not with --enforce-eager).
     most = model.expert_intermediate * model.experts_per_token + model.shared_intermediate if model.experts else model.intermediate
-    flow = lambda tokens: tokens * (6 * model.hidden + 3 * most / tp) * wide  # noqa: E731
+    flow = (6 * model.hidden + 3 * most / tp) * wide  # bytes for a token
     compiling = 0 if enforce_eager else model.embedding / tp * wide + 2 * max_num_batched_tokens * model.hidden * wide
-    parts = {"weights": weights, "activations": max(flow(max_num_batched_tokens), compiling), "libraries": SERVE_OTHER}
+    parts = {"weights": weights, "activations": max(flow * max_num_batched_tokens, compiling), "libraries": SERVE_OTHER}
 
     per_token = kv_bytes_per_token(model, kv_dtype, tp, pp, dtype)
     budget = gpu_memory_gib * gpu_memory_utilization * GIB
@@ -242,7 +242,7 @@ def serve(
     # Outside gpu_memory_utilization: the context, taken before vLLM looks, and the CUDA graphs, captured when the cache has its share.
     largest = min(2 * max_num_seqs, 512, max_num_batched_tokens)
     sizes = 3 + min(largest, 255) // 8 + max(0, (largest - 240) // 16)
-    graphs = 0 if enforce_eager else GRAPH_LAYER * layers * sizes + flow(largest) + (GRAPH_NCCL if tp > 1 else 0)
+    graphs = 0 if enforce_eager else GRAPH_LAYER * layers * sizes + flow * largest + (GRAPH_NCCL if tp > 1 else 0)
     parts |= {"cuda_graphs": graphs, "cuda_context": CONTEXT + (NCCL if tp * pp > 1 else 0)}
     per_gpu = gib(parts)
     return {

@@ -42,7 +42,7 @@ def collective(kind: str, size: float, n: int, machine: Machine) -> float:
     return min(ring, tree)
 
 
-def decode(model: memory.Model, machine: Machine, *, tp: int = 1, pp: int = 1, dtype: str = "auto", kv_dtype: str = "auto", batch: int = 1, context: int = 1024) -> dict:
+def decode(model: memory.Model, machine: Machine, *, tp: int = 1, dtype: str = "auto", kv_dtype: str = "auto", batch: int = 1, context: int = 1024) -> dict:
     """Upper bound of generated tokens/s with `batch` requests of `context` tokens each, and what bounds it.
 
     A step reads the weights and the keys and values once, and adds 2 all-reduces of batch x hidden numbers a layer (arXiv 1909.08053).

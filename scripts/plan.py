@@ -105,10 +105,10 @@ def plan(args: argparse.Namespace) -> dict:
     model = memory.read(models.config(args.model), args.model)
     task = memory.serve if args.task == "serve" else memory.train
     found = task(model, **options(args))
-    found["suggestion"] = "" if found["fits"] else suggestion(task, model, args)
+    found["suggestion"] = "" if found["fits"] else suggestion(task, model, args, found)
     if found["fits"] and args.task == "train":
-        largest = lambda name: most(lambda value: task(model, **options(args) | {name: value})["fits"], getattr(args, name))  # noqa: E731
-        found |= {"max_micro_batch": largest("micro_batch"), "max_seq_len": largest("seq_len")}
+        for name in ("micro_batch", "seq_len"):
+            found[f"max_{name}"] = most(lambda value, name=name: task(model, **options(args) | {name: value})["fits"], getattr(args, name))
     found["parameters"] = model.parameters
     found["predicted_speed"] = predicted(model, args)
     return found
@@ -127,16 +127,20 @@ def most(fits, value: int) -> int:
 
 
 # What to try when something does not fit: (cost, value) for each option, a small cost first. Costs order the changes, nothing else.
-def changes(model: memory.Model, args: argparse.Namespace) -> dict[str, list]:
-    shorter = lambda name, floor: [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]  # noqa: E731
+def changes(model: memory.Model, args: argparse.Namespace, found: dict) -> dict[str, list]:
+
+    def shorter(name: str, floor: int) -> list:
+        return [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]
+
     if args.task == "serve":
         divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)]
+        fewer = found["kv_tokens"] // args.max_model_len  # requests that the cache does hold
         found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, *memory.UTILIZATIONS) if args.gpu_memory_utilization and u != args.gpu_memory_utilization]}
-        found |= {"concurrency": [(2, 1)] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
+        found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
         found |= {"max_model_len": shorter("max_model_len", 1024)}
         smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
         return found | {"dtype": [(8 if d == "fp8" else 10, d) for d in smaller]}
-    found = {"checkpointing": [] if args.checkpointing else [(1, True)], "micro_batch": [(1, 1)] if args.micro_batch > 1 else []}
+    found = {"checkpointing": [] if args.checkpointing else [(1, True)], "micro_batch": [(1 + i / 10, n) for i in range(1, 6) if (n := args.micro_batch // 2**i)]}
     found |= {"seq_len": shorter("seq_len", 512), "dtype": [(1, "bfloat16")] if args.dtype == "float32" else []}
     if args.method == "full":
         found |= {"zero": [(z, z) for z in (1, 2, 3) if args.gpus > 1 and z > args.zero and args.engine != "fsdp"]}
@@ -145,11 +149,11 @@ def changes(model: memory.Model, args: argparse.Namespace) -> dict[str, list]:
     return found
 
 
-def suggestion(task, model: memory.Model, args: argparse.Namespace) -> str:
+def suggestion(task, model: memory.Model, args: argparse.Namespace, found: dict) -> str:
     """The cheapest combination of changes that fits, as flags of this command; a sentence where none does."""
     from itertools import product
 
-    offers = changes(model, args)
+    offers = changes(model, args, found)
     sets = product(*([(0, name, None), *((cost, name, value) for cost, value in values)] for name, values in offers.items()))
     for chosen in sorted(sets, key=lambda s: (sum(cost for cost, *_ in s), sum(v is not None for *_, v in s))):
         new = {name: value for _, name, value in chosen if value is not None}
@@ -173,7 +177,7 @@ def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
 
     cluster = speed.Machine(gpus=args.gpus)
     if args.task == "serve":
-        found = speed.decode(model, cluster, tp=args.tp, pp=args.pp, dtype=args.dtype, kv_dtype=args.kv_dtype, batch=args.concurrency, context=min(1024, args.max_model_len))
+        found = speed.decode(model, cluster, tp=args.tp, dtype=args.dtype, kv_dtype=args.kv_dtype, batch=args.concurrency, context=min(1024, args.max_model_len))
         found |= speed.prefill(model, cluster, tp=args.tp, dtype=args.dtype, tokens=min(1024, args.max_model_len))
     else:
         found = speed.train(model, cluster, tokens=args.micro_batch * args.seq_len, seq_len=args.seq_len, method=args.method, zero=args.zero,
