@@ -1,6 +1,7 @@
 """scripts/plan.py: its answers, what it refuses, and this repository's own recipes on 2 x 24 GB."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -118,6 +119,14 @@ def test_make_plan():
     out = run("make", "plan", check=0).stdout
     assert "make vllm-serve" in out and "make train-z3" in out and "DOES NOT FIT" not in out
     assert "does not fit; the cheapest change that does: " in run("make", "plan", "ARGS=serve --model qwen2.5-14b-instruct --gpus 1", check=0).stdout
+
+
+def test_the_readme_shows_what_appears():
+    """The sample in module 01's readme, line by line, in the output of its command."""
+    text = (ROOT / "modules/01_single_gpu_smoke/readme.md").read_text()
+    sample = re.search(r"```text\n(serve .*?)```", text, re.S)[1]
+    out = python(PLAN, "serve", "--model", "qwen2.5-32b-instruct", "--gpus", "2", check=0).stdout.splitlines()
+    assert all(line in out for line in sample.splitlines() if line.strip() != "...")
 
 
 def test_calibration_lines(plan):
