@@ -12,9 +12,15 @@ help: ## list every target
 # ------------------------------------------------------------------------------
 # Everything
 
-.PHONY: setup quickstart report progress plan download test test-long stop
+.PHONY: setup doctor snapshot quickstart report progress plan download test test-long stop
 setup: ## create the environment and fill it with the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" scripts/setup.sh
+
+doctor: env ## prove that this machine is fit for the stages: every check does the thing (ARGS="--only ports hub", --json, --strict)
+	@$(PY) scripts/doctor.py $(ARGS)
+
+snapshot: env ## write what the doctor finds into .CLAUDE.md, for an AI assistant
+	@$(PY) scripts/doctor.py --snapshot $(ARGS)
 
 quickstart: setup ## set up, run one headline script of each stage, write a report; an interrupted run goes on (FRESH=1 starts anew)
 	@$(PY) scripts/quickstart.py $(if $(FRESH),--fresh) $(ARGS)
