@@ -42,6 +42,7 @@ TARGETS_TESTED = {
     "test-long": ".ci/run",
     "quickstart": ".ci/run",
     "report": "test_report",
+    "snapshot": "test_snapshot",
     "lock": "test_lock_is_reproducible",
     "download": "test_download",
     "data": "test_files_are_what_the_script_writes",
