@@ -188,6 +188,11 @@ def kv_bytes_per_token(model: Model, kv_dtype: str = "auto", tp: int = 1, pp: in
     return 2 * math.ceil(model.layers / pp) * heads * model.head_dim * (1 if kv_dtype == "fp8" else width(dtype))
 
 
+def splits(model: Model, tp: int) -> bool:
+    """Whether tensor parallelism over `tp` cards divides the heads, and the KV heads or copies of them (vllm/config/model.py)."""
+    return model.heads % tp == 0 and (model.kv_heads % tp == 0 or tp % model.kv_heads == 0)
+
+
 # -----------------------------------------------------------------------------
 # Serving by vLLM 0.26
 
@@ -209,14 +214,14 @@ def serve(
         options = {name: value for name, value in locals().items() if name != "gpu_memory_utilization"}
         plans = [serve(**options | {"gpu_memory_utilization": share}) for share in UTILIZATIONS]
         return next((p for p in plans if p["fits"]), plans[0])
-    tp = tp or max(1, gpus // pp)
+    tp = tp or max(n for n in range(1, max(1, gpus // pp) + 1) if splits(model, n))
     dtype = model.stored if dtype == "auto" else dtype
     max_model_len = max_model_len or model.max_len
     if not 0 < gpu_memory_utilization <= 1:
         fail(f"--gpu-memory-utilization is a share of the card, above 0 and at most 1: it is {gpu_memory_utilization:g}")
     if tp * pp > gpus:
         fail(f"--tp {tp} x --pp {pp} needs {tp * pp} cards, there are {gpus}")
-    if model.heads % tp or (model.kv_heads % tp and tp % model.kv_heads):
+    if not splits(model, tp):
         fail(f"--tp {tp} does not divide the model: it has {model.heads} heads and {model.kv_heads} KV heads, and each card takes as many")
     if pp > model.layers:
         fail(f"--pp {pp} is more than the model's {model.layers} layers")

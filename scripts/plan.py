@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         task.add_argument("--model", required=task is not edit, default="qwen-image-edit", help="name in configs/models.yaml, hub id, folder or config.json")
     serve.add_argument("--gpu-memory-utilization", type=numbers(float, 0.01, "--gpu-memory-utilization is a share of the card, above 0 and at most 1"),
                        help="share of the card that vLLM takes (default: 0.9, or less where CUDA graphs and NCCL would not fit beside it)")  # fmt: skip
-    serve.add_argument("--tp", type=count, help="tensor parallel size (default: all cards that --pp leaves)")
+    serve.add_argument("--tp", type=count, help="tensor parallel size (default: as many cards as --pp leaves and the heads allow)")
     serve.add_argument("--pp", type=count, default=1, help="pipeline parallel size")
     serve.add_argument("--dtype", choices=["auto", *memory.LINEAR_BYTES], default="auto", help="of the weights")
     serve.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
@@ -82,8 +82,9 @@ def parser() -> argparse.ArgumentParser:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     args = parser().parse_args(words)
     if args.task == "serve":
-        args.tp = args.tp or max(1, args.gpus // args.pp)
-        args.max_model_len = args.max_model_len or models.config(args.model).get("max_position_embeddings", 8192)
+        model = memory.read(models.config(args.model), args.model)
+        args.tp = args.tp or max(n for n in range(1, max(1, args.gpus // args.pp) + 1) if memory.splits(model, n))
+        args.max_model_len = args.max_model_len or model.max_len
     if args.task == "train":
         args.engine = args.engine or ("deepspeed" if args.zero or args.offload != "none" else "ddp")
     return args
@@ -126,14 +127,14 @@ def most(fits, value: int) -> int:
     return low
 
 
-# What to try when something does not fit: (cost, value) for each option, a small cost first. Costs order the changes, nothing else.
 def changes(model: memory.Model, args: argparse.Namespace, found: dict) -> dict[str, list]:
+    """What to try when something does not fit: {option: [(cost, value), ...]}. Costs order the changes, nothing else."""
 
     def shorter(name: str, floor: int) -> list:
         return [(2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor]
 
     if args.task == "serve":
-        divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)]
+        divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if memory.splits(model, n)]
         fewer = found["kv_tokens"] // args.max_model_len  # requests that the cache does hold
         found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, *memory.UTILIZATIONS) if args.gpu_memory_utilization and u != args.gpu_memory_utilization]}
         found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
@@ -208,10 +209,13 @@ def image_edit(args: argparse.Namespace) -> dict:
 
     need = fits["needs"](args.recipe, tensors, args.size)
     cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
-    weights = {place: sum(fits["stored_bytes"](*item, how) for c, (where, how) in recipes[args.recipe].items() if where == place for item in tensors[c].items()) for place in cards}
     fullest = max(cards, key=cards.get)
-    parts = {"weights": round(weights[fullest] / memory.GIB, 2), "total": round(cards[fullest] + memory.CONTEXT / memory.GIB, 2)}
-    parts = {"weights": parts["weights"], "working_memory": round(cards[fullest] - parts["weights"], 2), "cuda_context": round(memory.CONTEXT / memory.GIB, 2), "total": parts["total"]}
+    lying = {c: sum(fits["stored_bytes"](*item, how) for item in tensors[c].items()) for c, (_, how) in recipes[args.recipe].items()}
+    weights = sum(lying[c] for c, (where, _) in recipes[args.recipe].items() if where == fullest)
+    if args.recipe == "model-offload":  # one component at a time
+        weights = max(lying.values())
+    parts = {"weights": weights, "working_memory": cards[fullest] * memory.GIB - weights, "cuda_context": memory.CONTEXT}
+    parts = {name: round(value, 2) for name, value in memory.gib(parts).items()}
     better = next((f"--recipe {r}" for r in recipes if not lacks(r)), "nothing the planner knows makes it fit: take larger cards")
     found = {"fits": not lacks(args.recipe), "per_gpu_gib": parts, "cards_gib": cards, "host_gib": round(need["host"], 1)}
     return found | {"suggestion": better if lacks(args.recipe) else ""}

@@ -91,6 +91,11 @@ def test_suggestions_fit(plan, line):
     assert plan.plan(plan.parse(shlex.split(f"{line} {found['suggestion']}")))["fits"]
 
 
+def test_three_cards_take_the_split_that_the_heads_allow():
+    """28 heads over 3 cards: two of them are used, unless three are asked for."""
+    assert answer("serve --model qwen2.5-7b-instruct --gpus 3") | {"suggestion": ""} == answer("serve --model qwen2.5-7b-instruct --gpus 2")
+
+
 def test_no_suggestion_where_nothing_helps():
     assert "smaller model" in answer("serve --model qwen2.5-32b-instruct --gpus 1 --gpu-memory-gib 8")["suggestion"]
 
