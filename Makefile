@@ -49,9 +49,12 @@ stop: env ## end every server and job this repository started, and nothing else
 # ------------------------------------------------------------------------------
 # 01 single GPU smoke test
 
-.PHONY: smoke plan-examples
+.PHONY: smoke roofline plan-examples
 smoke: env ## 01: versions, matrix products against float64, memory bandwidth, first tokens
 	@$(PY) modules/01_single_gpu_smoke/01_smoke.py $(ARGS)
+
+roofline: env ## 01: how fast this machine multiplies and reads, and which of the two bounds decoding, prefill and training
+	@$(PY) modules/01_single_gpu_smoke/03_roofline.py $(ARGS)
 
 plan-examples: env ## 01: five questions about two 24 GB cards, answered by arithmetic, beside other estimators
 	@$(PY) modules/01_single_gpu_smoke/02_plan_examples.py $(ARGS)

@@ -1,9 +1,10 @@
 """`pytest -m smoke`: does the installation work? Within a minute of set-up."""
 
 import json
+import re
 
 import pytest
-from conftest import python
+from conftest import ROOT, python, refused
 
 from lab import machine
 
@@ -18,10 +19,6 @@ def test_package_imports(package):
 
 @pytest.mark.smoke
 def test_versions_are_the_locks():
-    import re
-
-    from conftest import ROOT
-
     lock = "gpu" if machine.versions().get("vllm") else "cpu"
     locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", (ROOT / "locks" / f"{lock}.txt").read_text(), re.M))
     for package, version in machine.versions().items():
@@ -50,3 +47,15 @@ def test_a_wrong_product_is_found(tmp_path):
     )
     done = python("modules/01_single_gpu_smoke/01_smoke.py", "--matmul-size", "128", "--copy-mib", "1", check=1, PYTHONPATH=str(tmp_path))
     assert "WRONG" in done.stdout and json.loads(done.stdout.splitlines()[-1])["wrong_count"] == 2
+
+
+def test_roofline(small_model):
+    """Invariants inside one run: a batch makes tokens cheaper, work is bound where its intensity says, nothing is far above the roof."""
+    done = python("modules/01_single_gpu_smoke/03_roofline.py", "--batches", "1", "8", "--prompt", "64", check=0)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["batching_speedup_ratio"] > 1.2 and result["ridge_ratio"] > 0
+    assert all(0 < value < 1.5 for name, value in result.items() if name.endswith("of_roof_ratio"))
+    bound = dict(re.findall(r"^  (decode, batch 1|prefill, 64 tokens|training, 64 tokens) .* (memory|arithmetic)$", done.stdout, re.M))
+    assert bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"} and bound["decode, batch 1"] == "memory"
+    assert (ROOT / "runs/01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
+    assert "at least 1" in refused("python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0")
