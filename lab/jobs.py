@@ -104,14 +104,21 @@ def stop(job: dict, grace_s: float = 15) -> int:
     return count
 
 
-def refuse_taken_port(port: int, way_out: str) -> None:
-    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take another one."""
+def port_taken(port: int) -> bool:
+    """Whether a program listens on 127.0.0.1:`port`."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            fail(f"port {port} is in use by another program: end it, or {way_out}")
+            return True
+    return False
+
+
+def refuse_taken_port(port: int, way_out: str) -> None:
+    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take another one."""
+    if port_taken(port):
+        fail(f"port {port} is in use by another program: end it, or {way_out}")
 
 
 def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, cause: Callable[[], str], timeout_s: float = 900) -> float:

@@ -103,6 +103,11 @@ class Model:
         return self.linear - idle + self.embedding
 
     @property
+    def mlp(self) -> int:
+        """Width of the MLP that one token passes: of all its experts together in a MoE."""
+        return self.experts_per_token * self.expert_intermediate + self.shared_intermediate if self.experts else self.intermediate
+
+    @property
     def embedding(self) -> int:
         return self.vocab * self.hidden
 
@@ -235,8 +240,7 @@ def serve(
 
     # The largest batch: three times the MLP's width and six times the hidden size are alive at once in a layer. At a first start
     # torch.compile holds one more copy of the embedding, which is often the larger (seen with every model; not with --enforce-eager).
-    most = model.expert_intermediate * model.experts_per_token + model.shared_intermediate if model.experts else model.intermediate
-    flow = (6 * model.hidden + 3 * most / tp) * wide  # bytes for a token
+    flow = (6 * model.hidden + 3 * model.mlp / tp) * wide  # bytes for a token
     compiling = 0 if enforce_eager else model.embedding / tp * wide + 2 * max_num_batched_tokens * model.hidden * wide
     parts = {"weights": weights, "activations": max(flow * max_num_batched_tokens, compiling), "libraries": SERVE_OTHER}
 
@@ -288,7 +292,6 @@ def saved_bytes_per_token(model: Model, method: str = "full", precision: str = "
     quoted 34 x hidden (arXiv 2205.05198) is for a fused fp16 GPT with dropout and a 4 x hidden MLP. Of a MoE, the experts' part is not measured.
     """
     h, q, kv = model.hidden, model.q, model.kv
-    mlp = model.experts_per_token * model.expert_intermediate + model.shared_intermediate if model.experts else model.intermediate
     inputs = max(1, model.experts_per_token)  # of the MLP, one for each expert a token passes
     wide = 4 if precision == "fp32" else 2
     trained = method == "full"
@@ -302,7 +305,7 @@ def saved_bytes_per_token(model: Model, method: str = "full", precision: str = "
     attention = wide * (2 * q + 2 * kv) + 4 * model.heads  # q, k, v, output; the log-sum-exp in fp32
     if not trained:
         linears += 2 * 7 * rank + (2 * q if precision == "autocast" else 0)  # what lora_B reads; a cast copy for o_proj's lora_A
-    return norms + linears + attention + wide * 4 * mlp  # gate, silu(gate), up, their product
+    return norms + linears + attention + wide * 4 * model.mlp  # gate, silu(gate), up, their product
 
 
 def train(
@@ -326,13 +329,14 @@ def train(
     half = 4 if fp32 else 2
     held = half if deepspeed else 4  # bytes of a trained weight
     precision = "fp32" if fp32 else "bf16" if engine in ("deepspeed", "fsdp") else "autocast"
-    divided = n if zero == 3 or engine == "fsdp" else 1
+    divided = n if zero == 3 or engine == "fsdp" else 1  # parameters
+    shared = n if zero or engine == "fsdp" else 1  # optimizer states
 
     # What lies on the card all the time
     frozen = 0 if full else weight_bytes(model, "nf4" if method == "qlora" else "float32" if fp32 else "bfloat16")
     head = model.embedding * held if full else 0  # one gradient of the embedding or of the output layer
     still = {"weights": 0 if "param" in offload else (frozen + trained * held) / divided}
-    optimizer = trained * (12 if deepspeed and (zero or not fp32) else 8) / (n if zero or engine == "fsdp" else 1)
+    optimizer = trained * (12 if deepspeed and (zero or not fp32) else 8) / shared
     still["optimizer"] = 0 if offload != "none" else optimizer
     grads = trained * held / (n if zero >= 2 or (zero == 1 and accumulate == 1) or engine == "fsdp" else 1)
     still["buffers"] = WORKSPACE
@@ -354,11 +358,10 @@ def train(
         live = half * min(model.parameters, ZERO3_LIVE + (0 if model.tied else model.embedding))
     if engine == "fsdp":
         live = half * (2 * model.linear / layers + model.embedding * (1 if model.tied else 2))
-    widest = 3 * half * (model.intermediate if not model.experts else model.experts_per_token * model.expert_intermediate) * tokens
-    recomputed = layer + widest if checkpointing else 0
+    recomputed = layer + 3 * half * model.mlp * tokens if checkpointing else 0
     ending = 0 if zero == 3 else grads  # ZeRO-3 has their place already, or sends them to the host as they come
     reducing = 2 * min(bucket, trained) * half + 3 * head if zero in (1, 2) else head  # buckets, and what is larger than one
-    stepping = 0 if offload != "none" else trained * 4 / (n if zero or engine == "fsdp" else 1)  # AdamW's square roots
+    stepping = 0 if offload != "none" else trained * 4 / shared  # AdamW's square roots
     grads_of_step = 0 if offload != "none" else trained * 4 / n if zero else grads + (trained * 4 if deepspeed and not fp32 else 0)
     earlier = grads if accumulate > 1 and zero < 3 and offload == "none" else 0  # of the micro-steps before
     moments_of_step = {

@@ -45,11 +45,7 @@ def config(name: str) -> dict:
     elif not file.is_file():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             fail(f"there is no model {name}: give a name of configs/models.yaml, a folder, a config.json or an organisation/model id of the hub")
-        try:
-            file = _config_from_hub(name)
-        except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
-            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-            fail(f"could not get the config.json of {name}: {reason} -- check the name and the network, or give a config.json")
+        file = _from_hub(name, "the config.json of", "give a config.json", file="config.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
@@ -59,14 +55,22 @@ def config(name: str) -> dict:
     return content
 
 
-def _config_from_hub(name: str) -> Path:
-    if from_modelscope():
-        from modelscope import model_file_download
+def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
+    """The model's folder, or one `file` of it, from the hub that the environment names; one sentence and exit code 2 where it cannot be had."""
+    model = entry(name)[1]
+    try:
+        if from_modelscope():
+            from modelscope import model_file_download, snapshot_download
 
-        return Path(model_file_download(name, "config.json"))
-    from huggingface_hub import hf_hub_download
+            hub = model.get("modelscope", name)
+            return Path(model_file_download(hub, file) if file else snapshot_download(hub))
+        from huggingface_hub import hf_hub_download, snapshot_download
 
-    return Path(hf_hub_download(name, "config.json"))
+        hub = model.get("hub", name)
+        return Path(hf_hub_download(hub, file) if file else snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"]))
+    except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        fail(f"could not get {what} {name}: {reason} -- check the name and the network, or {way_out}")
 
 
 def from_modelscope() -> bool:
@@ -96,17 +100,7 @@ def model_folder(name: str) -> Path:
         fail(f"there is no model folder {name}")
     if not model and name.count("/") != 1:
         fail(f"unknown model {name}: choose one of {', '.join(catalogue())} (configs/models.yaml), an organisation/model id of the hub, or a folder")
-    try:
-        if from_modelscope():
-            from modelscope import snapshot_download
-
-            return Path(snapshot_download(model.get("modelscope", name)))
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model.get("hub", name), ignore_patterns=["*.pth", "*.bin", "original/*"]))
-    except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        fail(f"could not get model {name}: {reason} -- check the name and the network, or set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
+    return _from_hub(name, "model", "set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
 
 
 def _from_package(key: str, model: dict) -> Path:

@@ -1,6 +1,6 @@
 """Is this machine fit for the six stages? Every check does the thing and compares the result: `make doctor`.
 
-    make doctor                              # about a minute the first time, which builds DeepSpeed's CPUAdam; then half of it
+    make doctor                              # two minutes the first time, which builds DeepSpeed's CPUAdam; then half of it
     make doctor ARGS="--only ports all-reduce"
     make doctor ARGS="--json"
     make doctor ARGS="--strict"              # exit code 1 for warnings
@@ -15,7 +15,6 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,17 +30,21 @@ FAQ = "modules/01_single_gpu_smoke/readme.md"
 Finding = tuple[str, str]  # verdict, what was found
 
 
-def in_own_process(code: str, timeout_s: int, *arguments, **environment) -> tuple[int, str]:
-    """(exit code, last line said) of Python `code` in a session of its own, 124 when it ran out of time: a hang is a finding, too."""
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | environment, start_new_session=True)  # fmt: skip
+def start(code: str, *arguments, **environment) -> subprocess.Popen:
+    """Python `code` in a session of its own."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | environment, start_new_session=True)  # fmt: skip
+
+
+def end_of(process: subprocess.Popen, timeout_s: float) -> tuple[int, str]:
+    """(exit code, last line said), 124 and the process ended when it ran out of time: a hang is a finding, too."""
     try:
         said = process.communicate(timeout=timeout_s)[0].strip().splitlines()
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         process.communicate()
-        return 124, f"no answer within {timeout_s} s"
-    return process.returncode, said[-1] if said else ""
+        return 124, f"no answer within {timeout_s:.0f} s"
+    return process.returncode, said[-1] if said else "nothing said"
 
 
 # -----------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def driver(profile) -> Finding:
         "    a = torch.arange(4096, device=f'cuda:{i}', dtype=torch.float64); assert (a * 2).sum().item() == 4096 * 4095, f'cuda:{i} computes wrong numbers'\n"
         "print(torch.version.cuda or 'none', torch.cuda.device_count())"
     )
-    returncode, said = in_own_process(code, 60)
+    returncode, said = end_of(start(code), 60)
     number = pynvml.nvmlSystemGetCudaDriverVersion()
     found = f"driver {machine.gpus()[0]['driver']} (CUDA {number // 1000}.{number % 1000 // 10}), torch: {said}"
     built = re.match(r"(\d+)\.(\d+) (\d+)$", said)
@@ -87,7 +90,7 @@ def nvcc(profile) -> Finding:
     except (OSError, subprocess.CalledProcessError):
         return FAILED, "no nvcc: DeepSpeed cannot build its CUDA ops"
     release = re.search(r"release (\d+)\.(\d+)", said)
-    _, cuda = in_own_process("import torch; print(torch.version.cuda)", 60)
+    _, cuda = end_of(start("import torch; print(torch.version.cuda)"), 60)
     return (OK if cuda.split(".")[0] == release[1] else FAILED), f"nvcc {release[1]}.{release[2]}, torch built for CUDA {cuda}"
 
 
@@ -106,7 +109,7 @@ def compiler(profile) -> Finding:
         return FAILED, "no C++ compiler on PATH: DeepSpeed cannot build CPUAdam"
     if not shutil.which("ninja"):
         return FAILED, "no ninja on PATH: DeepSpeed cannot build CPUAdam"
-    returncode, said = in_own_process(code, 170)
+    returncode, said = end_of(start(code), 170)
     return (OK if returncode == 0 else FAILED), said[:150]
 
 
@@ -134,18 +137,10 @@ print('right'); sys.stdout.flush(); os._exit(0)
 def pair(backend: str, first: int, second: int, **environment) -> str:
     """What goes wrong when two processes add their numbers up, "" when nothing does."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", ALL_REDUCE]
-        ranks = [subprocess.Popen([*command, str(rank), backend, str(first), str(second), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  env=os.environ | environment, start_new_session=True) for rank in (0, 1)]  # fmt: skip
-        deadline, said = time.monotonic() + PATIENCE_S, []
-        for process in ranks:
-            try:
-                said.append((process.communicate(timeout=max(1, deadline - time.monotonic()))[0].strip().splitlines() or ["nothing said"])[-1])
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.communicate()
-                said.append("hangs")
-    return "" if all(text == "right" for text in said) else next(text for text in said if text != "right")[:120]
+        ranks = [start(ALL_REDUCE, rank, backend, first, second, folder, **environment) for rank in (0, 1)]
+        deadline = time.monotonic() + PATIENCE_S
+        ends = [end_of(process, max(1, deadline - time.monotonic())) for process in ranks]
+    return next(("hangs" if code == 124 else said[:120] for code, said in ends if said != "right"), "")
 
 
 def all_reduce(profile) -> Finding:
@@ -192,7 +187,7 @@ def pinned(profile) -> Finding:
         "a = torch.arange(2**28, dtype=torch.int32).pin_memory(); b = a.to('cuda', non_blocking=True).cpu()\n"
         "assert torch.equal(a, b), 'the copy differs'; print('1 GiB page-locked, copied to the card and back')"
     )
-    returncode, said = in_own_process(code, 90)
+    returncode, said = end_of(start(code), 90)
     return (OK if returncode == 0 else FAILED), said[:150]
 
 
@@ -234,16 +229,8 @@ def limits(profile) -> Finding:
 def ports(profile) -> Finding:
     """Each port that a stage listens on can be bound now, or is held by this repository's own server."""
     wanted = {profile.serve.port: "make vllm-serve", profile.finetune.api_port: "make lf-api", profile.finetune.webui_port: "make lf-webui", 29500: "launchers"}
-    own = jobs.running()
-    taken = []
-    for port, user in wanted.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                if not any(str(port) in str(job) for job in own.values()):
-                    taken.append(f"{port} ({user})")
+    own = [job.get("address", "") for job in jobs.running().values()]
+    taken = [f"{port} ({user})" for port, user in wanted.items() if jobs.port_taken(port) and not any(address.endswith(f":{port}") for address in own)]
     return (WARNING, f"in use by another program: {', '.join(taken)}") if taken else (OK, f"{', '.join(map(str, wanted))} are free or ours")
 
 

@@ -211,9 +211,8 @@ def image_edit(args: argparse.Namespace) -> dict:
     cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
     fullest = max(cards, key=cards.get)
     lying = {c: sum(fits["stored_bytes"](*item, how) for item in tensors[c].items()) for c, (_, how) in recipes[args.recipe].items()}
-    weights = sum(lying[c] for c, (where, _) in recipes[args.recipe].items() if where == fullest)
-    if args.recipe == "model-offload":  # one component at a time
-        weights = max(lying.values())
+    places = {c: where for c, (where, _) in recipes[args.recipe].items()}
+    weights = sum(lying[c] for c in places if places[c] == fullest) + max((lying[c] for c in places if places[c] == "in turn"), default=0)
     parts = {"weights": weights, "working_memory": cards[fullest] * memory.GIB - weights, "cuda_context": memory.CONTEXT}
     parts = {name: round(value, 2) for name, value in memory.gib(parts).items()}
     better = next((f"--recipe {r}" for r in recipes if not lacks(r)), "nothing the planner knows makes it fit: take larger cards")
@@ -229,27 +228,29 @@ def recipes() -> dict[str, tuple[str, str]]:
     """{what a reader types: (file it is written in, the planner's command line)} of the 4090x2 profile and of modules/*/configs."""
     import json
 
-    import yaml
+    from lab.profile import read_yaml
 
-    def read(file: str) -> dict:
-        return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))  # JSON is YAML
+    def read(name) -> dict:
+        file = ROOT / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else read_yaml(file)
 
-    profile, found = read("configs/profiles/4090x2.yaml"), {}
+    here = "configs/profiles/4090x2.yaml"
+    profile, found = read(here), {}
     for name, command in (("serve", "make vllm-serve"), ("throughput", "make vllm-throughput")):
         section = profile[name]
         flags = {k: v for k, v in section["args"].items() if k in ("gpu-memory-utilization", "max-model-len", "dtype")} | {"tp": section["args"].get("tensor-parallel-size", 1)}
-        found[command] = ("configs/profiles/4090x2.yaml", f"serve --model {section['model']} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
+        found[command] = (here, f"serve --model {section['model']} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
     t = profile["train"]
     steps = f"--micro-batch {t['micro_batch']} --seq-len {t['seq_len']} --accumulate {{}} --dtype {t['dtype']}"
-    found["make train-one"] = ("configs/profiles/4090x2.yaml", f"train --model {t['model']} --gpus 1 " + steps.format(2))
-    found["make train-ddp"] = ("configs/profiles/4090x2.yaml", f"train --model {t['model']} " + steps.format(t["accumulate"]))
+    found["make train-one"] = (here, f"train --model {t['model']} --gpus 1 " + steps.format(2))
+    found["make train-ddp"] = (here, f"train --model {t['model']} " + steps.format(t["accumulate"]))
     for file in sorted((ROOT / "modules/04_Accelerate/configs").glob("*.yaml")):
         launcher = read(file)
         kind = launcher["distributed_type"]
         engine = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": f"deepspeed --zero {launcher.get('deepspeed_config', {}).get('zero_stage', 0)}"}[kind]
         found[f"make train-accelerate CONFIG={file.stem}"] = (f"modules/04_Accelerate/configs/{file.name}", f"train --model {t['model']} --engine {engine} " + steps.format(t["accumulate"]))
     for target, file in [*((f"train-z{z}", f"configs/z{z}.json") for z in range(4)), ("train-z2-offload", "ds_config.json")]:
-        config = json.loads((ROOT / "modules/05_DeepSpeed" / file).read_text())
+        config = read(f"modules/05_DeepSpeed/{file}")
         zero = config["zero_optimization"]
         model = profile["zero"]["model"] if zero["stage"] else t["model"]
         accumulate = config["gradient_accumulation_steps"] if config["gradient_accumulation_steps"] != "auto" else t["accumulate"]
@@ -264,11 +265,11 @@ def recipes() -> dict[str, tuple[str, str]]:
         line += "" if c.get("disable_gradient_checkpointing") else " --checkpointing"
         zero = read(c["deepspeed"])["zero_optimization"]["stage"] if "deepspeed" in c else 0
         found[f"make {target}"] = (f"modules/06_LLaMA-Factory/configs/{file}", line + (f" --engine deepspeed --zero {zero}" if zero else " --gpus 1"))
-    for file, command in (("infer.yaml", "make lf-chat"),):
-        c = read(f"modules/06_LLaMA-Factory/configs/{file}")
-        found[command] = (f"modules/06_LLaMA-Factory/configs/{file}", f"serve --model {c['model_name_or_path']} --dtype {c['infer_dtype']} --tp 1 --max-model-len 4096")
+    file = "modules/06_LLaMA-Factory/configs/infer.yaml"
+    c = read(file)
+    found["make lf-chat"] = (file, f"serve --model {c['model_name_or_path']} --dtype {c['infer_dtype']} --tp 1 --max-model-len 4096")
     e = profile["image_edit"]
-    found["make image-edit"] = ("configs/profiles/4090x2.yaml", f"image-edit --model {e['model']} --recipe {e['recipe']} --size {e['size']}")
+    found["make image-edit"] = (here, f"image-edit --model {e['model']} --recipe {e['recipe']} --size {e['size']}")
     return found
 
 

@@ -114,7 +114,7 @@ def test_every_recipe_of_the_repository_fits(plan):
     assert sections == {"smoke", "serve", "image_edit", "throughput", "train", "zero", "finetune"}, "a new section needs a line in recipes()"
 
 
-def test_a_recipe_that_does_not_fit_is_found(plan, monkeypatch):
+def test_a_recipe_that_does_not_fit_is_found(plan):
     """The test above can fail: a 14B served on one card."""
     line = plan.recipes()["make vllm-serve"][1]
     assert not plan.plan(plan.parse(shlex.split(line.replace("--tp 2", "--tp 1"))))["fits"]

@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import time
+from functools import cache
 
 from lab import ROOT, fail, memory, models, results
 from lab.profile import load_profile
@@ -30,16 +31,24 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def others(name: str, task: str, options: dict) -> dict[str, float]:
-    """GB on a card by `accelerate estimate-memory` and, for ZeRO, by DeepSpeed's estimators: their own functions on an empty model."""
+@cache
+def sizes(name: str) -> tuple[int, int]:
+    """Bytes of the whole model and of its largest layer in fp32, as accelerate counts them on an empty model."""
     from accelerate import init_empty_weights
-    from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**models.config(name)), dtype="float32")
-    size, (layer, _) = calculate_maximum_sizes(model)  # bytes in fp32
+    size, (layer, _) = calculate_maximum_sizes(model)
+    return size, layer
+
+
+def others(name: str, task: str, options: dict) -> dict[str, float]:
+    """GB on a card by `accelerate estimate-memory` and, for ZeRO, by DeepSpeed's estimators: their own functions."""
+    from accelerate.commands.estimate import estimate_training_usage
+
+    size, layer = sizes(name)
     if task == "serve" or options.get("method"):
         width = {"int4": 8, "nf4": 8}.get(options.get("dtype", "nf4" if options.get("method") == "qlora" else ""), 2)
         return {"accelerate_gb": size / width / 1e9}

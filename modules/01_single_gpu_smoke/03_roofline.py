@@ -11,11 +11,8 @@ are read once for all; prefill and training lie right. FLOPs are counted as 2 fo
 import argparse
 import os
 
-from lab import ROOT, RUNS, fail, machine, models, results, shown
+from lab import ROOT, RUNS, fail, machine, models, results, shown, speed
 from lab.profile import load_profile
-
-# NVIDIA Ada whitepaper: dense bf16 with fp32 accumulation, GDDR6X. Drawn beside a measured GPU as a prediction.
-RTX_4090 = {"flop_per_s": 165.2e12, "byte_per_s": 1008e9}
 
 
 def main() -> None:
@@ -129,7 +126,8 @@ def main() -> None:
     x = np.logspace(-1, 4, 200)
     ax.loglog(x, np.minimum(roof, x * bandwidth) / 1e12, color="black", label=f"{machine.name()}, measured ({profile.dtype})")
     if device != "cpu":
-        ax.loglog(x, np.minimum(RTX_4090["flop_per_s"], x * RTX_4090["byte_per_s"]) / 1e12, "--", color="gray", label="RTX 4090, nominal (a prediction)")
+        card = speed.Machine()
+        ax.loglog(x, np.minimum(card.flops, x * card.bandwidth) / 1e12, "--", color="gray", label="RTX 4090, nominal (a prediction)")
     for name, (flops, size, took) in work.items():
         ax.plot(flops / size, flops / took / 1e12, "o")
         ax.annotate(name, (flops / size, flops / took / 1e12), textcoords="offset points", xytext=(7, -9), fontsize=8)

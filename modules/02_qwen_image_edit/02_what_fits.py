@@ -86,17 +86,15 @@ def needs(recipe: str, tensors: dict, size: int, device: str = "cuda") -> dict[s
     work["vae"] = WORK["vae"] * max(1, size**2 / 2**20)  # it encodes the input at 1 megapixel, whatever `size` is
     if recipe == "nf4":
         work["vae"] = WORK["vae"] / 4  # tiles of 512 x 512
-    gib: dict[str, float] = {"host": LIBRARIES}
-    if recipe in PLANNED and recipe != "gguf" and device == "cuda":
-        gib["cuda:0"] = 0
+    gib: dict[str, float] = {"host": LIBRARIES} | ({"cuda:0": 0} if device == "cuda" else {})
     for component, (place, how) in lies.items():
         size_gib = sum(stored_bytes(*item, how) for item in tensors[component].items()) / 2**30
         if place == "in turn":  # lies on the host, and whole on the card while it runs
             gib["cuda:0"] = max(gib["cuda:0"], size_gib + work[component])
             place = "host"
         gib[place] = gib.get(place, 0) + size_gib
-    for place in gib.keys() - {"host"} if recipe != "model-offload" else ():
-        gib[place] += max(work[c] for c, (where, _) in lies.items() if where in (place, "host"))
+    for place in gib.keys() - {"host"}:
+        gib[place] += max((work[c] for c, (where, _) in lies.items() if where in (place, "host")), default=0)
     if recipe == "fp8":  # loaded as bf16, then cast
         gib["host"] += sum(stored_bytes(*item, "bf16") for item in tensors["transformer"].items()) / 2**30
     elif device == "cuda" and "offload" not in recipe:  # one file after another on its way to the card
