@@ -49,12 +49,18 @@ stop: env ## end every server and job this repository started, and nothing else
 # ------------------------------------------------------------------------------
 # 01 single GPU smoke test
 
-.PHONY: smoke roofline plan-examples
+.PHONY: smoke roofline memory gauges plan-examples
 smoke: env ## 01: versions, matrix products against float64, memory bandwidth, first tokens
 	@$(PY) modules/01_single_gpu_smoke/01_smoke.py $(ARGS)
 
 roofline: env ## 01: how fast this machine multiplies and reads, and which of the two bounds decoding, prefill and training
 	@$(PY) modules/01_single_gpu_smoke/03_roofline.py $(ARGS)
+
+memory: env ## 01: where memory goes, step by step, on a living model: context, weights, cache, activations, optimizer, holes
+	@$(PY) modules/01_single_gpu_smoke/04_where_memory_goes.py $(ARGS)
+
+gauges: env ## 01: what utilization, memory, power and clocks say, each provoked by a small load
+	@$(PY) modules/01_single_gpu_smoke/05_gauges.py $(ARGS)
 
 plan-examples: env ## 01: five questions about two 24 GB cards, answered by arithmetic, beside other estimators
 	@$(PY) modules/01_single_gpu_smoke/02_plan_examples.py $(ARGS)

@@ -15,6 +15,7 @@ from lab import ROOT, RUNS, machine, shown
 
 FOLDER = Path(os.environ.get("RECORDS") or RUNS / "records")  # the tests keep theirs apart from yours
 
+
 def name_of(script: str) -> str:
     """`03_vllm/03_throughput` for that module script; scripts outside modules/ keep their own folder's name."""
     path = Path(script).resolve().with_suffix("")
@@ -33,6 +34,17 @@ def note(name: str) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "history.jsonl").open("a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def picture(script: str, name: str, figure) -> None:
+    """Save a matplotlib figure as runs/<module>/<name>.png and, with STORE=1, beside the records; say where."""
+    targets = [RUNS / Path(script).resolve().parent.name / f"{name}.png"]
+    if os.environ.get("STORE") == "1":
+        targets.append(ROOT / "results" / machine.name() / targets[0].parent.name / targets[0].name)
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=110)
+    print(f"plot: {shown(targets[-1])}")
 
 
 def finish(script: str, metrics: dict, config: dict | None = None, variant: str = "") -> None:

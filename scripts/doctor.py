@@ -22,7 +22,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from lab import ROOT, fail, jobs, machine, models
+from lab import ROOT, fail, jobs, machine, models, results
 from lab.profile import load_profile
 
 OK, WARNING, FAILED, ABSENT = "ok", "warning", "failed", "not applicable"
@@ -375,6 +375,10 @@ def main() -> None:
         print(", ".join(f"{verdicts.count(v)} {v}" for v in (OK, WARNING, FAILED, ABSENT) if v in verdicts))
     if args.snapshot:
         snapshot(found, profile)
+    if os.environ.get("STORE") == "1" and not args.only:
+        results.finish(__file__, {name: f"{f['verdict']}: {f['found']}" for name, f in found.items()} | {"took_s": round(sum(f["seconds"] for f in found.values()))})
+    else:
+        results.note("scripts/doctor")
     raise SystemExit(2 if FAILED in verdicts else 1 if args.strict and WARNING in verdicts else 0)
 
 

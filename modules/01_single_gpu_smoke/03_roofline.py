@@ -9,9 +9,8 @@ are read once for all; prefill and training lie right. FLOPs are counted as 2 fo
 """
 
 import argparse
-import os
 
-from lab import ROOT, RUNS, fail, machine, models, results, shown, speed
+from lab import fail, machine, models, results, speed
 from lab.profile import load_profile
 
 
@@ -135,13 +134,7 @@ def main() -> None:
     ax.set(xlabel="FLOP per byte of memory", ylabel="TFLOP/s", title="Left of the ridge work waits for memory, right of it for arithmetic")
     ax.legend(loc="lower right", fontsize=8)
     ax.grid(alpha=0.3)
-    out = RUNS / "01_single_gpu_smoke" / "roofline.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(out, dpi=110)
-    print(f"plot: {shown(out)}")
-    if os.environ.get("STORE") == "1":
-        (ROOT / "results" / machine.name() / "01_single_gpu_smoke").mkdir(parents=True, exist_ok=True)
-        fig.savefig(ROOT / "results" / machine.name() / "01_single_gpu_smoke" / "roofline.png", dpi=110)
+    results.picture(__file__, "roofline", fig)
     results.finish(__file__, metrics, vars(args))
 
 
