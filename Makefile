@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch mini-vllm mini-tp
+.PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch paging prefix-caching batch-one mini-vllm mini-tp
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -96,6 +96,15 @@ mini-vllm: env ## 03: a small vLLM from scratch, its scheduler at work, its spee
 
 mini-tp: env ## 03: tensor parallelism from scratch on two processes: the logits of one (PROCESSES=2)
 	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/06_tensor_parallel.py $(ARGS)
+
+paging: env ## 03: what a paged KV cache buys over contiguous pieces of the longest length, in the same memory
+	@$(PY) modules/03_vllm/09_paging.py $(ARGS)
+
+prefix-caching: env ## 03: what is saved where prompts begin alike
+	@$(PY) modules/03_vllm/10_prefix_caching.py $(ARGS)
+
+batch-one: env ## 03: how near decoding comes to the memory's bandwidth, one request alone and many
+	@$(PY) modules/03_vllm/11_batch_one.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate
