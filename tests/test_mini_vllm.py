@@ -137,9 +137,8 @@ def test_no_block_is_lost_or_mixed_up():
     been computed from its own tokens.
     """
     from mini_vllm.block_manager import BlockManager
-    from mini_vllm.sequence import SamplingParams, Sequence
-
     from mini_vllm.scheduler import Scheduler
+    from mini_vllm.sequence import SamplingParams, Sequence
 
     rng = random.Random(0)
     manager = BlockManager(30, 4)
