@@ -156,6 +156,7 @@ def test_no_block_is_lost_or_mixed_up():
         scheduled = scheduler.schedule()
         assert scheduled or not scheduler.waiting and not scheduler.running, "nobody is served"
         assert sum(seq.num_scheduled_tokens for seq in scheduled) <= 23 and len(scheduler.running) <= 8
+        assert all(seq.num_scheduled_tokens > 0 for seq in scheduled), "without a token to compute there are no logits to choose the next from"
         held = [block for seq in alive for block in seq.block_table]
         assert [held.count(block) for block in range(30)] == manager.ref_counts
         assert set(manager.free) == {block for block in range(30) if block not in held}
