@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch
+.PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -88,8 +88,14 @@ vllm-chat: env ## 03: ask the running server, the answer streamed
 vllm-throughput: env ## 03: requests of mixed length, transformers against vLLM
 	@$(PY) modules/03_vllm/03_throughput.py $(ARGS)
 
-vllm-watch: env ## 03: GPUs and engine of the running server, a line a second, under load
+watch: env ## 03: GPUs and engine of the running server, a line a second, under load
 	@$(PY) modules/03_vllm/04_watch.py $(ARGS)
+
+monitor: env ## 03: Prometheus beside the running server, with its alerts, in the background (again: their state now)
+	@$(PY) modules/03_vllm/07_monitor.py $(ARGS)
+
+vllm-load: env ## 03: the running server under a load of mixed lengths and of clients that hang up: nothing may fail or stay
+	@$(PY) modules/03_vllm/08_load.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate

@@ -138,7 +138,7 @@ def no_server():
 
 def test_no_server(no_server):
     assert "make vllm-serve" in refused("make", "vllm-chat")
-    assert "make vllm-serve" in refused("make", "vllm-watch")
+    assert "make vllm-serve" in refused("make", "watch")
 
 
 def test_port_in_use(no_server):
