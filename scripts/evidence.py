@@ -15,7 +15,7 @@ from lab import ROOT, fail, machine
 
 # The server stands between its start and `stop`; the adapter that lf-score trains is scored at once.
 TARGETS = ["doctor", "smoke", "roofline", "memory", "gauges", "plan-examples", "image-edit", "image-fits"]
-TARGETS += ["vllm-throughput", "vllm-serve", "vllm-chat", "watch", "stop"]
+TARGETS += ["vllm-throughput", "vllm-serve", "vllm-chat", "watch", "vllm-load", "stop"]
 TARGETS += ["train-one", "train-ddp", "train-accelerate", "train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"]
 TARGETS += ["train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload", "train-compare", "zero-theory"]
 TARGETS += ["lf-score ARGS=--train", "lf-train-z2", "lf-merge", "tables"]

@@ -4,7 +4,9 @@ What needs the running server and nothing else stands in test_server.py, which h
 """
 
 import json
+import math
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -48,6 +50,15 @@ def test_a_broken_alert_is_found(alert, expression, tmp_path):
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     shutil.copy(MONITORING / "rules_test.yml", tmp_path)
     assert f"alertname: {alert}" in promtool(tmp_path).stderr
+
+
+def test_quantiles_of_a_histogram():
+    """make watch computes them as histogram_quantile does: linear within a bucket, of what came between two scrapes only."""
+    quantile = runpy.run_path(str(ROOT / "modules/03_vllm/live_metrics.py"))["quantile"]
+    before = {"x_bucket{1.0}": 100.0, "x_bucket{2.0}": 100.0, "x_bucket{+Inf}": 100.0}
+    now = {"x_bucket{1.0}": 110.0, "x_bucket{2.0}": 130.0, "x_bucket{+Inf}": 140.0}
+    assert [quantile(q, "x", before, now) for q in (0.125, 0.5, 0.99)] == [0.5, 1.5, 2.0]
+    assert math.isnan(quantile(0.5, "x", now, now)) and math.isnan(quantile(0.5, "y", before, now))
 
 
 def test_monitor_refuses():
