@@ -16,8 +16,6 @@ import argparse
 import threading
 import time
 
-from live_metrics import quantile, scrape  # the file beside this one
-
 from lab import fail, machine, results
 from lab.profile import load_profile
 
@@ -57,6 +55,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds < 2 or args.load < 0:
         fail("--seconds must be at least 2 and --load at least 0")
+
+    from live_metrics import quantile, scrape  # the file beside this one
+
     try:
         scrape(args.address)
     except OSError:

@@ -18,8 +18,6 @@ import asyncio
 import random
 import time
 
-from live_metrics import scrape  # the file beside this one
-
 from lab import fail, results
 from lab.profile import load_profile
 
@@ -65,6 +63,7 @@ async def send(client, model: str, prompt: list[int], length: int, ending: str) 
 async def load(address: str, model: str, plan: list[tuple], concurrency: int, peaks: dict) -> list[tuple[str, list[float]]]:
     """All requests of `plan`, `concurrency` at once; `peaks` takes the highest gauges seen meanwhile."""
     import openai
+    from live_metrics import scrape  # the file beside this one
 
     async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=600) as client:
         free = asyncio.Semaphore(concurrency)
@@ -100,12 +99,14 @@ def main() -> None:
         fail("--requests, --concurrency, --prompt-tokens and --output-tokens must be positive, --max-tokens at least 4")
     if min(args.cancel, args.disconnect) < 0 or args.cancel + args.disconnect > 0.9:
         fail("--cancel and --disconnect are shares of 1, together at most 0.9: somebody must read the answers")
+
+    import openai
+    from live_metrics import scrape
+
     try:
         scrape(args.address)
     except OSError:
         fail(f"no server answers at {args.address}: start one with 'make vllm-serve'")
-
-    import openai
 
     model = openai.OpenAI(base_url=f"{args.address}/v1", api_key="unused").models.list().data[0]
 
