@@ -1,6 +1,8 @@
-"""Reading the data set (scripts/make_data.py writes it): rows of chat messages, checked, and packed into blocks for training."""
+"""What the stages compute on: the data set (scripts/make_data.py writes it) as checked rows and as blocks for training, and requests
+of mixed length for the inference engines."""
 
 import json
+import random
 from pathlib import Path
 
 from lab import ROOT, fail, shown
@@ -46,3 +48,15 @@ def blocks(tokenizer, name: str, length: int):
     text = "".join(tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows(name))
     tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+TOPICS = ["a lighthouse", "two graphics cards", "the first frost", "a lost letter", "the night train", "an honest merchant", "a river in spring"]
+
+
+def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[tuple[str, int]]:
+    """`count` requests (prompt, number of output tokens), lengths lognormal with this mean and shape, between 4 and `most`."""
+    rng = random.Random(seed)
+    mu_shift = sigma**2 / 2  # so that the mean of the distribution is `mean`, whatever sigma
+    lengths = [round(mean * rng.lognormvariate(-mu_shift, sigma)) for _ in range(count)]
+    prompts = [f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}." + " Mind every detail." * rng.randint(0, 12) for _ in lengths]
+    return [(prompt, min(max(length, 4), most)) for prompt, length in zip(prompts, lengths, strict=True)]

@@ -8,6 +8,7 @@ Each is a make target that a reader can type too. Commit results/ afterwards: it
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from lab import ROOT, fail, machine
 # The server stands between its start and `stop`; the adapter that lf-score trains is scored at once.
 TARGETS = ["doctor", "smoke", "roofline", "memory", "gauges", "plan-examples", "image-edit", "image-fits"]
 TARGETS += ["vllm-throughput", "vllm-serve", "vllm-chat", "watch", "vllm-load", "stop"]
+TARGETS += ['mini-vllm ARGS="--requests 256 --repeat 3"', "mini-tp"]  # about 4 minutes on 2 cores
 TARGETS += ["train-one", "train-ddp", "train-accelerate", "train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"]
 TARGETS += ["train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload", "train-compare", "zero-theory"]
 TARGETS += ["lf-score ARGS=--train", "lf-train-z2", "lf-merge", "tables"]
@@ -29,7 +31,7 @@ def main() -> None:
         print("note: tracked files differ from the commit; the records will say so", file=sys.stderr)
     for target in [*args.only, "tables"] if args.only else TARGETS:
         print(f"== make {target}", flush=True)
-        if subprocess.run(["make", "--no-print-directory", *target.split()], cwd=ROOT, env=os.environ | {"STORE": "1"}).returncode:
+        if subprocess.run(["make", "--no-print-directory", *shlex.split(target)], cwd=ROOT, env=os.environ | {"STORE": "1"}).returncode:
             fail(f"make {target} failed (see above); what was measured before it is stored, a server may still run: make stop")
 
 

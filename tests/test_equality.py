@@ -1,9 +1,12 @@
-"""The same greedy tokens from transformers and from vLLM: in float32, where rounding cannot decide between two tokens."""
+"""The same greedy tokens from transformers, vLLM and mini_vllm: in float32, where rounding cannot decide between two tokens."""
 
 import json
+import sys
 
 import pytest
-from conftest import python
+from conftest import ROOT, python
+
+sys.path.insert(0, str(ROOT / "modules/03_vllm"))  # as it is for a script that is run from there
 
 PROMPTS = [
     "What is the capital of France?",
@@ -21,23 +24,32 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, prompts, tokens = json.loads(sys.argv[1])
     llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, min_tokens=tokens, max_tokens=tokens), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """
 
 
 @pytest.mark.timeout(600)
-def test_greedy_tokens_of_transformers_and_vllm(small_model, tmp_path):
+def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
     import torch
+    from mini_vllm import LLM, SamplingParams
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # as ignore_eos
     expected = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**inputs, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    # All at once; then in a cache that holds half of them, prompts in chunks.
+    params = [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS)
+    for options in ({"kv_cache_gib": 0.1}, {"num_blocks": 12, "max_num_batched_tokens": 24}):
+        mini = LLM(small_model, dtype="float32", **options)
+        assert [o["token_ids"] for o in mini.generate(PROMPTS, params)] == expected
+    assert mini.scheduler.stats["preemptions"] > 0
 
     script = tmp_path / "generate.py"
     script.write_text(VLLM)

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_every_make_recipe_parses():
 def test_make_evidence_dry():
     """Every target of `make evidence` exists, and every module script that stores a record is run by one of them."""
     targets = runpy.run_path(str(ROOT / "scripts/evidence.py"), run_name="imported")["TARGETS"]
-    recipes = "".join(run("make", "-n", *target.split(), check=0).stdout for target in targets)
+    recipes = "".join(run("make", "-n", *shlex.split(target), check=0).stdout for target in targets)
     storing = {s for s in MODULE_SCRIPTS if "results.finish" in (ROOT / s).read_text()}
     assert len(storing) >= 8 and not {s for s in storing if s not in recipes}
 

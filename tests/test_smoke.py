@@ -59,3 +59,30 @@ def test_roofline(small_model):
     assert bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"} and bound["decode, batch 1"] == "memory"
     assert (ROOT / "runs/01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
     assert "at least 1" in refused("python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0")
+
+
+def test_memory_goes_where_arithmetic_says(small_model):
+    """Every step adds what its formula says, gives back what it should, and a fragmented allocator keeps more than tensors hold."""
+    done = python("modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "2", "--tokens", "128", check=0)
+    result = json.loads(done.stdout.splitlines()[-1])
+    steps = [name.removesuffix("_predicted_gib") for name in result if name.endswith("_predicted_gib")]
+    assert steps == ["weights", "prefill", "decode", "requests_end", "forward", "backward", "optimizer_step", "zero_grad", "deleted"]
+    for step in steps:
+        added, predicted = result[f"{step}_added_gib"], result[f"{step}_predicted_gib"]
+        assert added == pytest.approx(predicted, rel=0.1, abs=0.05), step
+        assert result[f"{step}_peak_gib"] >= result[f"{step}_holds_gib"] - 0.05, step
+    allocator = "segments" if machine.gpus() and result["machine"] != f"cpu-{machine.cores()}c" else "c_library"
+    assert result[f"{allocator}_every_second_one_freed_ratio"] > 1.2, "half of the first blocks' room is lost"
+    assert "at least 1" in refused("python", "modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "0")
+
+
+def test_gauges(small_model):
+    """Each load moves the gauge that it should move; the amounts are the machine's own affair."""
+    done = python("modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "2", check=0)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["product_over_number_ratio"] > 1000
+    assert result["memory_held_memory_gib"] > result["idle_memory_gib"] + 0.5 and result["memory_held_tflop_per_s"] == 0
+    assert 0.2 < result["product_half_the_time_tflop_per_s"] / result["matrix_product_tflop_per_s"] < 0.9
+    assert 0 <= result["idle_util_pct"] <= 100 and result["copy_gb_per_s"] > 1
+    assert (ROOT / "runs/01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
+    assert "at least 2" in refused("python", "modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "1")

@@ -3,9 +3,9 @@
     make gauges
     python modules/01_single_gpu_smoke/05_gauges.py --seconds 3
 
-Look at: the rows "one number" and "matrix product". On a GPU both show a GPU-Util near 100 %, one does a millionth of the other's work:
-GPU-Util is the share of time in which at least one kernel ran. Power tells them apart. And the row "memory held": a full memory says
-nothing of work. On a CPU the first gauge counts busy cores, which is another thing. Plot: runs/01_single_gpu_smoke/gauges.png.
+Look at: the rows "one number", "copy" and "matrix product". GPU-Util is the share of time in which at least one kernel ran, so all
+three look busy, and one does a millionth of another's arithmetic; power and the work done tell them apart. And the row "memory held":
+a full memory says nothing of work. On a CPU the first gauge counts busy cores, which is another thing. Plot: runs/01_single_gpu_smoke/gauges.png.
 """
 
 import argparse
@@ -70,10 +70,19 @@ def main() -> None:
             held.append(torch.ones(4 * profile.smoke.copy_mib * 2**20, dtype=torch.uint8, device=device))
         return idle()
 
-    def one_number():
-        held.clear()
+    def add_up():
         for _ in range(1000):
             number.add_(1)
+
+    add_up()
+    graph = torch.cuda.CUDAGraph() if device != "cpu" else None
+    if graph:
+        with torch.cuda.graph(graph):  # kernel after kernel, without Python in between
+            add_up()
+
+    def one_number():
+        held.clear()
+        graph.replay() if graph else add_up()
         wait()
         return 1000, 8000
 
@@ -110,7 +119,7 @@ def main() -> None:
     watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
     metrics: dict[str, float] = {}
-    print(f"{device}, {profile.dtype}, {args.seconds:g} s each\n\n  {'load':24}{'util':>7}{'memory':>12}{'clock':>11}{'power':>9}{'work done':>31}")
+    print(f"{device}, {profile.dtype}, {args.seconds:g} s each\n\n  {'load':24}{'util':>7}{'memory':>12}{'clock':>11}{'power':>9}{'work done':>34}")
     for name, work in loads.items():
         now[0] = name
         began, flops, moved = time.perf_counter(), 0, 0
@@ -124,7 +133,7 @@ def main() -> None:
         metrics |= {f"{key}_tflop_per_s": round(flops / took / 1e12, 9), f"{key}_gb_per_s": round(moved / took / 1e9, 3)}
         power = f"{mean['power_w']:.0f} W" if "power_w" in mean else "-"
         work_done = f"{flops / took / 1e12:.6f} TFLOP/s  {moved / took / 1e9:7.1f} GB/s"
-        print(f"  {name:24}{mean['util_pct']:6.0f}%{mean['memory_gib']:8.1f} GiB{mean['clock_mhz']:7.0f} MHz{power:>9}{work_done:>31}", flush=True)
+        print(f"  {name:24}{mean['util_pct']:6.0f}%{mean['memory_gib']:8.1f} GiB{mean['clock_mhz']:7.0f} MHz{power:>9}{work_done:>34}", flush=True)
     stop.set()
     watcher.join()
     metrics["product_over_number_ratio"] = round(metrics["matrix_product_tflop_per_s"] / metrics["one_number_tflop_per_s"], 0)

@@ -12,22 +12,10 @@ Output lengths are lognormal, as real traffic is skewed; both engines produce ex
 """
 
 import argparse
-import random
 import time
 
-from lab import fail, models, results
+from lab import data, fail, models, results
 from lab.profile import load_profile
-
-TOPICS = ["a lighthouse", "two graphics cards", "the first frost", "a lost letter", "the night train", "an honest merchant", "a river in spring"]
-
-
-def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[tuple[str, int]]:
-    """`count` requests (prompt, number of output tokens), lengths lognormal with this mean and shape, between 4 and `most`."""
-    rng = random.Random(seed)
-    mu_shift = sigma**2 / 2  # so that the mean of the distribution is `mean`, whatever sigma
-    lengths = [round(mean * rng.lognormvariate(-mu_shift, sigma)) for _ in range(count)]
-    prompts = [f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}." + " Mind every detail." * rng.randint(0, 12) for _ in lengths]
-    return [(prompt, min(max(length, 4), most)) for prompt, length in zip(prompts, lengths, strict=True)]
 
 
 def run_transformers(folder, device: str, dtype: str, requests, batch_size: int) -> tuple[float, int]:
@@ -90,7 +78,7 @@ def main() -> None:
         fail("--requests, --batch-size, --max-tokens and --mean-tokens must be positive, --sigma at least 0")
     folder = models.model_folder(args.model)
 
-    requests = trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)
+    requests = data.trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)
     tokens = sum(length for _, length in requests)
     lengths = sorted(length for _, length in requests)
     print(f"{len(requests)} requests, {tokens} tokens out: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
