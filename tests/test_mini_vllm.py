@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, python, refused, run
+from conftest import ROOT, refused, run
 
 MODULE = ROOT / "modules/03_vllm"
 SCRIPT = MODULE / "05_mini_vllm.py"
@@ -137,9 +137,8 @@ def test_no_block_is_lost_or_mixed_up():
     been computed from its own tokens.
     """
     from mini_vllm.block_manager import BlockManager
-    from mini_vllm.sequence import SamplingParams, Sequence
-
     from mini_vllm.scheduler import Scheduler
+    from mini_vllm.sequence import SamplingParams, Sequence
 
     rng = random.Random(0)
     manager = BlockManager(30, 4)
@@ -157,6 +156,7 @@ def test_no_block_is_lost_or_mixed_up():
         scheduled = scheduler.schedule()
         assert scheduled or not scheduler.waiting and not scheduler.running, "nobody is served"
         assert sum(seq.num_scheduled_tokens for seq in scheduled) <= 23 and len(scheduler.running) <= 8
+        assert all(seq.num_scheduled_tokens > 0 for seq in scheduled), "without a token to compute there are no logits to choose the next from"
         held = [block for seq in alive for block in seq.block_table]
         assert [held.count(block) for block in range(30)] == manager.ref_counts
         assert set(manager.free) == {block for block in range(30) if block not in held}
@@ -275,14 +275,6 @@ def test_the_scripts_refuse_in_one_sentence(tmp_path):
 
 # -----------------------------------------------------------------------------
 # The scripts, and what the readme says
-
-
-def test_script(qwen2):
-    """A cache of 20 blocks: requests wait, are preempted, and all of their tokens come."""
-    done = python(SCRIPT, "--only", "mini", "--model", qwen2, "--requests", "12", "--blocks", "20", "--repeat", "2", check=0, PROFILE="cpu")
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["mini_preemptions_count"] > 0 and found["request_count"] == 12 and found["mini_tok_per_s"] > 0
-    assert 0 < found["mini_prefix_hit_ratio"] < 1
 
 
 def test_tensor_parallel():

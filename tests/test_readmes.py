@@ -5,10 +5,13 @@ An HTML comment before a block marks the exceptions: <!-- long --> runs in `make
 .ci/run runs. <!-- exit 2 --> says that the commands must be refused.
 """
 
+import json
+import os
 import re
 import shlex
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -96,6 +99,16 @@ def test_readme(block):
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "long"], ids=lambda b: b.id)
 def test_readme_long(block):
     execute(block)
+
+
+@pytest.mark.long
+def test_the_claims_hold_in_the_records_just_made():
+    """Invariants inside each run of module 03's measured claims: the blocks above wrote the records."""
+    paging, prefix, batch = (json.loads((Path(os.environ["RECORDS"]) / f"03_vllm/{name}.json").read_text())["metrics"] for name in ("09_paging", "10_prefix_caching", "11_batch_one"))
+    assert paging["contiguous_waste_ratio"] > 0.5 > 0.2 > paging["paged_waste_ratio"] > 0
+    assert paging["paged_mean_requests_count"] > 1.5 * paging["contiguous_mean_requests_count"] and paging["paged_over_contiguous_ratio"] > 1.1
+    assert prefix["apart_hit_ratio"] == 0 and prefix["shared_hit_ratio"] > 0.8 and prefix["ttft_ratio"] > 1.5
+    assert 0 < batch["batch_1_of_bandwidth_ratio"] < 1.5 and batch["batch_32_tok_per_s"] > 2 * batch["batch_1_tok_per_s"]
 
 
 def test_nothing_stays_running_after_the_readmes():

@@ -9,7 +9,7 @@ from conftest import ROOT, python, run
 
 RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
 PLAIN = {"zero_stage", "world_size", "losses"}  # numbers without a unit
-UNITS = r"_(count|ratio|s|ms|gb|gib|gb_per_s|tok_per_s|tflop_per_s|pct|w|mhz|px)$"
+UNITS = r"_(count|ratio|s|ms|gb|gib|gb_per_s|tok_per_s|tflop_per_s|pct|w|mhz|px|bytes)$"
 
 
 def test_there_are_records():

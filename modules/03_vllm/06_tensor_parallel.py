@@ -69,6 +69,8 @@ def main() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if profile.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
+        if (here := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+            fail(f"{here} processes need a GPU each, {torch.cuda.device_count()} can be seen: start fewer with PROCESSES={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with tempfile.TemporaryDirectory() as temporary:

@@ -36,8 +36,7 @@ class TorchAttention:
 
     def attend(self, cache, batch: Batch, q, k, v) -> torch.Tensor:
         cache[0, batch.slots], cache[1, batch.slots] = k, v
-        starts, slots = batch.metadata
-        rows = []
+        (starts, slots), rows = batch.metadata, []
         for i, length in enumerate(batch.seq_lens.tolist()):
             new = slice(starts[i], starts[i + 1])
             query, keys, values = (x.transpose(0, 1)[None] for x in (q[new], cache[0, slots[i, :length]], cache[1, slots[i, :length]]))
@@ -52,7 +51,6 @@ class CpuAttention:
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
         from vllm import _custom_ops  # loads the library of kernels
-
         self.ops, self.shape, self.dtype = _custom_ops, (heads, kv_heads, head_dim), dtype
 
     def cache(self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, **kwargs) -> tuple:

@@ -8,6 +8,7 @@ A block nobody holds keeps its contents and its name until the room is needed; t
 from array import array
 from collections import OrderedDict
 from hashlib import sha256
+from itertools import takewhile
 
 from mini_vllm.sequence import Sequence
 
@@ -30,12 +31,8 @@ class BlockManager:
 
     def match(self, seq: Sequence) -> list[int]:
         """Cached blocks with the beginning of `seq`. At least one token is left to compute: its logits choose the next."""
-        blocks = []
-        for name in self.hashes(seq)[: (len(seq) - 1) // self.block_size]:
-            if name not in self.cached:
-                break
-            blocks.append(self.cached[name])
-        return blocks
+        names = self.hashes(seq)[: (len(seq) - 1) // self.block_size]
+        return [self.cached[name] for name in takewhile(self.cached.__contains__, names)]
 
     def allocate(self, seq: Sequence, num_tokens: int, prefix: list[int] = ()) -> bool:
         """Let `seq` hold blocks for `num_tokens` tokens, beginning with the blocks `prefix`. False, and nothing changed, without room."""

@@ -4,6 +4,8 @@ Written against vLLM 0.26 (vllm/vllm_flash_attn/flash_attn_interface.py) and NOT
 """
 
 import torch
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 
 class CudaAttention:
@@ -13,9 +15,8 @@ class CudaAttention:
         return torch.zeros(2, num_blocks, block_size, kv_heads, head_dim, **kwargs)
 
     def prepare(self, batch) -> None:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
         lengths = {"max_seqlen_q": batch.max_query_len, "cu_seqlens_q": batch.query_start, "max_seqlen_k": batch.max_seq_len, "seqused_k": batch.seq_lens}
+        lengths["fa_version"] = get_flash_attn_version()  # 3 on Hopper, 2 on a 4090
         batch.metadata = lambda q, k, v: flash_attn_varlen_func(q, k, v, **lengths, causal=True, block_table=batch.block_table)
 
     def attend(self, cache, batch, q, k, v) -> torch.Tensor:

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-KNOWN = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-
 
 def read_config(folder: Path) -> dict:
     """The model's config.json; ValueError with one sentence when this engine would compute something else than the model is."""
     c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (name := (c.get("architectures") or ["model without a name"])[0]) not in KNOWN:
-        raise ValueError(f"{folder.name} is a {name}: this small engine computes {' and '.join(KNOWN)} only")
+    if (name := (c.get("architectures") or ["model without a name"])[0]) not in ("LlamaForCausalLM", "Qwen2ForCausalLM"):
+        raise ValueError(f"{folder.name} is a {name}: this small engine computes LlamaForCausalLM and Qwen2ForCausalLM only")
     rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})  # the first since transformers 5
     if kinds := {rope.get("rope_type"), rope.get("type")} - {None, "default"}:
         raise ValueError(f"{folder.name} scales its rotary embedding ({kinds.pop()}), which this small engine does not compute")
@@ -30,7 +28,6 @@ def read_config(folder: Path) -> dict:
 def read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All tensors of the folder's safetensors files under their names in the file."""
     from safetensors.torch import load_file
-
     if not (files := sorted(folder.glob("*.safetensors"))):
         raise ValueError(f"{folder.name} holds no .safetensors file")
     found = ((name, tensor) for file in files for name, tensor in load_file(file).items() if not name.endswith("inv_freq"))
@@ -70,18 +67,16 @@ class Model:
             self.layers.append(layer)
         if weights:
             raise ValueError(f"the model has weights that this small engine does not compute with, such as {next(iter(weights))}")
-        half = config["head_dim"] // 2
-        frequencies = 1.0 / config["rope_theta"] ** (torch.arange(half, dtype=torch.float32) / half)
+        frequencies = 1.0 / config["rope_theta"] ** (torch.arange(0, config["head_dim"], 2, dtype=torch.float32) / config["head_dim"])
         angles = torch.outer(torch.arange(config["max_position_embeddings"], dtype=torch.float32), frequencies)
         self.cos, self.sin = (f(angles)[:, None].to(self.norm) for f in (torch.cos, torch.sin))  # [positions, 1, D/2]
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend, rows=slice(None)) -> torch.Tensor:
         """Logits [rows, vocabulary] of tokens [T] at positions [T]; `attend(layer, q, k, v)` -> [T, heads * head_dim]."""
-        cos, sin, x = self.cos[positions], self.sin[positions], self.embedding[token_ids]
-
         def norm(x, weight):  # RMSNorm, arXiv 1910.07467
             return F.rms_norm(x, weight.shape, weight, self.config["rms_norm_eps"])
 
+        cos, sin, x = self.cos[positions], self.sin[positions], self.embedding[token_ids]
         for i, w in enumerate(self.layers):
             qkv = linear(norm(x, w["norm1"]), w["qkv"], w["bias"]).split(w["widths"], dim=-1)
             q, k, v = (y.unflatten(-1, (-1, self.config["head_dim"])) for y in qkv)

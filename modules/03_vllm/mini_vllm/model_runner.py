@@ -21,7 +21,6 @@ class ModelRunner:
             self.attention = TorchAttention()
         elif device == "cuda":
             from mini_vllm.cuda import CudaAttention
-
             self.attention = CudaAttention()
         elif block_size == 16 and dim in (32, 64, 80, 96, 112, 128, 160, 192, 224, 256):
             self.attention = CpuAttention(heads, kv_heads, dim, self.dtype)
@@ -29,8 +28,7 @@ class ModelRunner:
             raise ValueError(f"the kernel takes no blocks of {block_size} tokens with heads of {dim} numbers: choose attention=torch")
         block_bytes = 2 * config["num_hidden_layers"] * block_size * kv_heads * dim * self.dtype.itemsize
         self.num_blocks = num_blocks or int(kv_cache_gib * 2**30 // block_bytes)
-        shape = (self.num_blocks, block_size, kv_heads, dim)
-        self.caches = [self.attention.cache(*shape, dtype=self.dtype, device=device) for _ in self.model.layers]
+        self.caches = [self.attention.cache(self.num_blocks, block_size, kv_heads, dim, dtype=self.dtype, device=device) for _ in self.model.layers]
 
     def batch(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Batch]:
         """(token ids [T], positions [T], rows whose logits are wanted, the rest) of a step. Built on the host, sent once."""
@@ -44,8 +42,7 @@ class ModelRunner:
         table = [s.block_table + [0] * (width - len(s.block_table)) for s in seqs]
         tokens, positions, slots, rows = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (tokens, positions, slots, rows))
         rest = (torch.tensor(x, dtype=torch.int32).to(self.device) for x in (table, [b for _, b in spans], [0, *ends]))
-        longest = (max(b - a for a, b in spans), max(b for _, b in spans))
-        return tokens, positions, rows, Batch(slots, *rest, *longest, self.block_size)
+        return tokens, positions, rows, Batch(slots, *rest, max(b - a for a, b in spans), max(b for _, b in spans), self.block_size)
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence]) -> list[int]:

@@ -1,0 +1,75 @@
+"""vLLM's engine in this process, step by step: what the scripts that measure a claim share.
+
+`LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Timing:
+    """Of one request, in seconds since the first was sent: when it was sent, had its first token, and had its last; tokens made."""
+
+    sent: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
+def start(folder: Path, dtype: str, args: dict, flags: list[str]):
+    """A `vllm.LLMEngine` with these arguments, by vLLM's own names, then the user's `flags`, of which the last one counts."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    print("  vllm: starting the engine", flush=True)
+    words = ["--model", str(folder), "--dtype", dtype]
+    for flag, value in args.items():
+        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args([*words, *flags])
+    return LLMEngine.from_engine_args(EngineArgs.from_cli_args(parsed))
+
+
+def drive(engine, requests: list, window: int = 0) -> tuple[float, list[Timing], list[tuple[float, int]]]:
+    """Serve `requests`, pairs of a prompt and `SamplingParams`, all at once or with at most `window` in flight.
+
+    Returns seconds, the requests' timings, and after each step (seconds, requests that hold a place in the KV cache).
+    """
+    timings: list[Timing] = []
+    held: list[tuple[float, int]] = []
+    finished = 0
+    began = reported = time.perf_counter()
+    while finished < len(requests):
+        while len(timings) < len(requests) and (not window or len(timings) - finished < window):
+            prompt, params = requests[len(timings)]
+            engine.add_request(str(len(timings)), prompt, params)
+            timings.append(Timing(time.perf_counter() - began))
+        outputs = engine.step()
+        now = time.perf_counter() - began
+        for output in outputs:
+            timing = timings[int(output.request_id)]
+            timing.first, timing.last, timing.tokens = timing.first or now, now, len(output.outputs[0].token_ids)
+            finished += output.finished
+        held.append((now, sum(bool(t.first) for t in timings) - finished))
+        if now + began - reported > 5:
+            reported = now + began
+            print(f"  {now:4.0f} s  {finished} of {len(requests)} requests", flush=True)
+    return time.perf_counter() - began, timings, held
+
+
+def counters(engine) -> dict[str, float]:
+    """vLLM's own counters and gauges by name, without the `vllm:` before it."""
+    return {m.name.removeprefix("vllm:"): m.value for m in engine.get_metrics() if hasattr(m, "value")}
+
+
+def warm_up(engine) -> None:
+    """A few tokens, so that nothing is compiled while the clock runs."""
+    from vllm import SamplingParams
+
+    drive(engine, [("warm up", SamplingParams(max_tokens=4, ignore_eos=True))] * 4)
+
+
+def stop(engine) -> None:
+    """End the engine's processes before the last line of stdout: it logs while it stops."""
+    engine.engine_core.shutdown()
