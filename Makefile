@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-throughput vllm-watch paging prefix-caching batch-one mini-vllm mini-tp
+.PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -88,7 +88,7 @@ vllm-chat: env ## 03: ask the running server, the answer streamed
 vllm-throughput: env ## 03: requests of mixed length, transformers against vLLM
 	@$(PY) modules/03_vllm/03_throughput.py $(ARGS)
 
-vllm-watch: env ## 03: GPUs and engine of the running server, a line a second, under load
+watch: env ## 03: GPUs and engine of the running server, a line a second, under load
 	@$(PY) modules/03_vllm/04_watch.py $(ARGS)
 
 mini-vllm: env ## 03: a small vLLM from scratch, its scheduler at work, its speed beside vLLM's (ARGS="--only mini --blocks 64")
@@ -96,6 +96,12 @@ mini-vllm: env ## 03: a small vLLM from scratch, its scheduler at work, its spee
 
 mini-tp: env ## 03: tensor parallelism from scratch on two processes: the logits of one (PROCESSES=2)
 	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/06_tensor_parallel.py $(ARGS)
+
+monitor: env ## 03: Prometheus beside the running server, with its alerts, in the background (again: their state now)
+	@$(PY) modules/03_vllm/07_monitor.py $(ARGS)
+
+vllm-load: env ## 03: the running server under a load of mixed lengths and of clients that hang up: nothing may fail or stay
+	@$(PY) modules/03_vllm/08_load.py $(ARGS)
 
 paging: env ## 03: what a paged KV cache buys over contiguous pieces of the longest length, in the same memory
 	@$(PY) modules/03_vllm/09_paging.py $(ARGS)

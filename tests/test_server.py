@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
+import yaml
 from conftest import ENVIRONMENT, ROOT, refused, run
 
 from lab import jobs, memory, models
@@ -59,54 +60,56 @@ def test_watch_sees_the_load(server):
     done = run("python", "modules/03_vllm/04_watch.py", "--load", "4", "--seconds", "8", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
     assert 0 < result["running_count"] <= 4 and result["generation_tok_per_s"] > 0 and result["kv_cache_pct"] > 0
+    assert 0 < result["itl_p50_ms"] <= result["itl_p99_ms"]
 
 
-def test_monitoring(server, tmp_path):
-    """The real Prometheus accepts the configuration and scrapes the live server; every panel of the dashboard then finds data."""
+def test_monitoring(server):
+    """`make monitor`: the real Prometheus scrapes the live server; every panel of the dashboard and every recording rule then finds data."""
     monitoring = ROOT / "modules/03_vllm/configs/monitoring"
     run("promtool", "check", "config", monitoring / "prometheus.yml", check=0)
-    command = ["prometheus", f"--config.file={monitoring / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path}", "--web.listen-address=127.0.0.1:19090"]
-    prometheus = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = run("make", "monitor", check=0).stdout
+    assert re.search(r"target vllm +up", said) and re.search(r"VllmDown +inactive", said)
+    assert "prometheus" in jobs.running()
 
     def query(expression: str) -> list:
-        call = f"http://127.0.0.1:19090/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        call = f"http://127.0.0.1:9090/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
         answer = json.load(urllib.request.urlopen(call, timeout=10))
         assert answer["status"] == "success"
         return answer["data"]["result"]
 
-    def samples() -> int:
-        try:
-            return int(query('count_over_time(up{job="vllm"}[1m])')[0]["value"][1])
-        except (OSError, IndexError):
-            return 0
-
     try:
-        deadline = time.monotonic() + 90
-        while samples() < 3 and time.monotonic() < deadline:  # three scrapes: a rate needs two
+        rules = [r for group in yaml.safe_load((monitoring / "rules.yml").read_text())["groups"] for r in group["rules"]]
+        panels = json.loads((monitoring / "grafana/dashboards/vllm.json").read_text())["panels"]
+        expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])] + [r["record"] for r in rules if "record" in r]
+        assert len(expressions) >= 19
+
+        def missing() -> list[str]:
+            return [e for e in expressions if "gpu_" not in e and not query(e.replace("$__rate_interval", "30s"))]
+
+        deadline = time.monotonic() + 60
+        while missing() and time.monotonic() < deadline:  # a rate needs two scrapes
             ask(server)
             time.sleep(1)
-        assert query('up{job="vllm"}')[0]["value"][1] == "1"
-        panels = json.loads((monitoring / "grafana/dashboards/vllm.json").read_text())["panels"]
-        expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
-        assert len(expressions) >= 12
-        for expression in expressions:
-            result = query(expression.replace("$__rate_interval", "30s"))
-            assert result or "gpu_" in expression, f"no data: {expression}"
+        assert not missing()
+        assert re.search(r"VllmDown +inactive", run("make", "monitor", check=0).stdout), "asked again, it shows the state now"
     finally:
-        prometheus.terminate()
-        prometheus.wait(timeout=30)
+        jobs.stop(jobs.running()["prometheus"])
 
 
 def test_dashboard_names_exist(server):
-    """Every vLLM metric that a monitoring file names is one that the live server has, so that no panel stays empty."""
+    """Every metric that a monitoring file names is one that the live server has, or nvitop-exporter on a GPU: no panel stays empty, no alert blind."""
+    ask(server)  # http_requests_total begins with the first
     live = urllib.request.urlopen(f"{server}/metrics").read().decode()
     files = [f for f in (ROOT / "modules/03_vllm/configs/monitoring").rglob("*") if f.is_file()]
-    named = {name for file in files for name in re.findall(r"vllm:\w+", file.read_text())}
-    assert len(named) >= 8
+    named = {name for file in files for name in re.findall(r"\bvllm:\w+|\bhttp_\w+_total", file.read_text())}
+    assert len(named) >= 12
     assert not {name for name in named if not re.search(rf"^{name}[ {{]", live, re.M)}
+    for label in ("handler", "status"):  # that rules.yml selects by
+        assert re.search(rf'^http_requests_total{{.*{label}="', live, re.M)
+    assert {"abort", "error"} <= set(re.findall(r'^vllm:request_success_total{.*finished_reason="(\w+)"', live, re.M))
     scrape = (ROOT / "results/h100-cap24/03_vllm/nvitop_exporter.txt").read_text()  # of nvitop-exporter, recorded on a GPU
-    gpus = set(re.findall(r"gpu_[a-zA-Z_]+", (ROOT / "modules/03_vllm/configs/monitoring/grafana/dashboards/vllm.json").read_text()))
-    assert len(gpus) >= 4 and not {name for name in gpus if not re.search(rf"^{name}{{", scrape, re.M)}
+    gpus = {name for file in files for name in re.findall(r"gpu_[a-zA-Z_]+", file.read_text())} - {"gpu_"}
+    assert {"gpu_temperature_C", "gpu_clock_sm_MHz"} <= gpus and not {name for name in gpus if not re.search(rf"^{name}{{", scrape, re.M)}
 
 
 def test_a_second_server_is_refused(server):
@@ -138,7 +141,7 @@ def no_server():
 
 def test_no_server(no_server):
     assert "make vllm-serve" in refused("make", "vllm-chat")
-    assert "make vllm-serve" in refused("make", "vllm-watch")
+    assert "make vllm-serve" in refused("make", "watch")
 
 
 def test_port_in_use(no_server):

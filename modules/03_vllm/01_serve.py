@@ -69,7 +69,10 @@ def main() -> None:
     process = jobs.start("vllm", command, None if args.foreground else log, address=address)
     try:
         if args.foreground:
-            raise SystemExit(process.wait())
+            code, asked = process.wait(), jobs.asked_to_end("vllm")
+            if not asked:
+                print(f"error: the server ended though nobody stopped it (its exit code: {code}); EngineDeadError in the log above: its engine process died", file=sys.stderr)
+            raise SystemExit(code if asked or code > 0 else 1)  # vLLM's own code is 0 even when its engine process was killed
         seconds = jobs.wait_healthy("vllm", process, f"{address}/health", log, lambda: cause(log), args.timeout)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,7 +1,8 @@
 """Watch the running server from both sides while it works: what the GPUs do, and what the engine says of itself.
 
 One line a second: utilisation, memory and power of each card (nvitop's Python interface, the numbers nvidia-smi shows too), and
-from the server's /metrics the requests running and waiting, the share of the KV cache in use, and tokens/s.
+from the server's /metrics the requests running and waiting, the share of the KV cache in use, tokens/s, TTFT and ITL of this second
+(median and 99th percentile, as fine as the histograms' buckets), prefix cache hits and preemptions.
 
     make vllm-serve                                   # first, if it is not running
     python modules/03_vllm/04_watch.py --load 8       # keep 8 requests in flight meanwhile
@@ -17,20 +18,6 @@ import time
 
 from lab import fail, machine, results
 from lab.profile import load_profile
-
-
-def engine_metrics(address: str) -> dict[str, float]:
-    """Samples of vLLM's /metrics by name, summed over engines."""
-    import urllib.request
-
-    from prometheus_client.parser import text_string_to_metric_families
-
-    text = urllib.request.urlopen(f"{address}/metrics", timeout=5).read().decode()
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
 
 
 def gpu_columns() -> tuple[str, dict[str, float]]:
@@ -68,8 +55,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds < 2 or args.load < 0:
         fail("--seconds must be at least 2 and --load at least 0")
+
+    from live_metrics import quantile, scrape  # the file beside this one
+
     try:
-        engine_metrics(args.address)
+        scrape(args.address)
     except OSError:
         fail(f"no server answers at {args.address}: start one with 'make vllm-serve'")
 
@@ -81,24 +71,30 @@ def main() -> None:
     for _ in range(args.load):
         threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()
     patience = time.monotonic() + 30
-    while args.load and not engine_metrics(args.address)["vllm:num_requests_running"] and time.monotonic() < patience:
+    while args.load and not scrape(args.address)["vllm:num_requests_running"] and time.monotonic() < patience:
         time.sleep(0.2)  # the first requests are still on their way
-    before = engine_metrics(args.address)
+    first = before = scrape(args.address)
+
+    def milliseconds(name: str, since: dict, now: dict) -> list[float]:
+        return [1000 * quantile(q, f"vllm:{name}_seconds", since, now) for q in (0.5, 0.99)]
 
     rows = []
-    print(f"{'running':>8}{'waiting':>9}{'KV cache':>10}{'tokens/s':>10}   each GPU: util, memory, power")
+    print(f"{'running':>8}{'waiting':>8}{'KV':>7}{'tokens/s':>10}{'TTFT ms p50/p99':>17}{'ITL ms p50/p99':>16}{'hits':>6}{'preempted':>10}   each GPU: util, memory, power")
     try:
         last = time.perf_counter()
         for _ in range(args.seconds):
             time.sleep(1)
-            now, gpu = engine_metrics(args.address), gpu_columns()
+            now, gpu = scrape(args.address), gpu_columns()
             elapsed, last = time.perf_counter() - last, time.perf_counter()
             rate = (now["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]) / elapsed
+            ttft, itl = ("/".join(f"{v:.0f}" for v in milliseconds(n, before, now)).replace("nan/nan", "-") for n in ("time_to_first_token", "inter_token_latency"))
+            asked, hit, preempted = (now[n] - before[n] for n in ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total"))
             before = now
             row = {"running_count": now["vllm:num_requests_running"], "waiting_count": now["vllm:num_requests_waiting"]}
             row |= {"kv_cache_pct": 100 * now["vllm:kv_cache_usage_perc"], "generation_tok_per_s": rate, **gpu[1]}
             rows.append(row)
-            print(f"{row['running_count']:8.0f}{row['waiting_count']:9.0f}{row['kv_cache_pct']:9.1f}%{rate:10.1f}   {gpu[0]}", flush=True)
+            engine = f"{row['running_count']:8.0f}{row['waiting_count']:8.0f}{row['kv_cache_pct']:6.1f}%{rate:10.1f}{ttft:>17}{itl:>16}"
+            print(f"{engine}{f'{hit / asked:.0%}' if asked else '-':>6}{preempted:10.0f}   {gpu[0]}", flush=True)
     except OSError:
         fail(f"the server at {args.address} went away while it was watched")
     finally:
@@ -107,6 +103,9 @@ def main() -> None:
 
     steady = rows[len(rows) // 2 :]  # the first half holds the start
     metrics = {name: round(sum(row[name] for row in steady) / len(steady), 2) for name in steady[0]}
+    for name, metric in (("ttft", "time_to_first_token"), ("itl", "inter_token_latency")):  # over the whole watch
+        p50, p99 = milliseconds(metric, first, before)
+        metrics |= {f"{name}_p50_ms": round(p50, 1), f"{name}_p99_ms": round(p99, 1)} if p99 == p99 else {}
     results.finish(__file__, metrics, vars(args))
 
 
