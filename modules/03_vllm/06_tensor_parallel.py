@@ -72,7 +72,6 @@ def main() -> None:
         if (here := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
             fail(f"{here} processes need a GPU each, {torch.cuda.device_count()} can be seen: start fewer with PROCESSES={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with tempfile.TemporaryDirectory() as temporary:
         folder = models.model_folder(args.model) if args.model else random_model(temporary)
         try:
@@ -80,6 +79,7 @@ def main() -> None:
             weights = read_weights(folder, device, torch.float32)
         except ValueError as e:
             fail(str(e))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # not before: in a group, newer transformers save in one process only
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % world or kv_heads % world or config["intermediate_size"] % world:
         fail(f"{heads} heads, {kv_heads} KV heads and {config['intermediate_size']} intermediate numbers cannot all be divided by {world} processes")
