@@ -156,6 +156,7 @@ def test_calibrate_trains(flags, tiny_model):
     assert json.loads(done.stdout.removeprefix("measured "))["host_gib"] > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", ["--engine fsdp", "--zero 2", "--zero 3 --offload optimizer+param"])
 def test_calibrate_trains_divided(flags, tiny_model):
     line = f"train --gpus 2 --seq-len 64 --model {tiny_model} {flags}"
@@ -164,6 +165,7 @@ def test_calibrate_trains_divided(flags, tiny_model):
     assert '"host_gib"' in done.stdout
 
 
+@pytest.mark.long
 def test_calibrate_serves(plan, tiny_model, tmp_path, monkeypatch):
     """vLLM's own report of its cache is read from a real engine: 1 GiB on a CPU."""
     import importlib
