@@ -60,3 +60,19 @@ def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[t
     lengths = [round(mean * rng.lognormvariate(-mu_shift, sigma)) for _ in range(count)]
     prompts = [f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}." + " Mind every detail." * rng.randint(0, 12) for _ in lengths]
     return [(prompt, min(max(length, 4), most)) for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+def add_trace_flags(parser, defaults) -> None:
+    """The flags that `trace_of` reads; `defaults`: the profile's `throughput`."""
+    parser.add_argument("--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)")
+    parser.add_argument("--mean-tokens", type=float, default=defaults.mean_tokens, help="mean output length (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="longest output (default: %(default)s)")
+    parser.add_argument("--sigma", type=float, default=0.8, help="spread of the lengths, 0: all equal (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
+
+
+def trace_of(args) -> list[tuple[str, int]]:
+    """The `trace` that the flags ask for. Raises SystemExit(2) where there is no such one."""
+    if min(args.requests, args.max_tokens) < 1 or args.mean_tokens <= 0 or args.sigma < 0:
+        fail("--requests, --max-tokens and --mean-tokens must be positive, --sigma at least 0")
+    return trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)

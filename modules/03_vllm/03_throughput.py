@@ -67,18 +67,14 @@ def main() -> None:
     p = profile.throughput
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=p.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=p.requests, help="how many (default: %(default)s)")
-    parser.add_argument("--mean-tokens", type=float, default=p.mean_tokens, help="mean output length (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=p.max_tokens, help="longest output (default: %(default)s)")
-    parser.add_argument("--sigma", type=float, default=0.8, help="spread of the lengths, 0: all equal (default: %(default)s)")
+    data.add_trace_flags(parser, p)
     parser.add_argument("--batch-size", type=int, default=p.batch_size, help="of transformers' static batches (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
     args = parser.parse_args()
-    if min(args.requests, args.batch_size, args.max_tokens) < 1 or args.mean_tokens <= 0 or args.sigma < 0:
-        fail("--requests, --batch-size, --max-tokens and --mean-tokens must be positive, --sigma at least 0")
+    if args.batch_size < 1:
+        fail("--batch-size must be at least 1")
+    requests = data.trace_of(args)
     folder = models.model_folder(args.model)
 
-    requests = data.trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)
     tokens = sum(length for _, length in requests)
     lengths = sorted(length for _, length in requests)
     print(f"{len(requests)} requests, {tokens} tokens out: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")

@@ -64,21 +64,17 @@ def main() -> None:
     p = profile.throughput
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=p.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=p.requests, help="how many (default: %(default)s)")
-    parser.add_argument("--mean-tokens", type=float, default=p.mean_tokens, help="mean output length (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=p.max_tokens, help="longest output (default: %(default)s)")
-    parser.add_argument("--sigma", type=float, default=0.8, help="spread of the lengths, 0: all equal (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
+    data.add_trace_flags(parser, p)
     parser.add_argument("--repeat", type=int, default=1, help="the median of so many counts (default: %(default)s)")
     parser.add_argument("--only", choices=("mini", "vllm"), help="leave the other engine out")
     parser.add_argument("--blocks", type=int, help="of mini_vllm's cache, 16 tokens each (default: what 1 GiB holds, on a GPU 8)")
     parser.add_argument("--batched-tokens", type=int, default=2048, help="most tokens of a step of mini_vllm (default: %(default)s)")
     args = parser.parse_args()
-    if min(args.requests, args.max_tokens, args.repeat, args.batched_tokens) < 1 or args.mean_tokens <= 0 or args.sigma < 0 or (args.blocks or 1) < 1:
-        fail("--requests, --max-tokens, --mean-tokens, --repeat, --blocks and --batched-tokens must be positive, --sigma at least 0")
+    if min(args.repeat, args.batched_tokens, 1 if args.blocks is None else args.blocks) < 1:
+        fail("--repeat, --blocks and --batched-tokens must be at least 1")
+    requests = data.trace_of(args)
     folder = models.model_folder(args.model)
     engine_args = {flag.replace("-", "_"): value for flag, value in p.args.items() if flag != "enforce-eager"}  # its default is to compile
-    requests = data.trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)
     tokens = sum(length for _, length in requests)
     metrics = {"request_count": len(requests), "output_tokens_count": tokens}
 

@@ -35,15 +35,12 @@ def main() -> None:
     p = profile.throughput
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=p.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=p.requests, help="how many (default: %(default)s)")
-    parser.add_argument("--mean-tokens", type=float, default=p.mean_tokens, help="mean output length (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=p.max_tokens, help="longest output (default: %(default)s)")
-    parser.add_argument("--sigma", type=float, default=0.8, help="spread of the lengths, 0: all equal (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
+    data.add_trace_flags(parser, p)
     parser.add_argument("--slots", type=int, default=4, help="contiguous pieces that the pool would hold (default: %(default)s)")
     args, flags = parser.parse_known_args()
-    if min(args.requests, args.slots, args.max_tokens) < 1 or args.mean_tokens <= 0 or args.sigma < 0:
-        fail("--requests, --slots, --max-tokens and --mean-tokens must be positive, --sigma at least 0")
+    if args.slots < 1:
+        fail("--slots must be at least 1")
+    trace = data.trace_of(args)
     folder = models.model_folder(args.model)
 
     # -----------------------------------------------------------------------------
@@ -52,7 +49,6 @@ def main() -> None:
     from transformers import AutoTokenizer
     from vllm import SamplingParams
 
-    trace = data.trace(args.requests, args.mean_tokens, args.max_tokens, args.sigma, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lengths = [(len(tokenizer(prompt)["input_ids"]), output) for prompt, output in trace]
     block = 16 if profile.device == "cuda" else 32  # vLLM's choice there, and the least its CPU kernel likes
