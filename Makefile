@@ -79,8 +79,8 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # 03 vLLM
 
 .PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one
-vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, PORT=)
-	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
+vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, RECIPE=, PORT=)
+	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
 vllm-chat: env ## 03: ask the running server, the answer streamed
 	@$(PY) modules/03_vllm/02_chat.py $(ARGS)

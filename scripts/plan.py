@@ -236,10 +236,14 @@ def recipes() -> dict[str, tuple[str, str]]:
 
     here = "configs/profiles/4090x2.yaml"
     profile, found = read(here), {}
-    for name, command in (("serve", "make vllm-serve"), ("throughput", "make vllm-throughput")):
-        section = profile[name]
-        flags = {k: v for k, v in section["args"].items() if k in ("gpu-memory-utilization", "max-model-len", "dtype")} | {"tp": section["args"].get("tensor-parallel-size", 1)}
-        found[command] = (here, f"serve --model {section['model']} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
+    servers = {command: (here, profile[name]["model"], profile[name]["args"]) for name, command in (("serve", "make vllm-serve"), ("throughput", "make vllm-throughput"))}
+    for file in sorted((ROOT / "modules/03_vllm/configs/recipes").glob("*.yaml")):
+        recipe = read(file)
+        servers[f"make vllm-serve RECIPE={file.stem}"] = (file.relative_to(ROOT).as_posix(), recipe.pop("model", profile["serve"]["model"]), profile["serve"]["args"] | recipe)
+    for command, (file, model, args) in servers.items():
+        flags = {k: v for k, v in args.items() if k in ("gpu-memory-utilization", "max-model-len", "dtype")} | {"tp": args.get("tensor-parallel-size", 1)}
+        flags |= {"dtype": args["quantization"]} if "quantization" in args else {}
+        found[command] = (file, f"serve --model {model} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
     t = profile["train"]
     steps = f"--micro-batch {t['micro_batch']} --seq-len {t['seq_len']} --accumulate {{}} --dtype {t['dtype']}"
     found["make train-one"] = (here, f"train --model {t['model']} --gpus 1 " + steps.format(2))

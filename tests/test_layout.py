@@ -29,6 +29,7 @@ CONFIGURATIONS = {
     r"modules/02_qwen_image_edit/shapes\.json": "test_image_edit.py::test_shapes_json_holds_the_published_shapes",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/rules(_test)?\.yml": "test_monitoring.py::test_rules",
+    r"modules/03_vllm/configs/recipes/[\w-]+\.yaml": "test_server.py::test_recipes",
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     r"modules/05_DeepSpeed/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",

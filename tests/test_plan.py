@@ -106,7 +106,7 @@ def test_every_recipe_of_the_repository_fits(plan):
     for command, (file, line) in recipes.items():
         found = plan.plan(plan.parse(shlex.split(line)))
         assert found["fits"], f"{command} ({file}) does not fit 2 x 24 GB: {found['per_gpu_gib']}; {found['suggestion']}"
-    files = {f.relative_to(ROOT).as_posix() for f in ROOT.glob("modules/*/configs/*.*")} | {"modules/05_DeepSpeed/ds_config.json"}
+    files = {f.relative_to(ROOT).as_posix() for f in [*ROOT.glob("modules/*/configs/*.*"), *ROOT.glob("modules/03_vllm/configs/recipes/*")]} | {"modules/05_DeepSpeed/ds_config.json"}
     on_no_card = {"modules/06_LLaMA-Factory/configs/merge.yaml"}  # export_device: cpu
     inside = {"modules/06_LLaMA-Factory/configs/zero2.json"}  # read through sft_lora_z2.yaml
     assert {file for file, _ in recipes.values()} - {"configs/profiles/4090x2.yaml"} == files - on_no_card - inside

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -157,6 +158,29 @@ def test_settings_the_engine_refuses(no_server, flag, words):
     said = refused("make", "vllm-serve", f"ARGS={flag}")
     assert words in said and "runs/03_vllm/serve.log" in said
     assert not jobs.running()
+
+
+def test_recipes(no_server):
+    """Each recipe's command is one that vLLM's own parser takes, its model one of the catalogue; an unknown one is refused by name."""
+    recipes = sorted((ROOT / "modules/03_vllm/configs/recipes").glob("*.yaml"))
+    assert len(recipes) >= 3 and all(models.entry(yaml.safe_load(f.read_text())["model"])[1] for f in recipes)
+    commands = [shlex.split(run("python", SERVE, "--recipe", f.stem, "--dry-run", check=0, PROFILE="4090x2").stdout)[3:] for f in recipes]
+    assert all(f"{key}" in " ".join(words) for f, words in zip(recipes, commands, strict=True) for key in yaml.safe_load(f.read_text()))
+    code = """
+import json, sys
+from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser, commands = make_arg_parser(FlexibleArgumentParser()), json.loads(sys.argv[1])
+for words in commands:
+    parser.parse_args(words)
+try:
+    parser.parse_args([*commands[0], "--no-such-flag"])
+except SystemExit as e:
+    sys.exit(e.code - 2)
+sys.exit("the parser takes anything")
+"""
+    run("python", "-c", code, json.dumps(commands), check=0)
+    assert "choose one of 32b-awq-tp2" in refused("make", "vllm-serve", "RECIPE=nope")
 
 
 def test_interrupted_start_leaves_nothing(no_server):

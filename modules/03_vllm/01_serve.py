@@ -3,6 +3,7 @@
     make vllm-serve                                 # in the background: returns when healthy, `make stop` ends it
     make vllm-serve FG=1                            # stays in front with the log on the screen, Ctrl+C ends it
     make vllm-serve MODEL=Qwen/Qwen2.5-7B-Instruct ARGS="--tensor-parallel-size 1"
+    make vllm-serve RECIPE=32b-awq-tp2              # configs/recipes/*.yaml: a model and what differs from the profile
     python modules/03_vllm/01_serve.py --dry-run    # only print the engine's own command
 
 Flags this script does not know go to vLLM as they are and win over the profile's.
@@ -18,7 +19,9 @@ import sys
 from pathlib import Path
 
 from lab import RUNS, fail, jobs, models, results, shown
-from lab.profile import load_profile
+from lab.profile import load_profile, read_yaml
+
+RECIPES = Path(__file__).parent / "configs" / "recipes"
 
 
 def cause(log: Path) -> str:
@@ -36,7 +39,8 @@ def cause(log: Path) -> str:
 def main() -> None:
     profile = load_profile()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=profile.serve.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
+    parser.add_argument("--model", help=f"name in configs/models.yaml, hub id or folder (default: the recipe's, else {profile.serve.model})")
+    parser.add_argument("--recipe", metavar="NAME", help=f"of {shown(RECIPES)}: {', '.join(sorted(f.stem for f in RECIPES.glob('*.yaml')))}")
     parser.add_argument("--port", type=int, default=profile.serve.port, help="on 127.0.0.1 (default: %(default)s)")
     parser.add_argument("--foreground", action="store_true", help="stay in front, with the log on the screen")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds to wait for a healthy server (default: %(default)s)")
@@ -44,8 +48,15 @@ def main() -> None:
     args, engine_args = parser.parse_known_args()
 
     # -----------------------------------------------------------------------------
-    # 1. The engine's command: the profile's arguments, then the user's, of which the last one counts
+    # 1. The engine's command: the profile's arguments, the recipe's instead of them, then the user's, of which the last one counts
 
+    recipe = {}
+    if args.recipe:
+        if not (file := RECIPES / f"{args.recipe}.yaml").is_file():
+            fail(f"there is no recipe {args.recipe}: choose one of {', '.join(sorted(f.stem for f in RECIPES.glob('*.yaml')))}")
+        recipe = read_yaml(file)
+    recipe_model = recipe.pop("model", profile.serve.model)
+    args.model = args.model or recipe_model
     if not args.dry_run:
         if "vllm" in (running := jobs.running()):
             fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
@@ -53,7 +64,7 @@ def main() -> None:
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
-    for flag, value in profile.serve.args.items():
+    for flag, value in (dict(profile.serve.args) | recipe).items():
         command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     command += engine_args  # argparse lets the last one win
     print(shlex.join(["python", *command[1:]]), flush=True)
