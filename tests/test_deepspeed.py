@@ -136,6 +136,7 @@ def test_a_stage_3_model_is_saved_whole(stages, saved, reference):
         assert model(input_ids=batch, labels=batch).loss.item() == pytest.approx(reference[STEPS - 1], rel=5e-6)
 
 
+@pytest.mark.long
 def test_the_original_command(tiny_model):
     """As the design prints it, from the module's folder: stage 2, the optimizer offloaded, bf16, 4 micro-steps."""
     done = run("deepspeed", "--num_gpus=2", "train.py", "--deepspeed", "ds_config.json", "--model", tiny_model, "--steps", 3, cwd=MODULE, **CPU)

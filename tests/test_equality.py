@@ -44,12 +44,8 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
         output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
 
-    # All at once; then in a cache that holds half of them, prompts in chunks.
-    params = [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS)
-    for options in ({"kv_cache_gib": 0.1}, {"num_blocks": 12, "max_num_batched_tokens": 24}):
-        mini = LLM(small_model, dtype="float32", **options)
-        assert [o["token_ids"] for o in mini.generate(PROMPTS, params)] == expected
-    assert mini.scheduler.stats["preemptions"] > 0
+    mini = LLM(small_model, dtype="float32", kv_cache_gib=0.1)
+    assert [o["token_ids"] for o in mini.generate(PROMPTS, [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS))] == expected
 
     script = tmp_path / "generate.py"
     script.write_text(VLLM)

@@ -160,6 +160,7 @@ def test_settings_the_engine_refuses(no_server, flag, words):
     assert not jobs.running()
 
 
+@pytest.mark.long
 def test_recipes(no_server):
     """Each recipe's command is one that vLLM's own parser takes, its model one of the catalogue; an unknown one is refused by name."""
     recipes = sorted((ROOT / "modules/03_vllm/configs/recipes").glob("*.yaml"))
