@@ -53,13 +53,17 @@ def blocks(tokenizer, name: str, length: int):
 TOPICS = ["a lighthouse", "two graphics cards", "the first frost", "a lost letter", "the night train", "an honest merchant", "a river in spring"]
 
 
+def lognormal(rng: random.Random, mean: float, most: int, sigma: float = 0.8) -> int:
+    """A length as skewed as real traffic is: lognormal with this mean, whatever sigma, between 4 and `most`."""
+    return min(max(round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma)), 4), most)
+
+
 def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[tuple[str, int]]:
-    """`count` requests (prompt, number of output tokens), lengths lognormal with this mean and shape, between 4 and `most`."""
+    """`count` requests (prompt, number of output tokens), lengths `lognormal`."""
     rng = random.Random(seed)
-    mu_shift = sigma**2 / 2  # so that the mean of the distribution is `mean`, whatever sigma
-    lengths = [round(mean * rng.lognormvariate(-mu_shift, sigma)) for _ in range(count)]
+    lengths = [lognormal(rng, mean, most, sigma) for _ in range(count)]
     prompts = [f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}." + " Mind every detail." * rng.randint(0, 12) for _ in lengths]
-    return [(prompt, min(max(length, 4), most)) for prompt, length in zip(prompts, lengths, strict=True)]
+    return list(zip(prompts, lengths, strict=True))
 
 
 def add_trace_flags(parser, defaults) -> None:

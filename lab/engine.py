@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, step by step: what the scripts that measure a claim share.
+"""vLLM's arguments as a command line, and its engine in this process, step by step: what the scripts that measure a claim share.
 
 `LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
 """
@@ -18,16 +18,18 @@ class Timing:
     tokens: int = 0
 
 
+def words(args: dict) -> list[str]:
+    """vLLM's command line for arguments by its own names: {"enforce-eager": True, "port": 8000} is --enforce-eager --port 8000."""
+    return [word for flag, value in args.items() for word in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
+
+
 def start(folder: Path, dtype: str, args: dict, flags: list[str]):
     """A `vllm.LLMEngine` with these arguments, by vLLM's own names, then the user's `flags`, of which the last one counts."""
     from vllm import EngineArgs, LLMEngine
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     print("  vllm: starting the engine", flush=True)
-    words = ["--model", str(folder), "--dtype", dtype]
-    for flag, value in args.items():
-        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args([*words, *flags])
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", str(folder), "--dtype", dtype, *words(args), *flags])
     return LLMEngine.from_engine_args(EngineArgs.from_cli_args(parsed))
 
 

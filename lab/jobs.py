@@ -41,8 +41,15 @@ def start(name: str, command: list[str], log: Path | int | None, **facts) -> sub
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log else None, **options)
     created = psutil.Process(process.pid).create_time()
     job = {"name": name, "pid": process.pid, "created": created, "mark": mark, "log": str(log) if isinstance(log, Path) else "", "command": command, **facts}
-    (FOLDER / f"{name}.json").write_text(json.dumps(job, indent=1))
+    _keep(job)
     return process
+
+
+def _keep(job: dict) -> None:
+    """Write the job's file; whoever reads meanwhile sees the old one or the new one, whole."""
+    partial = FOLDER / f"{job['name']}.tmp"
+    partial.write_text(json.dumps(job, indent=1))
+    partial.replace(FOLDER / f"{job['name']}.json")
 
 
 def members(job: dict) -> list[psutil.Process]:
@@ -91,9 +98,7 @@ def stop(job: dict, grace_s: float = 25) -> int:
     Returns how many processes ended. The job's file says `stopping` meanwhile: whoever waits for the job knows that it was asked to end.
     """
     count = len(members(job))
-    partial = FOLDER / f"{job['name']}.tmp"
-    partial.write_text(json.dumps(job | {"stopping": True}, indent=1))
-    partial.replace(FOLDER / f"{job['name']}.json")
+    _keep(job | {"stopping": True})
     told: set[int] = set()
     deadline = time.monotonic() + grace_s
     while left := members(job):

@@ -378,7 +378,7 @@ def main() -> None:
     if os.environ.get("STORE") == "1" and not args.only:
         results.finish(__file__, {name: f"{f['verdict']}: {f['found']}" for name, f in found.items()} | {"took_s": round(sum(f["seconds"] for f in found.values()))})
     else:
-        results.note("scripts/doctor")
+        results.note(results.name_of(__file__))
     raise SystemExit(2 if FAILED in verdicts else 1 if args.strict and WARNING in verdicts else 0)
 
 

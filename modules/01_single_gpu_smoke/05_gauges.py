@@ -21,7 +21,8 @@ def read_gauges(device: str) -> dict[str, float]:
     if device == "cpu":
         import psutil
 
-        return {"util_pct": psutil.cpu_percent(), "memory_gib": psutil.virtual_memory().used / 2**30, "clock_mhz": psutil.cpu_freq().current if psutil.cpu_freq() else 0}
+        clock = psutil.cpu_freq()  # None where the system does not say
+        return {"util_pct": psutil.cpu_percent(), "memory_gib": psutil.virtual_memory().used / 2**30, "clock_mhz": clock.current if clock else 0}
     import pynvml
 
     card = pynvml.nvmlDeviceGetHandleByIndex(0)

@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lab import RUNS, fail, jobs, models, results, shown
+from lab import RUNS, engine, fail, jobs, models, results, shown
 from lab.profile import load_profile, read_yaml
 
 RECIPES = Path(__file__).parent / "configs" / "recipes"
@@ -38,9 +38,10 @@ def cause(log: Path) -> str:
 
 def main() -> None:
     profile = load_profile()
+    known = ", ".join(sorted(f.stem for f in RECIPES.glob("*.yaml")))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"name in configs/models.yaml, hub id or folder (default: the recipe's, else {profile.serve.model})")
-    parser.add_argument("--recipe", metavar="NAME", help=f"of {shown(RECIPES)}: {', '.join(sorted(f.stem for f in RECIPES.glob('*.yaml')))}")
+    parser.add_argument("--recipe", metavar="NAME", help=f"of {shown(RECIPES)}: {known}")
     parser.add_argument("--port", type=int, default=profile.serve.port, help="on 127.0.0.1 (default: %(default)s)")
     parser.add_argument("--foreground", action="store_true", help="stay in front, with the log on the screen")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds to wait for a healthy server (default: %(default)s)")
@@ -53,7 +54,7 @@ def main() -> None:
     recipe = {}
     if args.recipe:
         if not (file := RECIPES / f"{args.recipe}.yaml").is_file():
-            fail(f"there is no recipe {args.recipe}: choose one of {', '.join(sorted(f.stem for f in RECIPES.glob('*.yaml')))}")
+            fail(f"there is no recipe {args.recipe}: choose one of {known}")
         recipe = read_yaml(file)
     recipe_model = recipe.pop("model", profile.serve.model)
     args.model = args.model or recipe_model
@@ -64,8 +65,7 @@ def main() -> None:
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
-    for flag, value in (dict(profile.serve.args) | recipe).items():
-        command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    command += engine.words(dict(profile.serve.args) | recipe)
     command += engine_args  # argparse lets the last one win
     print(shlex.join(["python", *command[1:]]), flush=True)
     if args.dry_run:

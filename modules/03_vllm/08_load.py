@@ -18,13 +18,8 @@ import asyncio
 import random
 import time
 
-from lab import fail, results
+from lab import data, fail, results
 from lab.profile import load_profile
-
-
-def lognormal(rng: random.Random, mean: float, most: int, sigma: float = 0.8) -> int:
-    """A length with this mean, as skewed as real traffic is, between 4 and `most`."""
-    return min(max(round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma)), 4), most)
 
 
 def percentile(values: list[float], q: float) -> float:
@@ -119,8 +114,8 @@ def main() -> None:
     rng.shuffle(endings)
     plan = []
     for ending in endings:
-        prompt = [rng.randint(1000, 30000) for _ in range(lognormal(rng, args.prompt_tokens, args.max_tokens))]
-        plan.append((prompt, lognormal(rng, args.output_tokens, args.max_tokens), ending))
+        prompt = [rng.randint(1000, 30000) for _ in range(data.lognormal(rng, args.prompt_tokens, args.max_tokens))]
+        plan.append((prompt, data.lognormal(rng, args.output_tokens, args.max_tokens), ending))
     print(f"{args.requests} requests, {args.concurrency} at once; {cancelled} will hang up in mid-answer, {gone} before it", flush=True)
     peaks = {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 0.0, "vllm:kv_cache_usage_perc": 0.0}
     began, before = time.perf_counter(), scrape(args.address)
