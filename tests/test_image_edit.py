@@ -1,5 +1,6 @@
 """Module 02: the real QwenImageEditPipeline end to end on this machine, the arithmetic of the recipes, and every bad input."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -275,13 +276,12 @@ def test_interrupted_build(scripts, small_model, tmp_path):
     try:
         for number, delay in enumerate(itertools.chain(range(40, 700, 60), [0])):
             folder = tmp_path / f"m{number}"
-            signal.setitimer(signal.ITIMER_REAL, delay / 1000)
-            try:
-                scripts["random_model"].build("tiny", folder)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, delay / 1000)
+                    scripts["random_model"].build("tiny", folder)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # the last moment at which it can still come, within `suppress`
             seen.add(folder.exists())
             assert not folder.exists() or (folder / "model_index.json").is_file()
             assert not list(tmp_path.glob(".m*")), delay
