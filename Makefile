@@ -78,12 +78,15 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one
+.PHONY: vllm-serve vllm-chat vllm-structured vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one speculative vllm-tp
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, RECIPE=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
 vllm-chat: env ## 03: ask the running server, the answer streamed
 	@$(PY) modules/03_vllm/02_chat.py $(ARGS)
+
+vllm-structured: env ## 03: JSON by a schema, and a tool call, from the running server
+	@$(PY) modules/03_vllm/16_structured.py $(ARGS)
 
 vllm-throughput: env ## 03: requests of mixed length, transformers against vLLM
 	@$(PY) modules/03_vllm/03_throughput.py $(ARGS)
@@ -111,6 +114,12 @@ prefix-caching: env ## 03: what is saved where prompts begin alike
 
 batch-one: env ## 03: how near decoding comes to the memory's bandwidth, one request alone and many
 	@$(PY) modules/03_vllm/11_batch_one.py $(ARGS)
+
+speculative: env ## 03: what guessing the next tokens from the text so far buys, where it repeats itself and where not
+	@$(PY) modules/03_vllm/12_speculative.py $(ARGS)
+
+vllm-tp: env ## 03: vLLM with one device and with two: what gets faster, what only gets room
+	@$(PY) modules/03_vllm/15_tensor_parallel_speed.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate

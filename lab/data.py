@@ -54,7 +54,11 @@ TOPICS = ["a lighthouse", "two graphics cards", "the first frost", "a lost lette
 
 
 def lognormal(rng: random.Random, mean: float, most: int, sigma: float = 0.8) -> int:
-    """A length as skewed as real traffic is: lognormal with this mean, whatever sigma, between 4 and `most`."""
+    """A length as skewed as real traffic is: lognormal with this mean, whatever sigma, between 4 and `most`.
+
+    Source of sigma: the logarithm of the answer's length has a standard deviation of 0.86 over the 19,366 conversations and of 0.85
+    over the 8,819 code completions of Azure's LLM inference trace of 2023 (Splitwise, arXiv 2311.18677).
+    """
     return min(max(round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma)), 4), most)
 
 

@@ -4,18 +4,18 @@
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass
 class Timing:
-    """Of one request, in seconds since the first was sent: when it was sent, had its first token, and had its last; tokens made."""
+    """Of one request, in seconds since the first was sent: when it was sent, had its first token, and had its last; the tokens made."""
 
     sent: float
     first: float = 0.0
     last: float = 0.0
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
 
 
 def words(args: dict) -> list[str]:
@@ -51,7 +51,7 @@ def drive(engine, requests: list, window: int = 0) -> tuple[float, list[Timing],
         now = time.perf_counter() - began
         for output in outputs:
             timing = timings[int(output.request_id)]
-            timing.first, timing.last, timing.tokens = timing.first or now, now, len(output.outputs[0].token_ids)
+            timing.first, timing.last, timing.tokens = timing.first or now, now, output.outputs[0].token_ids
             finished += output.finished
         held.append((now, sum(bool(t.first) for t in timings) - finished))
         if now + began - reported > 5:

@@ -295,33 +295,6 @@ def test_adapter_and_merged_model_answer_alike(adapter, merged, small_model):
         assert greedy(tuned, AutoTokenizer.from_pretrained(small_model), requests[:1]) != expected[:1]
 
 
-VLLM = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    folder, requests = json.loads(sys.argv[1])
-    llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    chats = [[{"role": "user", "content": r}] for r in requests]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
-    print("TEXTS", json.dumps([o.outputs[0].text for o in outputs]))
-"""
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_vllm_answers_like_the_merged_model(merged, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    requests, tokenizer = prompts(16), AutoTokenizer.from_pretrained(merged)
-    expected = greedy(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), tokenizer, requests)
-    script = tmp_path / "chat.py"
-    script.write_text(VLLM)
-    done = python("-m", "lab.profile", "python", script, json.dumps([str(merged), requests]), check=0, timeout=600)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TEXTS ")]
-    assert json.loads(line[6:]) == [tokenizer.decode(tokens) for tokens in expected]
-
-
 @pytest.fixture
 def no_jobs():
     """Nothing of this stage runs before and after."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+from lab import data, models
 from lab.profile import detect
 
 README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
@@ -101,14 +102,77 @@ def test_readme_long(block):
     execute(block)
 
 
+# -----------------------------------------------------------------------------
+# What the blocks above have made: records under RECORDS, the adapter and the merged model of module 06
+
+
+def record(name: str) -> dict:
+    return json.loads((Path(os.environ["RECORDS"]) / f"{name}.json").read_text())["metrics"]
+
+
 @pytest.mark.long
 def test_the_claims_hold_in_the_records_just_made():
-    """Invariants inside each run of module 03's measured claims: the blocks above wrote the records."""
-    paging, prefix, batch = (json.loads((Path(os.environ["RECORDS"]) / f"03_vllm/{name}.json").read_text())["metrics"] for name in ("09_paging", "10_prefix_caching", "11_batch_one"))
+    """Invariants inside each run of module 03's measured claims."""
+    paging, prefix, batch, tp = (record(f"03_vllm/{name}") for name in ("09_paging", "10_prefix_caching", "11_batch_one", "15_tensor_parallel_speed"))
     assert paging["contiguous_waste_ratio"] > 0.5 > 0.2 > paging["paged_waste_ratio"] > 0
     assert paging["paged_mean_requests_count"] > 1.5 * paging["contiguous_mean_requests_count"] and paging["paged_over_contiguous_ratio"] > 1.1
     assert prefix["apart_hit_ratio"] == 0 and prefix["shared_hit_ratio"] > 0.8 and prefix["ttft_ratio"] > 1.5
     assert 0 < batch["batch_1_of_bandwidth_ratio"] < 1.5 and batch["batch_32_tok_per_s"] > 2 * batch["batch_1_tok_per_s"]
+    assert tp["kv_cache_gain_ratio"] > 1.9 and tp["prefill_gain_ratio"] > 0
+
+
+@pytest.mark.long
+def test_guesses_change_the_speed_and_not_the_answer():
+    """Guesses that come from the prompt are taken, those about a sampled story are not; greedy answers stay (bf16: one may differ)."""
+    found = record("03_vllm/12_speculative")
+    assert found["copies_accepted_ratio"] > 0.5 > 0.3 > found["tells_sampled_accepted_ratio"]
+    assert found["copies_speedup_ratio"] > 1.2 and found["copies_speedup_ratio"] > found["tells_sampled_speedup_ratio"]
+    assert found["copies_same_count"] >= 2 and found["tells_greedy_same_count"] >= 2
+
+
+@pytest.mark.long
+def test_the_offloaded_optimizer():
+    """Stage 2, the optimizer on the host, bf16: bytes per parameter 2 of bf16, 4 / 2 and 12 / 2 of fp32 over two processes."""
+    found = record("05_DeepSpeed/train-z2-offload")
+    assert (found["zero_stage"], found["optimizer"], found["dtype"]) == (2, "DeepSpeedCPUAdam", "bfloat16")
+    per_parameter = {kind: found[f"{kind}_state_gib"] * 2**30 / found["parameters_count"] for kind in ("parameter", "gradient", "optimizer")}
+    assert per_parameter == pytest.approx({"parameter": 2, "gradient": 2, "optimizer": 6}, rel=0.02)
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+if __name__ == "__main__":
+    folder, adapter, requests = json.loads(sys.argv[1])
+    llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True, enable_lora=bool(adapter))
+    chats = [[{"role": "user", "content": r}] for r in requests]
+    lora = LoRARequest("launch", 1, adapter) if adapter else None
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False, lora_request=lora)
+    print("TEXTS", json.dumps([o.outputs[0].text for o in outputs]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_vllm_answers_like_the_merged_model_and_serves_the_adapter_alike(tmp_path):
+    """In float32: transformers with the merged weights, vLLM with them, and vLLM with base model and adapter give the same greedy text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter, merged = ROOT / "runs/06_LLaMA-Factory/lora", ROOT / "runs/06_LLaMA-Factory/merged"
+    requests = [row["messages"][0]["content"] for row in data.rows("launch_en_test")[:16]]
+    tokenizer = AutoTokenizer.from_pretrained(merged, padding_side="left")
+    chats = [[{"role": "user", "content": request}] for request in requests]
+    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
+    output = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).generate(**inputs, max_new_tokens=60, do_sample=False)
+    expected = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+    script = tmp_path / "chat.py"
+    script.write_text(VLLM)
+    for folder, lora in ((merged, ""), (models.model_folder("smollm2-135m"), adapter)):
+        done = run("python", "-m", "lab.profile", "python", script, json.dumps([str(folder), str(lora), requests]), check=0, timeout=600)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("TEXTS ")]
+        assert json.loads(line[6:]) == expected, lora
 
 
 def test_nothing_stays_running_after_the_readmes():

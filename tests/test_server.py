@@ -57,6 +57,15 @@ def test_streaming_client(server):
     assert "prompt is empty" in refused("python", "modules/03_vllm/02_chat.py", "--prompt", " ")
 
 
+def test_structured(server):
+    """JSON of the schema and a call with the right argument, from a model that was asked for neither in words; our function's own result."""
+    lines = dict(line.split(None, 1) for line in run("make", "vllm-structured", check=0).stdout.splitlines() if " " in line)
+    assert json.loads(lines["JSON"]) == {"name": "Alice", "age": 30, "city": "Paris"}
+    assert lines["call"] == 'kv_bytes_per_token({"model": "smollm2-135m"})' and lines["result"] == "23040 bytes"
+    assert "text is empty" in refused("make", "vllm-structured", "ARGS=--text ' '")
+    assert "make vllm-serve" in refused("make", "vllm-structured", "ARGS=--address http://127.0.0.1:9")
+
+
 def test_watch_sees_the_load(server):
     done = run("python", "modules/03_vllm/04_watch.py", "--load", "4", "--seconds", "8", check=0)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -9,6 +9,7 @@ over the weights each, decode).
 """
 
 import argparse
+import os
 import time
 
 from lab import fail, results
@@ -28,7 +29,7 @@ def main() -> None:
 
     import openai
 
-    client = openai.OpenAI(base_url=args.base_url, api_key="unused", max_retries=0)
+    client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("VLLM_API_KEY", "unused"), max_retries=0)
 
     # -----------------------------------------------------------------------------
     # 1. Ask, and print each piece as it arrives

@@ -4,7 +4,8 @@ In a static batch every sequence waits for the longest one: the short ones' plac
 finished sequence's place to the next request at the very next step, and pages the KV cache so that many fit.
 
     python modules/03_vllm/03_throughput.py                       # on the detected profile
-    python modules/03_vllm/03_throughput.py --batch-size 32       # a larger static batch wastes more, but reads the weights less often
+    python modules/03_vllm/03_throughput.py --batch-size 8 32     # a larger static batch wastes more, but reads the weights less often
+    python modules/03_vllm/03_throughput.py --compile             # transformers at its best: static KV cache, decode step compiled
     python modules/03_vllm/03_throughput.py --sigma 0             # all outputs equally long: what is left of the difference?
 
 Look at: `useful` (share of the static batches' places that held a token somebody asked for), and the ratio of the two rates.
@@ -12,27 +13,46 @@ Output lengths are lognormal, as real traffic is skewed; both engines produce ex
 """
 
 import argparse
+import itertools
 import time
 
 from lab import data, fail, models, results
 from lab.profile import load_profile
 
 
-def run_transformers(folder, device: str, dtype: str, requests, batch_size: int) -> tuple[float, int]:
-    """Static batches in order of arrival. Returns (seconds, places computed): each batch runs for its longest request."""
+def load_transformers(folder, device: str, dtype: str):
+    """(tokenizer, model) of transformers, ready to generate."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def run_transformers(tokenizer, model, requests, batch_size: int, compiled: bool) -> tuple[float, int]:
+    """Static batches in order of arrival, each for as long as its longest request. Returns (seconds, places computed).
+
+    `compiled`: a KV cache of fixed size, so that the decode step can be compiled (and is one CUDA graph on a GPU).
+    """
+    from transformers import CompileConfig, StaticCache
+
+    longest = max(len(ids) for ids in tokenizer([prompt for prompt, _ in requests])["input_ids"]) + max(length for _, length in requests)
+    caches: dict[int, dict] = {}
 
     def generate(batch):
-        inputs = tokenizer([prompt for prompt, _ in batch], padding=True, return_tensors="pt").to(device)
-        longest = max(length for _, length in batch)
-        model.generate(**inputs, min_new_tokens=longest, max_new_tokens=longest, do_sample=False)
-        return longest * len(batch)
+        inputs = tokenizer([prompt for prompt, _ in batch], padding=True, return_tensors="pt").to(model.device)
+        tokens = max(length for _, length in batch)
+        if compiled:
+            if len(batch) not in caches:
+                config = CompileConfig()
+                config._compile_all_devices = True  # else only on a GPU
+                caches[len(batch)] = {"past_key_values": StaticCache(config=model.config, max_cache_len=longest), "compile_config": config}
+            else:
+                caches[len(batch)]["past_key_values"].reset()
+        model.generate(**inputs, **caches.get(len(batch), {}), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+        return tokens * len(batch)
 
-    generate([("warm up", 4)] * batch_size)
+    generate([("warm up", 4)] * min(batch_size, len(requests)))
     began, places = time.perf_counter(), 0
     for start in range(0, len(requests), batch_size):
         places += generate(requests[start : start + batch_size])
@@ -68,9 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=p.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
     data.add_trace_flags(parser, p)
-    parser.add_argument("--batch-size", type=int, default=p.batch_size, help="of transformers' static batches (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[p.batch_size], help=f"of transformers' static batches, one or several (default: {p.batch_size})")
+    parser.add_argument("--compile", action="store_true", help="transformers also with a static KV cache and its decode step compiled")
     args = parser.parse_args()
-    if args.batch_size < 1:
+    if min(args.batch_size) < 1:
         fail("--batch-size must be at least 1")
     requests = data.trace_of(args)
     folder = models.model_folder(args.model)
@@ -79,17 +100,32 @@ def main() -> None:
     lengths = sorted(length for _, length in requests)
     print(f"{len(requests)} requests, {tokens} tokens out: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
 
-    static_s, places = run_transformers(folder, profile.device, profile.dtype, requests, args.batch_size)
+    # -----------------------------------------------------------------------------
+    # 1. transformers, each way that was asked for; then vLLM
+
+    tokenizer, model = load_transformers(folder, profile.device, profile.dtype)
+    ways = {}
+    for size, compiled in itertools.product(args.batch_size, (False, True) if args.compile else (False,)):
+        print(f"  transformers: batches of {size}{', compiling' if compiled else ''}", flush=True)
+        ways[size, compiled] = run_transformers(tokenizer, model, requests, size, compiled)
+    del model
     vllm_s = run_vllm(folder, profile.dtype, requests, {flag.replace("-", "_"): value for flag, value in p.args.items()})
 
-    print(f"\n{'':32}{'tokens/s':>10}{'seconds':>10}{'useful':>9}")
-    print(f"{f'transformers, batches of {args.batch_size}':32}{tokens / static_s:10.1f}{static_s:10.1f}{tokens / places:9.0%}")
-    print(f"{'vLLM, continuous batching':32}{tokens / vllm_s:10.1f}{vllm_s:10.1f}{1:9.0%}")
-    print(f"vLLM / transformers: {static_s / vllm_s:.1f}x")
-    metrics = {"transformers_tok_per_s": round(tokens / static_s, 1), "vllm_tok_per_s": round(tokens / vllm_s, 1)}
+    # -----------------------------------------------------------------------------
+    # 2. Side by side: vLLM against transformers' best
+
+    print(f"\n{'':44}{'tokens/s':>10}{'seconds':>10}{'useful':>9}")
+    metrics: dict[str, float] = {}
+    for (size, compiled), (seconds, places) in ways.items():
+        print(f"{f'transformers, batches of {size}' + (', static cache, compiled' if compiled else ''):44}{tokens / seconds:10.1f}{seconds:10.1f}{tokens / places:9.0%}")
+        metrics[f"batch_{size}{'_compiled' if compiled else ''}_tok_per_s"] = round(tokens / seconds, 1)
+    static_s, places = min(ways.values())
+    print(f"{'vLLM, continuous batching':44}{tokens / vllm_s:10.1f}{vllm_s:10.1f}{1:9.0%}")
+    print(f"vLLM / transformers{', its best' if len(ways) > 1 else ''}: {static_s / vllm_s:.1f}x")
+    metrics |= {"transformers_tok_per_s": round(tokens / static_s, 1), "vllm_tok_per_s": round(tokens / vllm_s, 1)}
     metrics |= {"vllm_over_transformers_ratio": round(static_s / vllm_s, 2), "static_useful_ratio": round(tokens / places, 3)}
     metrics |= {"request_count": len(requests), "output_tokens_count": tokens}
-    results.finish(__file__, metrics, vars(args))
+    results.finish(__file__, metrics, vars(args), "best" if len(ways) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ difference. Without a GPU its columns say `n/a`.
 """
 
 import argparse
+import os
 import threading
 import time
 
@@ -66,7 +67,7 @@ def main() -> None:
     import openai
 
     stop = threading.Event()
-    client = openai.OpenAI(base_url=f"{args.address}/v1", api_key="unused", max_retries=0)
+    client = openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused"), max_retries=0)
     model = client.models.list().data[0].id
     for _ in range(args.load):
         threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()

@@ -15,6 +15,7 @@ Exit code 1 if a request failed or the cache did not return to empty.
 
 import argparse
 import asyncio
+import os
 import random
 import time
 
@@ -60,7 +61,7 @@ async def load(address: str, model: str, plan: list[tuple], concurrency: int, pe
     import openai
     from live_metrics import scrape  # the file beside this one
 
-    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=600) as client:
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused"), max_retries=0, timeout=600) as client:
         free = asyncio.Semaphore(concurrency)
 
         async def one(request):
@@ -103,7 +104,7 @@ def main() -> None:
     except OSError:
         fail(f"no server answers at {args.address}: start one with 'make vllm-serve'")
 
-    model = openai.OpenAI(base_url=f"{args.address}/v1", api_key="unused").models.list().data[0]
+    model = openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused")).models.list().data[0]
 
     # -----------------------------------------------------------------------------
     # 1. The load: random tokens as prompts (so that no prefix cache helps), as many endings of each kind as asked

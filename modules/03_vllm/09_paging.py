@@ -68,7 +68,7 @@ def main() -> None:
     rates, held = {}, {}
     for rule, window in (("contiguous", args.slots), ("paged", 0)):
         seconds, timings, held[rule] = engine.drive(vllm, requests, window)
-        assert [t.tokens for t in timings] == [output for _, output in lengths]
+        assert [len(t.tokens) for t in timings] == [output for _, output in lengths]
         rates[rule] = tokens / seconds
     preemptions = engine.counters(vllm)["num_preemptions"]
     engine.stop(vllm)

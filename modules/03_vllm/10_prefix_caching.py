@@ -59,7 +59,7 @@ def main() -> None:
         hits, asked = (after[f"prefix_cache_{what}"] - before[f"prefix_cache_{what}"] for what in ("hits", "queries"))
         first[way] = sorted(t.first - t.sent for t in timings)
         metrics |= {f"{way}_hit_ratio": round(hits / asked, 4), f"{way}_ttft_median_s": round(statistics.median(first[way]), 4)}
-        metrics |= {f"{way}_tok_per_s": round(sum(t.tokens for t in timings) / seconds, 1)}
+        metrics |= {f"{way}_tok_per_s": round(sum(len(t.tokens) for t in timings) / seconds, 1)}
     engine.stop(vllm)
 
     print(f"\n{args.requests} requests of {args.shared_tokens} common and {args.own_tokens} own tokens, answers of {args.answer_tokens}")
