@@ -27,7 +27,7 @@ def test_refusals():
 def test_what_counts_as_failed(small_model):
     """An answer that lacks a token is a failure, though vLLM's benchmark calls it completed: two points of 3 requests."""
     with pretender(root=str(small_model), missing=1) as address:
-        done = python(BENCH, "--address", address, "--concurrencies", "1", "--rates", "0.375", "--prompts", "3", "--output-tokens", "8", check=1)
+        done = python(BENCH, "--address", address, "--concurrencies", "1", "--rates", "0.5", "--prompts", "3", "--output-tokens", "8", check=1)
     assert json.loads(done.stdout.splitlines()[-1])["failed_count"] == 6 and "failed: " in done.stdout and "6 requests failed" in done.stderr
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--address", default=f"http://127.0.0.1:{profile.serve.port}", help="the server (default: %(default)s)")
     parser.add_argument("--concurrencies", type=int, nargs="+", default=list(p.concurrencies), metavar="N", help="closed loop (default: %(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", default=list(p.rates), metavar="R", help="open loop, requests/s (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=p.prompts, help="requests a point; more where they are under 3 rounds or 8 s (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=p.prompts, help="requests a point; more where they are under 3 rounds or 6 s (default: %(default)s)")
     parser.add_argument("--input-tokens", type=int, default=p.input_tokens, help="mean, 50 %% more or less (default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=p.output_tokens, help="mean, 50 %% more or less (default: %(default)s)")
     parser.add_argument("--slo-ttft-ms", type=float, default=p.slo_ttft_ms, help="objective: the first token within (default: %(default)s)")
@@ -120,7 +120,7 @@ def main() -> None:
     # 2. The two sweeps
 
     loads = [("concurrency", c, max(args.prompts, 3 * c), ["--max-concurrency", str(c)]) for c in sorted(set(args.concurrencies))]
-    loads += [("rate", r, max(args.prompts, round(8 * r)), ["--request-rate", f"{r:g}"]) for r in sorted(set(args.rates))]
+    loads += [("rate", r, max(args.prompts, round(6 * r)), ["--request-rate", f"{r:g}"]) for r in sorted(set(args.rates))]
     vllm = "vllm" if profile.device == "cuda" else "python -m lab.vllm_cli"
     print(f"a point by hand: {vllm} bench serve {shlex.join([*common, '--num-prompts', str(loads[0][2]), '--seed', '1', *loads[0][3]])}", flush=True)
     bench(8, 0, ["--max-concurrency", "8"])  # to warm up
