@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-structured vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one speculative vllm-tp
+.PHONY: vllm-serve vllm-chat vllm-structured vllm-throughput watch monitor vllm-load vllm-bench mini-vllm mini-tp paging prefix-caching batch-one speculative vllm-tp
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, RECIPE=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -105,6 +105,9 @@ monitor: env ## 03: Prometheus beside the running server, with its alerts, in th
 
 vllm-load: env ## 03: the running server under a load of mixed lengths and of clients that hang up: nothing may fail or stay
 	@$(PY) modules/03_vllm/08_load.py $(ARGS)
+
+vllm-bench: env ## 03: latency against throughput of the running server by `vllm bench serve`, closed and open loop, with its goodput knee
+	@$(PY) modules/03_vllm/13_bench.py $(ARGS)
 
 paging: env ## 03: what a paged KV cache buys over contiguous pieces of the longest length, in the same memory
 	@$(PY) modules/03_vllm/09_paging.py $(ARGS)

@@ -17,7 +17,7 @@ from lab import ROOT, fail, machine
 # The server stands between its start and `stop`; the adapter that lf-score trains is scored at once.
 TARGETS = ["doctor", "smoke", "roofline", "memory", "gauges", "plan-examples", "image-edit", "image-fits"]
 TARGETS += ["vllm-throughput", 'vllm-throughput ARGS="--batch-size 8 16 32 --compile"', "paging", "prefix-caching", "batch-one", "speculative", "vllm-tp"]
-TARGETS += ["vllm-serve", "vllm-chat", "watch", "vllm-load", "stop"]
+TARGETS += ["vllm-serve", "vllm-chat", "watch", "vllm-load", "vllm-bench", "stop"]
 TARGETS += ['mini-vllm ARGS="--requests 256 --repeat 3"', "mini-tp"]  # about 4 minutes on 2 cores
 TARGETS += ["train-one", "train-ddp", "train-accelerate", "train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"]
 TARGETS += ["train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload", "train-compare", "zero-theory"]

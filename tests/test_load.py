@@ -25,8 +25,8 @@ LOAD = "modules/03_vllm/08_load.py"
 
 
 @contextlib.contextmanager
-def pretender(finish_reason: str = "length", kv: float = 0.0, missing: int = 0):
-    """Address of a server whose answers end by `finish_reason`, `missing` tokens short, and whose cache afterwards is `kv` full."""
+def pretender(finish_reason: str = "length", kv: float = 0.0, missing: int = 0, root: str = ""):
+    """Address of a server whose answers end by `finish_reason`, `missing` tokens short, and whose cache afterwards is `kv` full; `root` is its model's folder."""
     metrics = f"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc {kv}\n# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total 9\n"
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -40,7 +40,7 @@ def pretender(finish_reason: str = "length", kv: float = 0.0, missing: int = 0):
             self.wfile.write(text.encode())
 
         def do_GET(self):
-            models = json.dumps({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]})
+            models = json.dumps({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x", "root": root}]})
             self.reply(*((metrics, "text/plain") if self.path == "/metrics" else (models, "application/json")))
 
         def do_POST(self):
