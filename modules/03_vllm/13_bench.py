@@ -84,8 +84,9 @@ def main() -> None:
 
     import openai
 
-    try:  # with the key as vLLM's bench takes it
-        model = openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("OPENAI_API_KEY") or "unused").models.list().data[0]
+    key = os.environ["OPENAI_API_KEY"] = os.environ.get("VLLM_API_KEY", "unused")  # vLLM's benchmark takes it from the former
+    try:
+        model = openai.OpenAI(base_url=f"{args.address}/v1", api_key=key).models.list().data[0]
     except openai.APIError as e:
         fail(f"no server answers at {args.address} ({e}): start one with 'make vllm-serve'")
 
