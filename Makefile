@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one
+.PHONY: vllm-serve vllm-chat vllm-throughput watch monitor vllm-load mini-vllm mini-tp paging prefix-caching batch-one two-nodes
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, RECIPE=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -111,6 +111,9 @@ prefix-caching: env ## 03: what is saved where prompts begin alike
 
 batch-one: env ## 03: how near decoding comes to the memory's bandwidth, one request alone and many
 	@$(PY) modules/03_vllm/11_batch_one.py $(ARGS)
+
+two-nodes: env ## 03: one model on two machines (network namespaces), without Ray, the cable's bytes counted (ARGS="--parallel tp")
+	@$(PY) modules/03_vllm/14_two_nodes.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate

@@ -108,6 +108,11 @@ def test_the_claims_hold_in_the_records_just_made():
     assert paging["contiguous_waste_ratio"] > 0.5 > 0.2 > paging["paged_waste_ratio"] > 0
     assert paging["paged_mean_requests_count"] > 1.5 * paging["contiguous_mean_requests_count"] and paging["paged_over_contiguous_ratio"] > 1.1
     assert prefix["apart_hit_ratio"] == 0 and prefix["shared_hit_ratio"] > 0.8 and prefix["ttft_ratio"] > 1.5
+    pp, tp = (json.loads((Path(os.environ["RECORDS"]) / f"03_vllm/14_two_nodes-{name}.json").read_text())["metrics"] for name in ("pp", "tp"))
+    for found in (pp, tp):
+        assert found["same_tokens_ratio"] == 1 and found["left_count"] == 0
+        assert 1 < found["sent_per_token_bytes"] / found["payload_per_token_bytes"] < 2.5, "the cable carries the arithmetic's bytes and the messages around them"
+    assert tp["sent_per_token_bytes"] > 20 * pp["sent_per_token_bytes"]
     assert 0 < batch["batch_1_of_bandwidth_ratio"] < 1.5 and batch["batch_32_tok_per_s"] > 2 * batch["batch_1_tok_per_s"]
 
 
