@@ -73,8 +73,8 @@ def ask(question: str, tokens: int) -> tuple[dict, float, list[int]]:
 
 def ended(processes: list[subprocess.Popen]) -> str:
     """Which of the machines' processes ended, and why; "" while both live."""
-    gone = [i for i, process in enumerate(processes) if process.poll() is not None]
-    return "; ".join(f"node{i}: {engine.cause(LOGS[i])} (see {shown(LOGS[i])})" for i in gone)
+    gone = [(i, process.poll()) for i, process in enumerate(processes) if process.poll() is not None]
+    return "; ".join(f"node{i} (exit code {code}): {engine.cause(LOGS[i])} (see {shown(LOGS[i])})" for i, code in gone)
 
 
 def inhabitants(node: str) -> list[int]:
@@ -128,7 +128,7 @@ def main() -> None:
             print(f"node{i}: {shlex.join([command[1], 'python', *command[3:]])}", flush=True)
             processes.append(jobs.start(f"node{i}", ["ip", "netns", "exec", f"node{i}", "sh", "-c", OWN_SHM, f"node{i}", *command], LOGS[i]))
         either = SimpleNamespace(poll=lambda: ended(processes) or None)  # neither comes up without the other, so neither may end
-        start_s = jobs.wait_healthy("node0", either, f"http://127.0.0.1:{PORT}/health", LOGS[0], lambda: ended(processes), args.timeout)
+        start_s = jobs.wait_healthy("two-nodes", either, f"http://127.0.0.1:{PORT}/health", LOGS[0], lambda: ended(processes), args.timeout)
         print(f"healthy after {start_s:.0f} s: each machine holds half of {'every layer' if tp else 'the layers'}")
 
         # -----------------------------------------------------------------------------
