@@ -78,7 +78,7 @@ image-fits: env ## 02: what each recipe needs on each card and on the host, by a
 # ------------------------------------------------------------------------------
 # 03 vLLM
 
-.PHONY: vllm-serve vllm-chat vllm-structured vllm-throughput watch monitor vllm-load vllm-bench mini-vllm mini-tp paging prefix-caching batch-one speculative vllm-tp
+.PHONY: vllm-serve vllm-chat vllm-structured vllm-throughput watch monitor vllm-load vllm-bench mini-vllm mini-tp paging prefix-caching batch-one speculative vllm-tp two-nodes
 vllm-serve: env ## 03: start the OpenAI-compatible server in the background (FG=1 in front, MODEL=, RECIPE=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -123,6 +123,9 @@ speculative: env ## 03: what guessing the next tokens from the text so far buys,
 
 vllm-tp: env ## 03: vLLM with one device and with two: what gets faster, what only gets room
 	@$(PY) modules/03_vllm/15_tensor_parallel_speed.py $(ARGS)
+
+two-nodes: env ## 03: one model on two machines (network namespaces), without Ray, the cable's bytes counted (ARGS="--parallel tp")
+	@$(PY) modules/03_vllm/14_two_nodes.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate

@@ -1,8 +1,9 @@
-"""vLLM's arguments as a command line, and its engine in this process, step by step: what the scripts that measure a claim share.
+"""vLLM's arguments as a command line, why its server stopped, and its engine in this process, step by step: what the scripts share.
 
 `LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,18 @@ class Timing:
 def words(args: dict) -> list[str]:
     """vLLM's command line for arguments by its own names: {"enforce-eager": True, "port": 8000} is --enforce-eager --port 8000."""
     return [word for flag, value in args.items() for word in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
+
+
+def cause(log: Path) -> str:
+    """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
+    prefix = r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?"
+    text = re.sub(prefix, "", log.read_text(errors="replace"), flags=re.M)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it wrote nothing"]
+    for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
+        for line in lines:
+            if found := re.match(pattern, line):
+                return found[1][:300]
+    return lines[-1][:300]
 
 
 def start(folder: Path, dtype: str, args: dict, flags: list[str]):

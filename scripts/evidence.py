@@ -13,12 +13,13 @@ import subprocess
 import sys
 
 from lab import ROOT, fail, machine
+from lab.profile import detect
 
 # The server stands between its start and `stop`; the adapter that lf-score trains is scored at once.
 TARGETS = ["doctor", "smoke", "roofline", "memory", "gauges", "plan-examples", "image-edit", "image-fits"]
 TARGETS += ["vllm-throughput", 'vllm-throughput ARGS="--batch-size 8 16 32 --compile"', "paging", "prefix-caching", "batch-one", "speculative", "vllm-tp"]
 TARGETS += ["vllm-serve", "vllm-chat", "watch", "vllm-load", "vllm-bench", "stop"]
-TARGETS += ['mini-vllm ARGS="--requests 256 --repeat 3"', "mini-tp"]  # about 4 minutes on 2 cores
+TARGETS += ['mini-vllm ARGS="--requests 256 --repeat 3"', "mini-tp", "two-nodes", 'two-nodes ARGS="--parallel tp"']  # about 7 minutes on 2 cores
 TARGETS += ["train-one", "train-ddp", "train-accelerate", "train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"]
 TARGETS += ["train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload", "train-compare", "zero-theory"]
 TARGETS += ["lf-score ARGS=--train", "lf-train-z2", "lf-merge", "tables"]
@@ -30,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     if machine.commit().endswith("-dirty"):
         print("note: tracked files differ from the commit; the records will say so", file=sys.stderr)
-    for target in [*args.only, "tables"] if args.only else TARGETS:
+    here = [t for t in TARGETS if not t.startswith("two-nodes") or (os.environ.get("PROFILE") or detect()) == "cpu"]  # it computes on CPUs
+    for target in [*args.only, "tables"] if args.only else here:
         print(f"== make {target}", flush=True)
         if subprocess.run(["make", "--no-print-directory", *shlex.split(target)], cwd=ROOT, env=os.environ | {"STORE": "1"}).returncode:
             fail(f"make {target} failed (see above); what was measured before it is stored, a server may still run: make stop")

@@ -122,6 +122,15 @@ def test_the_claims_hold_in_the_records_just_made():
 
 
 @pytest.mark.long
+def test_two_nodes_compute_what_one_does():
+    pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
+    for found in (pp, tp):
+        assert found["same_tokens_ratio"] == 1 and found["left_count"] == 0
+        assert 1 < found["sent_per_token_bytes"] / found["payload_per_token_bytes"] < 2.5, "the cable carries the arithmetic's bytes and the messages around them"
+    assert tp["sent_per_token_bytes"] > 20 * pp["sent_per_token_bytes"]
+
+
+@pytest.mark.long
 def test_guesses_change_the_speed_and_not_the_answer():
     """Guesses that come from the prompt are taken, those about a sampled story are not; greedy answers stay (bf16: one may differ)."""
     found = record("03_vllm/12_speculative")

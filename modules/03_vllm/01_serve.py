@@ -12,7 +12,6 @@ many tokens of context the memory left over holds.
 """
 
 import argparse
-import re
 import shlex
 import signal
 import sys
@@ -22,18 +21,6 @@ from lab import RUNS, engine, fail, jobs, models, results, shown
 from lab.profile import load_profile, read_yaml
 
 RECIPES = Path(__file__).parent / "configs" / "recipes"
-
-
-def cause(log: Path) -> str:
-    """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
-    prefix = r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?"
-    text = re.sub(prefix, "", log.read_text(errors="replace"), flags=re.M)
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it wrote nothing"]
-    for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
-        for line in lines:
-            if found := re.match(pattern, line):
-                return found[1][:300]
-    return lines[-1][:300]
 
 
 def main() -> None:
@@ -84,7 +71,7 @@ def main() -> None:
             if not asked:
                 print(f"error: the server ended though nobody stopped it (its exit code: {code}); EngineDeadError in the log above: its engine process died", file=sys.stderr)
             raise SystemExit(code if asked or code > 0 else 1)  # vLLM's own code is 0 even when its engine process was killed
-        seconds = jobs.wait_healthy("vllm", process, f"{address}/health", log, lambda: cause(log), args.timeout)
+        seconds = jobs.wait_healthy("vllm", process, f"{address}/health", log, lambda: engine.cause(log), args.timeout)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
