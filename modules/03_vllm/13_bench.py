@@ -39,7 +39,7 @@ def draw(points: dict[str, list[dict]], knees: dict[str, int | None], args):
     from matplotlib import ticker
 
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7, "axes.titlesize": 10})
-    fig, axes = plt.subplots(2, 2, figsize=(8.4, 6.2), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(8, 5.9), layout="constrained")
     for ax, name, title in zip(axes.flat, ("ttft", "itl", "e2e"), ("first token (TTFT)", "between tokens (ITL)", "whole answer (E2E)"), strict=False):
         for (kind, sweep), colour, words in zip(points.items(), ("C0", "C1"), ("closed loop, N at once", "open loop, N requests/s"), strict=True):
             x, p50, p99 = ([m[key] for m in sweep] for key in ("tok_per_s", f"{name}_p50_ms", f"{name}_p99_ms"))
