@@ -1,6 +1,6 @@
 """Measure this machine's records, store them under results/<machine>/ and write the tables: `make evidence`.
 
-    make evidence                               # everything, about 35 minutes on 2 cores
+    make evidence                               # everything, about 50 minutes on 2 cores
     make evidence ARGS="--only train-z2 train-z3"
 
 Each is a make target that a reader can type too. Commit results/ afterwards: it is what the numbers in the readmes stand on.

@@ -7,9 +7,9 @@ The answer is the same, up to rounding; only the steps are fewer, where the text
     make speculative
     python modules/03_vllm/12_speculative.py --guesses 8
 
-Look at: the share of guesses accepted, and tokens/s of an answer that copies against one that tells a story. A small model that
-tells greedily soon repeats itself, which is easily guessed; sampled, it does not, and guesses that nobody takes cost. Requests run
-one at a time: a full batch has no idle arithmetic to guess with.
+Look at: tokens guessed and the share accepted, and tokens/s of an answer that copies against one that tells a story. A small model
+that tells greedily soon repeats itself, which is easily guessed; sampled, it does not, and there is hardly anything to guess from.
+Requests run one at a time: a full batch has no idle arithmetic to guess with.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
     # 1. The same requests, one at a time, without guesses and with them
 
     rates: dict[tuple[str, str], float] = {}
-    accepted_of: dict[str, float] = {}
+    guesses: dict[str, tuple[int, float]] = {}
     answers: dict[tuple[str, str], list] = {}
     for way, more in (("plain", []), ("guessing", ["--speculative-config", speculative])):
         vllm = engine.start(folder, profile.dtype, p.args, [*flags, *more])
@@ -67,22 +67,22 @@ def main() -> None:
             rates[way, kind] = len(asked) * (args.answer_tokens - 1) / decoding
             if more:
                 guessed, accepted = (after[f"spec_decode_num_{what}_tokens"] - before[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
-                accepted_of[kind] = accepted / max(guessed, 1)
+                guesses[kind] = int(guessed), accepted / max(guessed, 1)
         engine.stop(vllm)
 
     # -----------------------------------------------------------------------------
     # 2. Side by side
 
-    print(f"\n{'the answer':16}{'plain':>8}{'guessing':>11}   tokens/s{'accepted':>13}{'same answers':>15}")
+    print(f"\n{'the answer':16}{'plain':>8}{'guessing':>11}   tokens/s{'guessed':>13}{'accepted':>11}{'same answers':>15}")
     metrics = {}
     for kind, asked in requests.items():
-        plain, guessing, accepted = rates["plain", kind], rates["guessing", kind], accepted_of[kind]
+        plain, guessing, (guessed, accepted) = rates["plain", kind], rates["guessing", kind], guesses[kind]
         same = sum(a == b for a, b in zip(answers["plain", kind], answers["guessing", kind], strict=True))
         said = "-" if kind.endswith("sampled") else f"{same} of {len(asked)}"  # two samples of one distribution need not be equal
-        print(f"{kind:16}{plain:8.1f}{guessing:11.1f} = {guessing / plain:4.2f}x{accepted:15.0%}{said:>15}")
+        print(f"{kind:16}{plain:8.1f}{guessing:11.1f} = {guessing / plain:4.2f}x{guessed:15}{accepted:11.0%}{said:>15}")
         name = kind.replace(", ", "_")
         metrics |= {f"{name}_plain_tok_per_s": round(plain, 1), f"{name}_guessing_tok_per_s": round(guessing, 1)}
-        metrics |= {f"{name}_speedup_ratio": round(guessing / plain, 2), f"{name}_accepted_ratio": round(accepted, 3)}
+        metrics |= {f"{name}_speedup_ratio": round(guessing / plain, 2), f"{name}_guessed_count": guessed, f"{name}_accepted_ratio": round(accepted, 3)}
         metrics |= {} if said == "-" else {f"{name}_same_count": same}
     results.finish(__file__, metrics, vars(args))
 
