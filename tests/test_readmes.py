@@ -122,7 +122,23 @@ def test_the_claims_hold_in_the_records_just_made():
 
 
 @pytest.mark.long
+def test_more_load_more_throughput_and_less_goodput():
+    """Both sweeps of `make vllm-bench`: nothing failed; what is good is part of what is served; overloaded, few are good."""
+    found = record("03_vllm/13_bench")
+    points = sorted({re.sub(r"_tok_per_s$", "", name) for name in found if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)})
+    assert found["failed_count"] == 0 and len(points) >= 10
+    for point in points:
+        assert 0 <= found[f"{point}_goodput_req_per_s"] <= found[f"{point}_req_per_s"]
+        assert all(0 < found[f"{point}_{name}_p50_ms"] <= found[f"{point}_{name}_p99_ms"] for name in ("ttft", "itl", "e2e"))
+        assert found[f"{point}_ttft_p50_ms"] < found[f"{point}_e2e_p50_ms"]
+    assert found["concurrency_16_tok_per_s"] > 1.5 * found["concurrency_1_tok_per_s"]
+    assert found["rate_2_req_per_s"] < 2.5, "an open loop cannot serve more than was sent"
+    assert found["concurrency_64_good_ratio"] < 0.5 < found["concurrency_1_good_ratio"] and 1 <= found["knee_concurrency_count"] < 64
+
+
+@pytest.mark.long
 def test_two_nodes_compute_what_one_does():
+    """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
     for found in (pp, tp):
         assert found["same_tokens_ratio"] == 1 and found["left_count"] == 0
