@@ -1,6 +1,7 @@
 """The same greedy tokens from transformers, vLLM and mini_vllm: in float32, where rounding cannot decide between two tokens."""
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -53,3 +54,18 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert json.loads(line[7:]) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), "the prompts must lead to different texts"
+
+
+@pytest.mark.long
+def test_transformers_at_its_best(tiny_model, monkeypatch):
+    """03_throughput.py --compile: as many places as without, also in a last batch that is smaller, by a decode step that was compiled."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    script = runpy.run_path(str(ROOT / "modules/03_vllm/03_throughput.py"), run_name="imported")
+    graphs = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: graphs.append(counters["stats"]["unique_graphs"]))
+    tokenizer, model = script["load_transformers"](tiny_model, "cpu", "float32")
+    requests = [("a lighthouse", 4), ("two graphics cards and the first frost", 6), ("a river", 3)]
+    plain, compiled = (script["run_transformers"](tokenizer, model, requests, 2, way)[1] for way in (False, True))
+    assert plain == compiled == 2 * 6 + 3 and len(graphs) == 1 and graphs[0] > 0

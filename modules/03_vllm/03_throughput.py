@@ -34,6 +34,7 @@ def run_transformers(tokenizer, model, requests, batch_size: int, compiled: bool
 
     `compiled`: a KV cache of fixed size, so that the decode step can be compiled (and is one CUDA graph on a GPU).
     """
+    import torch
     from transformers import CompileConfig, StaticCache
 
     longest = max(len(ids) for ids in tokenizer([prompt for prompt, _ in requests])["input_ids"]) + max(length for _, length in requests)
@@ -57,7 +58,10 @@ def run_transformers(tokenizer, model, requests, batch_size: int, compiled: bool
     for start in range(0, len(requests), batch_size):
         places += generate(requests[start : start + batch_size])
         print(f"  transformers: {min(start + batch_size, len(requests))}/{len(requests)} requests, {time.perf_counter() - began:.0f} s", flush=True)
-    return time.perf_counter() - began, places
+    seconds = time.perf_counter() - began
+    if compiled:
+        torch.compiler.reset()  # what was compiled for this batch size, and its CUDA graphs
+    return seconds, places
 
 
 def run_vllm(folder, dtype: str, requests, engine_args: dict) -> float:
