@@ -1,5 +1,6 @@
 """What the tests share: running a command as a reader would, a copy of the tree, one running server."""
 
+import functools
 import os
 import shutil
 import signal
@@ -48,6 +49,13 @@ def refused(*command, **kwargs) -> str:
 
 def python(*command, **kwargs):
     return run(sys.executable, *command, **kwargs)
+
+
+@functools.cache
+def network_namespaces() -> bool:
+    """Whether module 03's two machines can be made here: by root, or by a user where the system lets them."""
+    ways = (["--net", "--mount"], ["--map-root-user", "--net", "--mount"])
+    return any(subprocess.run(["unshare", *flags, "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True).returncode == 0 for flags in ways)
 
 
 @pytest.fixture

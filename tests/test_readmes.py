@@ -2,7 +2,8 @@
 
 An HTML comment before a block marks the exceptions: <!-- long --> runs in `make test-long`; <!-- gpu --> is executed where the
 4090x2 profile's GPUs are and elsewhere parsed and dry-run; <!-- self --> holds only `make test` and `make quickstart`, which
-.ci/run runs. <!-- exit 2 --> says that the commands must be refused.
+.ci/run runs. <!-- exit 2 --> says that the commands must be refused. <!-- netns --> is long, and executed where network namespaces can
+be made (by root, or where users may), elsewhere, as in most containers, dry-run.
 """
 
 import json
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, network_namespaces, run
 
 from lab import data, models
 from lab.profile import detect
 
 README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
-FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
+FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|netns|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
 
 
 @dataclass
@@ -56,7 +57,7 @@ def test_every_block_is_seen():
         assert text.count("```bash\n") == sum(b.file == str(file.relative_to(ROOT)) for b in BLOCKS), file
         assert len(re.findall(r"^ *```", text, re.M)) % 2 == 0, file
         assert not re.findall(r"^ *```(?:sh|shell|console|zsh)\n", text, re.M), f"{file}: use bash for what is run, text for what appears"
-        assert not re.findall(r"<!-- (?!long|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n *```", text), f"{file}: unknown mark"
+        assert not re.findall(r"<!-- (?!long|netns|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n *```", text), f"{file}: unknown mark"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "self"], ids=lambda b: b.id)
@@ -83,7 +84,7 @@ def dry_run(code: str) -> None:
 
 
 def execute(block: Block) -> None:
-    if block.mark == "gpu" and not GPU:
+    if block.mark == "gpu" and not GPU or block.mark == "netns" and not network_namespaces():
         dry_run(block.code)
         return
     done = run("bash", "-euo", "pipefail", "-c", block.code, timeout=900)
@@ -91,13 +92,13 @@ def execute(block: Block) -> None:
     assert done.returncode == expected, f"{block.id}\n{block.code}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark not in ("self", "long")], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark not in ("self", "long", "netns")], ids=lambda b: b.id)
 def test_readme(block):
     execute(block)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "long"], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark in ("long", "netns")], ids=lambda b: b.id)
 def test_readme_long(block):
     execute(block)
 
@@ -137,6 +138,7 @@ def test_more_load_more_throughput_and_less_goodput():
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not network_namespaces(), reason="no network namespaces can be made here")
 def test_two_nodes_compute_what_one_does():
     """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
