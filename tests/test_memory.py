@@ -48,6 +48,7 @@ def test_catalogue_has_the_published_sizes():
     """Parameters as the model cards say them (HF, safetensors)."""
     published = {"smollm2-135m": 134_515_008, "qwen2.5-0.5b-instruct": 494_032_768, "qwen2.5-1.5b-instruct": 1_543_714_304}
     published |= {"qwen2.5-7b-instruct": 7_615_616_512, "qwen2.5-14b-instruct": 14_770_033_664, "qwen2.5-32b-instruct": 32_763_876_352}
+    published["qwen2.5-32b-instruct-awq"] = published["qwen2.5-32b-instruct"]  # the same ones, packed
     assert {name: memory.read(models.config(name)).parameters for name, entry in models.catalogue().items() if "config" in entry} == published
 
 
