@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["RECORDS"] = str(ROOT / "runs" / "tests" / "records")  # the reader's own stay as they are
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl+C, and every child would inherit that
+os.environ.pop("ARGS", None)  # of `make test ARGS=...`: pytest's own, which make would pass on to every make that a test runs
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
