@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, network_namespaces, run
+from test_llamafactory import greedy, prompts
 
-from lab import data, models
+from lab import models
 from lab.profile import detect
 
 README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
@@ -138,8 +139,7 @@ def test_more_load_more_throughput_and_less_goodput():
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not network_namespaces(), reason="no network namespaces can be made here")
-def test_two_nodes_compute_what_one_does():
+def test_two_nodes_compute_what_one_does(two_machines):
     """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
     for found in (pp, tp):
@@ -188,12 +188,9 @@ def test_vllm_answers_like_the_merged_model_and_serves_the_adapter_alike(tmp_pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter, merged = ROOT / "runs/06_LLaMA-Factory/lora", ROOT / "runs/06_LLaMA-Factory/merged"
-    requests = [row["messages"][0]["content"] for row in data.rows("launch_en_test")[:6]]
-    tokenizer = AutoTokenizer.from_pretrained(merged, padding_side="left")
-    chats = [[{"role": "user", "content": request}] for request in requests]
-    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
-    output = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).generate(**inputs, max_new_tokens=60, do_sample=False)
-    expected = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+    requests, tokenizer = prompts(6), AutoTokenizer.from_pretrained(merged)
+    answers = greedy(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), tokenizer, requests)
+    expected = [tokenizer.decode(tokens) for tokens in answers]
     script = tmp_path / "chat.py"
     script.write_text(VLLM)
     for folder, lora in ((merged, ""), (models.model_folder("smollm2-135m"), adapter)):

@@ -12,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, network_namespaces, python, refused
+from conftest import ENVIRONMENT, ROOT, python, refused
 
 from lab import jobs
 
@@ -52,8 +52,7 @@ def test_heads_of_zeros_change_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not network_namespaces(), reason="no network namespaces can be made here")
-def test_interrupted_start_leaves_nothing():
+def test_interrupted_start_leaves_nothing(two_machines):
     """Ctrl+C while both machines start: afterwards no process, and nobody who would keep a namespace alive."""
 
     def network(pid) -> int:
