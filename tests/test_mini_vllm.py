@@ -61,7 +61,7 @@ def expected(qwen2) -> list[list[int]]:
 def engine(folder, **options):
     from mini_vllm import LLM
 
-    return LLM(folder, dtype="float32", **({"kv_cache_gib": 0.1} | options))
+    return LLM(folder, **({"dtype": "float32", "kv_cache_gib": 0.1} | options))
 
 
 def tokens(llm, requests=REQUESTS) -> list[list[int]]:
@@ -117,13 +117,34 @@ def test_the_kernel_and_plain_torch_compute_the_same(qwen2):
     for backend in (TorchAttention(), CpuAttention(4, 2, 32, torch.float32)):
         cache = backend.cache(10, 16, 2, 32, dtype=torch.float32)
         for i in (0, 1):
-            cache[i].copy_(past[i].transpose(1, 2).flatten(0, 1) if isinstance(backend, TorchAttention) else torch.zeros_like(cache[i]))
+            cache[i].copy_(past[i].transpose(1, 2) if isinstance(backend, TorchAttention) else torch.zeros_like(cache[i]))
         if isinstance(backend, CpuAttention):  # the layout inside a block is the kernel's own: let it write the past itself
             everything = past.transpose(2, 3).flatten(1, 2)
             backend.ops.cpu_attn_reshape_and_cache(everything[0], everything[1], *cache, torch.arange(160), "vec16")
         backend.prepare(batch)
         found.append(backend.attend(cache, batch, q, k, v))
     assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+def test_cuda_graphs_compute_what_the_kernels_do(qwen2):
+    """On a GPU: every decode step's logits, replayed in a padded batch, beside those of the same step without a graph."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a GPU")
+    llm, sizes = engine(qwen2, device="cuda", dtype="bfloat16", num_blocks=40, max_num_batched_tokens=48), []
+    runner, replay = llm.model_runner, llm.model_runner.graphs.forward
+
+    def both(seqs):
+        sizes.append(len(seqs))
+        logits = replay(seqs).clone()
+        assert (logits - runner.forward(*runner.batch(seqs))).abs().max() < 0.02 * logits.abs().max()
+        return logits
+
+    tokens(llm)
+    runner.graphs.forward = both
+    tokens(llm)
+    assert len(sizes) > 15 and {1, 2, 3} <= set(sizes), sizes
 
 
 # -----------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def main() -> None:
     data.add_trace_flags(parser, p)
     parser.add_argument("--repeat", type=int, default=1, help="the median of so many counts (default: %(default)s)")
     parser.add_argument("--only", choices=("mini", "vllm"), help="leave the other engine out")
-    parser.add_argument("--blocks", type=int, help="of mini_vllm's cache, 16 tokens each (default: what 1 GiB holds, on a GPU 8)")
-    parser.add_argument("--batched-tokens", type=int, default=2048, help="most tokens of a step of mini_vllm (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, help="of mini_vllm's cache, 16 tokens each (default: what 1 GiB holds, on a GPU 6)")
+    parser.add_argument("--batched-tokens", type=int, default=8192 if profile.device == "cuda" else 2048, help="most tokens of a step of mini_vllm (default: %(default)s)")
     args = parser.parse_args()
     if min(args.repeat, args.batched_tokens, 1 if args.blocks is None else args.blocks) < 1:
         fail("--repeat, --blocks and --batched-tokens must be at least 1")
@@ -86,7 +86,7 @@ def main() -> None:
 
         try:
             llm = LLM(folder, profile.device, profile.dtype, max_model_len=p.args["max-model-len"], max_num_batched_tokens=args.batched_tokens,
-                      kv_cache_gib=8 if profile.device == "cuda" else 1, num_blocks=args.blocks)  # fmt: skip
+                      kv_cache_gib=6 if profile.device == "cuda" else 1, num_blocks=args.blocks)  # fmt: skip
             llm.generate(["warm up"] * 4, [SamplingParams(max_tokens=4, ignore_eos=True)] * 4)
             params = [SamplingParams(max_tokens=length, ignore_eos=True) for _, length in requests]
             runs = [run_mini(llm, requests, params) for _ in range(args.repeat)]

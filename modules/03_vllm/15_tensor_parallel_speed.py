@@ -50,7 +50,7 @@ def main() -> None:
     for devices in (1, 2):
         if profile.device == "cpu":
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(devices)))  # each rank one core
-        vllm = engine.start(folder, profile.dtype, p.args | {"tensor-parallel-size": devices}, flags)
+        vllm = engine.start(folder, profile.dtype, dict(p.args) | {"tensor-parallel-size": devices}, flags)
         engine.drive(vllm, requests(2, args.prompt_tokens, 3))  # so that nothing is compiled while the clock runs
         _, (alone,), _ = engine.drive(vllm, requests(1, args.prompt_tokens, 2))
         metrics[f"tp{devices}_prefill_tok_per_s"] = round(args.prompt_tokens / alone.first, 1)

@@ -1,7 +1,4 @@
-"""A small vLLM: the real engine's parts under the real engine's names, tested for the same greedy tokens (readme, section 8).
-
-What it refuses, such as an architecture it does not compute or a request that could never fit, raises ValueError with one sentence.
-"""
+"""A small vLLM under the real engine's names (readme, section 8). What it refuses, it refuses by a ValueError with one sentence."""
 
 from mini_vllm.llm import LLM
 from mini_vllm.sequence import SamplingParams

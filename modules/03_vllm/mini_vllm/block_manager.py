@@ -2,8 +2,7 @@
 
 A block holds the keys and values of `block_size` tokens of one sequence. A full block is named by a hash of its tokens and of the
 block before it, so that equal names mean equal tokens from the very beginning: a new sequence with the same beginning shares it.
-A block nobody holds keeps its contents and its name until the room is needed; the longest unused goes first (LRU).
-"""
+A block nobody holds keeps its contents and its name until the room is needed; the longest unused goes first (LRU)."""
 
 from array import array
 from collections import OrderedDict

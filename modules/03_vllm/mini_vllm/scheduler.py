@@ -2,8 +2,7 @@
 
 There is no prefill phase and no decode phase. Every sequence has tokens that are known and tokens that are computed; a step computes
 some of the difference, at most `max_num_batched_tokens` over all sequences. A decoding sequence lacks one token, a new one its whole
-prompt, and a long prompt is computed in several steps beside others' decoding (chunked prefill).
-"""
+prompt, and a long prompt is computed in several steps beside others' decoding (chunked prefill)."""
 
 from collections import Counter, deque
 
@@ -22,7 +21,6 @@ class Scheduler:
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step, `num_scheduled_tokens` set and blocks for those tokens held."""
         manager, stats, budget, scheduled = self.block_manager, self.stats, self.max_num_batched_tokens, []
-
         # 1. Who runs goes on. A sequence without room takes that of the youngest, which may be itself.
         while len(scheduled) < len(self.running) and budget:
             seq = self.running[len(scheduled)]
@@ -33,7 +31,6 @@ class Scheduler:
                 scheduled.append(seq)
             else:
                 self.preempt(self.running.pop())
-
         # 2. What is left of the budget admits who waits, in order of arrival, while the whole of its known tokens finds room.
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
@@ -46,7 +43,6 @@ class Scheduler:
             stats["cached_tokens"] += seq.num_computed_tokens
             self.running.append(self.waiting.popleft())
             scheduled.append(seq)
-
         stats.update(steps=1, computed_tokens=self.max_num_batched_tokens - budget)
         return scheduled
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens (temperature 0: the likeliest) and when to stop. `seed` makes the draws of this request repeatable."""
-
     max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
