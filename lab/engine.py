@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab import fail
+
 
 @dataclass
 class Timing:
@@ -34,6 +36,18 @@ def cause(log: Path) -> str:
             if found := re.match(pattern, line):
                 return found[1][:300]
     return lines[-1][:300]
+
+
+def served_model(client):
+    """The first model that the server of this `openai.OpenAI` offers. Raises SystemExit(2) with one sentence where it offers none to us."""
+    import openai
+
+    try:
+        return client.models.list().data[0]
+    except openai.AuthenticationError:
+        fail(f"the server at {client.base_url} wants an API key: set VLLM_API_KEY to the one that it was started with")
+    except openai.APIError as e:
+        fail(f"no server answers at {client.base_url} ({e}): start one with 'make vllm-serve'")
 
 
 def start(folder: Path, dtype: str, args: dict, flags: list[str]):

@@ -25,21 +25,24 @@ LOAD = "modules/03_vllm/08_load.py"
 
 
 @contextlib.contextmanager
-def pretender(finish_reason: str = "length", kv: float = 0.0, missing: int = 0, root: str = ""):
-    """Address of a server whose answers end by `finish_reason`, `missing` tokens short, and whose cache afterwards is `kv` full; `root` is its model's folder."""
+def pretender(finish_reason: str = "length", kv: float = 0.0, missing: int = 0, root: str = "", key: str = ""):
+    """Address of a server whose answers end by `finish_reason`, `missing` tokens short, and whose cache afterwards is `kv` full; `root` is its model's
+    folder, `key` what it wants to be told before it says which."""
     metrics = f"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc {kv}\n# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total 9\n"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-        def reply(self, text: str, kind: str) -> None:
-            self.send_response(200)
+        def reply(self, text: str, kind: str, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", kind)
             self.end_headers()
             self.wfile.write(text.encode())
 
         def do_GET(self):
+            if key and self.path != "/metrics" and self.headers["Authorization"] != f"Bearer {key}":
+                return self.reply('{"error":"Unauthorized"}', "application/json", 401)
             models = json.dumps({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x", "root": root}]})
             self.reply(*((metrics, "text/plain") if self.path == "/metrics" else (models, "application/json")))
 
@@ -64,6 +67,13 @@ def test_what_counts_as_failed(trouble, failed):
         done = python(LOAD, "--address", address, "--requests", "6", "--cancel", "0", "--disconnect", "0", check=1 if failed else 0)
     assert json.loads(done.stdout.splitlines()[-1])["failed_count"] == failed
     assert not failed or "failed:" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["04_watch.py", "08_load.py", "13_bench.py"])
+def test_a_server_that_wants_a_key(script):
+    with pretender(key="secret") as address:
+        sentence = refused("python", f"modules/03_vllm/{script}", "--address", address)
+    assert "wants an API key: set VLLM_API_KEY" in sentence and address in sentence
 
 
 def test_refusals():

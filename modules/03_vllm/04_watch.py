@@ -17,7 +17,7 @@ import os
 import threading
 import time
 
-from lab import fail, machine, results
+from lab import engine, fail, machine, results
 from lab.profile import load_profile
 
 
@@ -68,7 +68,7 @@ def main() -> None:
 
     stop = threading.Event()
     client = openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused"), max_retries=0)
-    model = client.models.list().data[0].id
+    model = engine.served_model(client).id
     for _ in range(args.load):
         threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()
     patience = time.monotonic() + 30
@@ -94,8 +94,8 @@ def main() -> None:
             row = {"running_count": now["vllm:num_requests_running"], "waiting_count": now["vllm:num_requests_waiting"]}
             row |= {"kv_cache_pct": 100 * now["vllm:kv_cache_usage_perc"], "generation_tok_per_s": rate, **gpu[1]}
             rows.append(row)
-            engine = f"{row['running_count']:8.0f}{row['waiting_count']:8.0f}{row['kv_cache_pct']:6.1f}%{rate:10.1f}{ttft:>17}{itl:>16}"
-            print(f"{engine}{f'{hit / asked:.0%}' if asked else '-':>6}{preempted:10.0f}   {gpu[0]}", flush=True)
+            columns = f"{row['running_count']:8.0f}{row['waiting_count']:8.0f}{row['kv_cache_pct']:6.1f}%{rate:10.1f}{ttft:>17}{itl:>16}"
+            print(f"{columns}{f'{hit / asked:.0%}' if asked else '-':>6}{preempted:10.0f}   {gpu[0]}", flush=True)
     except OSError:
         fail(f"the server at {args.address} went away while it was watched")
     finally:

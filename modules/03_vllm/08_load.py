@@ -19,7 +19,7 @@ import os
 import random
 import time
 
-from lab import data, fail, results
+from lab import data, engine, fail, results
 from lab.profile import load_profile
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     except OSError:
         fail(f"no server answers at {args.address}: start one with 'make vllm-serve'")
 
-    model = openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused")).models.list().data[0]
+    model = engine.served_model(openai.OpenAI(base_url=f"{args.address}/v1", api_key=os.environ.get("VLLM_API_KEY", "unused"), max_retries=0))
 
     # -----------------------------------------------------------------------------
     # 1. The load: random tokens as prompts (so that no prefix cache helps), as many endings of each kind as asked

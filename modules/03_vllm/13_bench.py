@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 
-from lab import RUNS, fail, results, shown
+from lab import RUNS, engine, fail, results, shown
 from lab.profile import load_profile
 
 GOOD = 0.9  # the share of requests that must meet the objectives
@@ -85,10 +85,7 @@ def main() -> None:
     import openai
 
     key = os.environ["OPENAI_API_KEY"] = os.environ.get("VLLM_API_KEY", "unused")  # vLLM's benchmark takes it from the former
-    try:
-        model = openai.OpenAI(base_url=f"{args.address}/v1", api_key=key).models.list().data[0]
-    except openai.APIError as e:
-        fail(f"no server answers at {args.address} ({e}): start one with 'make vllm-serve'")
+    model = engine.served_model(openai.OpenAI(base_url=f"{args.address}/v1", api_key=key, max_retries=0))
 
     # -----------------------------------------------------------------------------
     # 1. vLLM's benchmark, imported once; every point is one `vllm bench serve`, typed or called
