@@ -55,7 +55,11 @@ def python(*command, **kwargs):
 
 @functools.cache
 def network_namespaces() -> bool:
-    """Whether module 03's two machines can be made here: its script lays their cable, or says why it cannot."""
+    """Whether module 03's two machines can be made here: its script computes on CPUs, and lays their cable or says why it cannot."""
+    from lab.profile import detect
+
+    if detect() != "cpu":
+        return False
     try:
         return bool(runpy.run_path(str(ROOT / "modules/03_vllm/14_two_nodes.py"), run_name="imported")["way_to_machine_0"]())
     except SystemExit:

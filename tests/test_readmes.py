@@ -2,8 +2,8 @@
 
 An HTML comment before a block marks the exceptions: <!-- long --> runs in `make test-long`; <!-- gpu --> is executed where the
 4090x2 profile's GPUs are and elsewhere parsed and dry-run; <!-- self --> holds only `make test` and `make quickstart`, which
-.ci/run runs. <!-- exit 2 --> says that the commands must be refused. <!-- netns --> is long, and executed where network namespaces can
-be made (by root, or where users may), elsewhere, as in most containers, dry-run.
+.ci/run runs. <!-- exit 2 --> says that the commands must be refused. <!-- netns --> is long, and executed without a GPU and where network
+namespaces can be made (by root, or where users may), elsewhere, as in most containers, dry-run.
 """
 
 import json

@@ -3,6 +3,7 @@
     make mini-vllm                                                     # both engines, on the detected profile
     python modules/03_vllm/05_mini_vllm.py --only mini --blocks 64     # a cache too small for all: watch the preemptions
     python modules/03_vllm/05_mini_vllm.py --only mini --batched-tokens 64    # prompts in small chunks beside others' decoding
+    python modules/03_vllm/05_mini_vllm.py --only mini --enforce-eager # on a GPU, without CUDA graphs: what they are worth
     python modules/03_vllm/05_mini_vllm.py --requests 256 --repeat 3   # the one that is worth quoting: medians
 
 Look at: what the scheduler did, a line a second: prompts are read and tokens are made in the same steps, a finished request's blocks go
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("mini", "vllm"), help="leave the other engine out")
     parser.add_argument("--blocks", type=int, help="of mini_vllm's cache, 16 tokens each (default: what 1 GiB holds, on a GPU 6)")
     parser.add_argument("--batched-tokens", type=int, default=8192 if profile.device == "cuda" else 2048, help="most tokens of a step of mini_vllm (default: %(default)s)")
+    parser.add_argument("--enforce-eager", action="store_true", help="mini_vllm without CUDA graphs (there are none on a CPU)")
     args = parser.parse_args()
     if min(args.repeat, args.batched_tokens, 1 if args.blocks is None else args.blocks) < 1:
         fail("--repeat, --blocks and --batched-tokens must be at least 1")
@@ -86,7 +88,7 @@ def main() -> None:
 
         try:
             llm = LLM(folder, profile.device, profile.dtype, max_model_len=p.args["max-model-len"], max_num_batched_tokens=args.batched_tokens,
-                      kv_cache_gib=6 if profile.device == "cuda" else 1, num_blocks=args.blocks)  # fmt: skip
+                      kv_cache_gib=6 if profile.device == "cuda" else 1, num_blocks=args.blocks, enforce_eager=args.enforce_eager)  # fmt: skip
             llm.generate(["warm up"] * 4, [SamplingParams(max_tokens=4, ignore_eos=True)] * 4)
             params = [SamplingParams(max_tokens=length, ignore_eos=True) for _, length in requests]
             runs = [run_mini(llm, requests, params) for _ in range(args.repeat)]

@@ -11,14 +11,14 @@ from mini_vllm.sequence import SamplingParams, Sequence
 
 class LLM:
     def __init__(self, model, device: str = "cpu", dtype: str = "bfloat16", *, max_model_len: int = 2048, max_num_seqs: int = 256, max_num_batched_tokens: int = 2048,
-                 block_size: int = 16, kv_cache_gib: float = 1.0, num_blocks: int | None = None, attention: str = "kernel"):  # fmt: skip
-        """`model`: folder. The cache has `num_blocks` blocks, or what `kv_cache_gib` GiB hold. `attention`: kernel (vLLM's) or torch."""
+                 block_size: int = 16, kv_cache_gib: float = 1.0, num_blocks: int | None = None, attention: str = "kernel", enforce_eager: bool = False):  # fmt: skip
+        """`model`: folder. The cache has `num_blocks` blocks, or what `kv_cache_gib` GiB hold. `attention`: kernel (vLLM's) or torch. `enforce_eager`: no CUDA graphs."""
         runner = self.model_runner = ModelRunner(folder := Path(model), device, dtype, block_size, kv_cache_gib, num_blocks, attention)
         eos = (json.loads(file.read_text()) if (file := folder / "generation_config.json").is_file() else runner.config).get("eos_token_id")
         from transformers import AutoTokenizer  # now, for it takes seconds and a refused model needs none
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.longest = min(max_model_len, runner.config["max_position_embeddings"], runner.num_blocks * block_size)  # tokens of a request
-        if device == "cuda" and attention == "kernel":
+        if device == "cuda" and attention == "kernel" and not enforce_eager:
             from mini_vllm.cuda import CudaGraphs
             runner.graphs = CudaGraphs(runner, self.longest, max_num_seqs)
         manager, eos_token_ids = BlockManager(runner.num_blocks, block_size), eos if isinstance(eos, list) else [eos]
