@@ -1,4 +1,4 @@
-"""vLLM's arguments as a command line, why its server stopped, and its engine in this process, step by step: what the scripts share.
+"""vLLM's arguments as a command line, what its server offers and why it stopped, and its engine in this process, step by step: what the scripts share.
 
 `LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
 """

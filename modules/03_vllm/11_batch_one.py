@@ -51,16 +51,16 @@ def main() -> None:
     copy = copy_gb_per_s(device, profile.smoke.copy_mib)
     if device != "cpu":
         torch.cuda.empty_cache()  # vLLM counts what is left on the card as taken
+    sizes = memory.read(models.config(str(folder)))
+    kv = memory.kv_bytes_per_token(sizes, dtype=profile.dtype)
 
     # -----------------------------------------------------------------------------
     # 1. Decode, batch by batch
 
     vllm = engine.start(folder, profile.dtype, p.args, flags)
     engine.warm_up(vllm)
-    sizes = memory.read(models.config(str(folder)))
     stored = {None: profile.dtype, "fp8": "fp8"}.get(vllm.model_config.quantization, "auto")
     weights = memory.weight_bytes(sizes, stored) - (0 if sizes.tied else sizes.embedding * memory.width(profile.dtype))  # one row of the embedding a token
-    kv = memory.kv_bytes_per_token(sizes, dtype=profile.dtype)
     params = SamplingParams(temperature=0, max_tokens=args.answer_tokens, ignore_eos=True)
     context = args.prompt_tokens + args.answer_tokens / 2  # on the mean
     metrics: dict[str, float] = {"copy_gb_per_s": round(copy, 1), "weights_gb": round(weights / 1e9, 4)}

@@ -43,8 +43,8 @@ class ModelRunner:
         table = [block for s in seqs for block in s.block_table + [0] * (width - len(s.block_table))]
         parts = tokens, list(chain(*spans)), slots, rows, lengths, [0, *ends], table
         sent = torch.frombuffer(array("q", chain(*parts)), dtype=torch.int64).to(self.device).split([len(part) for part in parts])
-        tokens, positions, slots, rows, lengths, starts, table = (*sent[:4], *(part.int() for part in sent[4:]))
-        return tokens, positions, rows, Batch(slots, table.view(-1, width), lengths, starts, max(map(len, spans)), max(span.stop for span in spans))
+        tokens, positions, slots, rows, seq_lens, query_start, table = (*sent[:4], *(part.int() for part in sent[4:]))
+        return tokens, positions, rows, Batch(slots, table.view(-1, width), seq_lens, query_start, max(map(len, spans)), max(lengths))
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         self.attention.prepare(batch)
