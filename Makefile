@@ -86,43 +86,43 @@ vllm-chat: env ## 03: ask the running server, the answer streamed
 	@$(PY) modules/03_vllm/02_chat.py $(ARGS)
 
 vllm-structured: env ## 03: JSON by a schema, and a tool call, from the running server
-	@$(PY) modules/03_vllm/16_structured.py $(ARGS)
+	@$(PY) modules/03_vllm/03_structured.py $(ARGS)
 
 vllm-throughput: env ## 03: requests of mixed length, transformers against vLLM
-	@$(PY) modules/03_vllm/03_throughput.py $(ARGS)
+	@$(PY) modules/03_vllm/05_throughput.py $(ARGS)
 
 watch: env ## 03: GPUs and engine of the running server, a line a second, under load
 	@$(PY) modules/03_vllm/04_watch.py $(ARGS)
 
 mini-vllm: env ## 03: a small vLLM from scratch, its scheduler at work, its speed beside vLLM's (ARGS="--only mini --blocks 64")
-	@$(PY) modules/03_vllm/05_mini_vllm.py $(ARGS)
+	@$(PY) modules/03_vllm/15_mini_vllm.py $(ARGS)
 
 mini-tp: env ## 03: tensor parallelism from scratch on two processes: the logits of one (PROCESSES=2)
-	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/06_tensor_parallel.py $(ARGS)
+	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/16_tensor_parallel.py $(ARGS)
 
 monitor: env ## 03: Prometheus beside the running server, with its alerts, in the background (again: their state now)
-	@$(PY) modules/03_vllm/07_monitor.py $(ARGS)
+	@$(PY) modules/03_vllm/11_monitor.py $(ARGS)
 
 vllm-load: env ## 03: the running server under a load of mixed lengths and of clients that hang up: nothing may fail or stay
-	@$(PY) modules/03_vllm/08_load.py $(ARGS)
+	@$(PY) modules/03_vllm/12_load.py $(ARGS)
 
 vllm-bench: env ## 03: latency against throughput of the running server by `vllm bench serve`, closed and open loop, with its goodput knee
 	@$(PY) modules/03_vllm/13_bench.py $(ARGS)
 
 paging: env ## 03: what a paged KV cache buys over contiguous pieces of the longest length, in the same memory
-	@$(PY) modules/03_vllm/09_paging.py $(ARGS)
+	@$(PY) modules/03_vllm/06_paging.py $(ARGS)
 
 prefix-caching: env ## 03: what is saved where prompts begin alike
-	@$(PY) modules/03_vllm/10_prefix_caching.py $(ARGS)
+	@$(PY) modules/03_vllm/07_prefix_caching.py $(ARGS)
 
 batch-one: env ## 03: how near decoding comes to the memory's bandwidth, one request alone and many
-	@$(PY) modules/03_vllm/11_batch_one.py $(ARGS)
+	@$(PY) modules/03_vllm/08_batch_one.py $(ARGS)
 
 speculative: env ## 03: what guessing the next tokens from the text so far buys, where it repeats itself and where not
-	@$(PY) modules/03_vllm/12_speculative.py $(ARGS)
+	@$(PY) modules/03_vllm/09_speculative.py $(ARGS)
 
 vllm-tp: env ## 03: vLLM with one device and with two: what gets faster, what only gets room
-	@$(PY) modules/03_vllm/15_tensor_parallel_speed.py $(ARGS)
+	@$(PY) modules/03_vllm/10_tensor_parallel_speed.py $(ARGS)
 
 two-nodes: env ## 03: one model on two machines (network namespaces), without Ray, the cable's bytes counted (ARGS="--parallel tp")
 	@$(PY) modules/03_vllm/14_two_nodes.py $(ARGS)

@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("RECORDS") or RUNS / "records")  # the tests keep t
 
 
 def name_of(script: str) -> str:
-    """`03_vllm/03_throughput` for that module script; scripts outside modules/ keep their own folder's name."""
+    """`03_vllm/05_throughput` for that module script; scripts outside modules/ keep their own folder's name."""
     path = Path(script).resolve().with_suffix("")
     return f"{path.parent.name}/{path.name}"
 

@@ -24,7 +24,7 @@ COLOURS = ["#3a6ea5", "#d9822b", "#4f9d69", "#a14f8c", "#c2b280", "#7a7f8c", "#b
 
 
 def record(name: str) -> dict:
-    """Metrics of the newest record of `name` (03_vllm/03_throughput); {} where it was not run."""
+    """Metrics of the newest record of `name` (03_vllm/05_throughput); {} where it was not run."""
     file = results.FOLDER / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))["metrics"] if file.is_file() else {}
 
@@ -101,7 +101,7 @@ def sections() -> list[tuple[str, str]]:
         picture = f'<img alt="before and after" src="data:image/png;base64,{base64.b64encode(pictures[-1].read_bytes()).decode()}">' if pictures else ""
         note = "<p>CPU 上的模型是随机权重，右边的噪声是预料之中的：真实的是流水线、形状和步骤。</p>" if machine.name().startswith("cpu") else ""
         found.append(("02 图像编辑：左边输入，右边输出", cards(edit, {"load_s": "秒加载", "step_s": "秒一步", "total_s": "秒一张图"}) + note + picture))
-    if speed := record("03_vllm/03_throughput"):
+    if speed := record("03_vllm/05_throughput"):
         pairs = {"transformers": speed["transformers_tok_per_s"], "vLLM": speed["vllm_tok_per_s"]}
         found.append(("03 vLLM：同样的请求，同样的模型", cards(speed, {"vllm_over_transformers_ratio": "倍吞吐量，vLLM / transformers"}) + bars(pairs, "generated tokens/s")))
     trainings = {"one process": "04_Accelerate/01_train_ddp-one", "DDP": "04_Accelerate/01_train_ddp", "Accelerate": "04_Accelerate/02_train_accelerate"}

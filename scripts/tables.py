@@ -2,7 +2,7 @@
 
 A table stands between two comments. The first names a record and, a row each, which of its metrics to show under which words:
 
-    <!-- table 03_vllm/03_throughput
+    <!-- table 03_vllm/05_throughput
     vllm_tok_per_s = vLLM (tokens/s)
     -->
     (generated: one column for each machine under results/ that has the record)

@@ -58,11 +58,11 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
 
 @pytest.mark.long
 def test_transformers_at_its_best(tiny_model, monkeypatch):
-    """03_throughput.py --compile: as many places as without, also in a last batch that is smaller, by a decode step that was compiled."""
+    """05_throughput.py --compile: as many places as without, also in a last batch that is smaller, by a decode step that was compiled."""
     import torch
     from torch._dynamo.utils import counters
 
-    script = runpy.run_path(str(ROOT / "modules/03_vllm/03_throughput.py"), run_name="imported")
+    script = runpy.run_path(str(ROOT / "modules/03_vllm/05_throughput.py"), run_name="imported")
     graphs = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: graphs.append(counters["stats"]["unique_graphs"]))
     tokenizer, model = script["load_transformers"](tiny_model, "cpu", "float32")

@@ -17,7 +17,7 @@ from conftest import ENVIRONMENT, ROOT, python, refused, run
 
 from lab import jobs
 
-LOAD = "modules/03_vllm/08_load.py"
+LOAD = "modules/03_vllm/12_load.py"
 
 
 # -----------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_what_counts_as_failed(trouble, failed):
     assert not failed or "failed:" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["04_watch.py", "08_load.py", "13_bench.py"])
+@pytest.mark.parametrize("script", ["04_watch.py", "12_load.py", "13_bench.py"])
 def test_a_server_that_wants_a_key(script):
     with pretender(key="secret") as address:
         sentence = refused("python", f"modules/03_vllm/{script}", "--address", address)

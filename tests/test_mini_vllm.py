@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, refused, run
 
 MODULE = ROOT / "modules/03_vllm"
-SCRIPT = MODULE / "05_mini_vllm.py"
+SCRIPT = MODULE / "15_mini_vllm.py"
 sys.path.insert(0, str(MODULE))  # as it is for a script that is run from there
 
 # (prompt, tokens): short and long, of which two share their beginning.
@@ -291,7 +291,7 @@ def test_the_scripts_refuse_in_one_sentence(tmp_path):
     assert "must be positive" in refused("python", SCRIPT, "--requests", "0")
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     assert "is a GPT2LMHeadModel" in refused("python", SCRIPT, "--only", "mini", "--model", tmp_path, PROFILE="cpu")
-    assert "use 'make mini-tp'" in refused("python", MODULE / "06_tensor_parallel.py")
+    assert "use 'make mini-tp'" in refused("python", MODULE / "16_tensor_parallel.py")
 
 
 # -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from conftest import ENVIRONMENT, ROOT, refused, run
 from lab import jobs
 
 MONITORING = ROOT / "modules/03_vllm/configs/monitoring"
-MONITOR = "modules/03_vllm/07_monitor.py"
+MONITOR = "modules/03_vllm/11_monitor.py"
 RULES = [rule for group in yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"] for rule in group["rules"]]
 ALERTS = [rule["alert"] for rule in RULES if "alert" in rule]
 

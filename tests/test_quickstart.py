@@ -22,7 +22,7 @@ def stages(tree):
     (tree / ".venv").symlink_to(ROOT / ".venv")
 
     def script(stage: str):
-        return next((tree / "modules" / stage).glob({"01_single_gpu_smoke": "01_smoke.py", "03_vllm": "03_throughput.py"}[stage]))
+        return next((tree / "modules" / stage).glob({"01_single_gpu_smoke": "01_smoke.py", "03_vllm": "05_throughput.py"}[stage]))
 
     for stage in ("01_single_gpu_smoke", "03_vllm"):
         script(stage).write_text(GOOD.format(log=tree / f"{stage}.ran"))

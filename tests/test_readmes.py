@@ -115,7 +115,7 @@ def record(name: str) -> dict:
 @pytest.mark.long
 def test_the_claims_hold_in_the_records_just_made():
     """Invariants inside each run of module 03's measured claims."""
-    paging, prefix, batch, tp = (record(f"03_vllm/{name}") for name in ("09_paging", "10_prefix_caching", "11_batch_one", "15_tensor_parallel_speed"))
+    paging, prefix, batch, tp = (record(f"03_vllm/{name}") for name in ("06_paging", "07_prefix_caching", "08_batch_one", "10_tensor_parallel_speed"))
     assert paging["contiguous_waste_ratio"] > 0.5 > 0.2 > paging["paged_waste_ratio"] > 0
     assert paging["paged_mean_requests_count"] > 1.5 * paging["contiguous_mean_requests_count"] and paging["paged_over_contiguous_ratio"] > 1.1
     assert prefix["apart_hit_ratio"] == 0 and prefix["shared_hit_ratio"] > 0.8 and prefix["ttft_ratio"] > 1.5
@@ -151,7 +151,7 @@ def test_two_nodes_compute_what_one_does(two_machines):
 @pytest.mark.long
 def test_guesses_change_the_speed_and_not_the_answer():
     """Guesses that come from the prompt are taken, those about a sampled story are not; greedy answers stay (bf16: one may differ)."""
-    found = record("03_vllm/12_speculative")
+    found = record("03_vllm/09_speculative")
     assert found["copies_accepted_ratio"] > 0.5 > 0.3 > found["tells_sampled_accepted_ratio"]
     assert found["copies_speedup_ratio"] > 1.2 and found["copies_speedup_ratio"] > found["tells_sampled_speedup_ratio"]
     assert found["copies_same_count"] >= 2 and found["tells_greedy_same_count"] >= 2

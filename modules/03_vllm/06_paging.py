@@ -5,9 +5,9 @@ An engine that gives every request one contiguous piece must make it as long as 
 first, no more requests are sent at a time than contiguous pieces would fit in the pool; for the second, all are.
 
     make paging
-    python modules/03_vllm/09_paging.py --slots 8            # a larger pool: so many contiguous pieces
-    python modules/03_vllm/09_paging.py --sigma 0            # all answers of one length
-    python modules/03_vllm/09_paging.py --load-format dummy  # flags that this script does not know go to vLLM
+    python modules/03_vllm/06_paging.py --slots 8            # a larger pool: so many contiguous pieces
+    python modules/03_vllm/06_paging.py --sigma 0            # all answers of one length
+    python modules/03_vllm/06_paging.py --load-format dummy  # flags that this script does not know go to vLLM
 
 Look at: the share of the reserved room in which nothing ever stands, for both rules, and the ratio of the two rates, which is the
 paper's 2-4x. Plot: runs/03_vllm/paging.png.

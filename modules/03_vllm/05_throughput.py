@@ -3,10 +3,10 @@
 In a static batch every sequence waits for the longest one: the short ones' places are computed and thrown away. vLLM gives a
 finished sequence's place to the next request at the very next step, and pages the KV cache so that many fit.
 
-    python modules/03_vllm/03_throughput.py                       # on the detected profile
-    python modules/03_vllm/03_throughput.py --batch-size 8 32     # a larger static batch wastes more, but reads the weights less often
-    python modules/03_vllm/03_throughput.py --compile             # transformers at its best: static KV cache, decode step compiled
-    python modules/03_vllm/03_throughput.py --sigma 0             # all outputs equally long: what is left of the difference?
+    python modules/03_vllm/05_throughput.py                       # on the detected profile
+    python modules/03_vllm/05_throughput.py --batch-size 8 32     # a larger static batch wastes more, but reads the weights less often
+    python modules/03_vllm/05_throughput.py --compile             # transformers at its best: static KV cache, decode step compiled
+    python modules/03_vllm/05_throughput.py --sigma 0             # all outputs equally long: what is left of the difference?
 
 Look at: `useful` (share of the static batches' places that held a token somebody asked for), and the ratio of the two rates.
 Output lengths are lognormal, as real traffic is skewed; both engines produce exactly the same number of tokens per request.

@@ -1,8 +1,8 @@
 """How near decoding comes to the memory's bandwidth: one request alone reads every weight for every token, many share the reading.
 
     make batch-one
-    python modules/03_vllm/11_batch_one.py --batches 1 4 16
-    python modules/03_vllm/11_batch_one.py --load-format dummy    # flags that this script does not know go to vLLM
+    python modules/03_vllm/08_batch_one.py --batches 1 4 16
+    python modules/03_vllm/08_batch_one.py --load-format dummy    # flags that this script does not know go to vLLM
 
 Look at: `of the bandwidth` at batch 1, weights and keys and values read a second over what a copy moves in the same run (read and
 written). What is missing at batch 1 is the engine's own time between two steps, and kernels too small to keep the memory busy. Then at

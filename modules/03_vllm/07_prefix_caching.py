@@ -5,8 +5,8 @@ tokens and of all before it, so that a later request with the same beginning ski
 request's hashes different from all others': the same engine and the same tokens, and nothing is found.
 
     make prefix-caching
-    python modules/03_vllm/10_prefix_caching.py --shared-tokens 64     # a short beginning saves little
-    python modules/03_vllm/10_prefix_caching.py --answer-tokens 128    # and so do long answers: decoding is not saved
+    python modules/03_vllm/07_prefix_caching.py --shared-tokens 64     # a short beginning saves little
+    python modules/03_vllm/07_prefix_caching.py --answer-tokens 128    # and so do long answers: decoding is not saved
 
 Look at: time to the first token, and tokens/s; the share of prompt tokens found in the cache is vLLM's own counter. Plot: runs/03_vllm/prefix_caching.png.
 """

@@ -5,7 +5,7 @@ the text and proposes what followed them there; the model computes all proposals
 The answer is the same, up to rounding; only the steps are fewer, where the text repeats itself: quoting, editing, code.
 
     make speculative
-    python modules/03_vllm/12_speculative.py --guesses 8
+    python modules/03_vllm/09_speculative.py --guesses 8
 
 Look at: tokens guessed and the share accepted, and tokens/s of an answer that copies against one that tells a story. A small model
 that tells greedily soon repeats itself, which is easily guessed; sampled, it does not, and there is hardly anything to guess from.

@@ -1,10 +1,10 @@
 """A small vLLM written from scratch (mini_vllm/, ten small files) against the real one: the same requests, the same number of tokens.
 
     make mini-vllm                                                     # both engines, on the detected profile
-    python modules/03_vllm/05_mini_vllm.py --only mini --blocks 64     # a cache too small for all: watch the preemptions
-    python modules/03_vllm/05_mini_vllm.py --only mini --batched-tokens 64    # prompts in small chunks beside others' decoding
-    python modules/03_vllm/05_mini_vllm.py --only mini --enforce-eager # on a GPU, without CUDA graphs: what they are worth
-    python modules/03_vllm/05_mini_vllm.py --requests 256 --repeat 3   # the one that is worth quoting: medians
+    python modules/03_vllm/15_mini_vllm.py --only mini --blocks 64     # a cache too small for all: watch the preemptions
+    python modules/03_vllm/15_mini_vllm.py --only mini --batched-tokens 64    # prompts in small chunks beside others' decoding
+    python modules/03_vllm/15_mini_vllm.py --only mini --enforce-eager # on a GPU, without CUDA graphs: what they are worth
+    python modules/03_vllm/15_mini_vllm.py --requests 256 --repeat 3   # the one that is worth quoting: medians
 
 Look at: what the scheduler did, a line a second: prompts are read and tokens are made in the same steps, a finished request's blocks go
 to the next one at once. Then at the ratio: what is left of vLLM's speed in 500 lines. vLLM runs at its defaults, which includes

@@ -4,7 +4,7 @@ A second device halves what each of them reads and multiplies, and adds two all-
 but the weights lie there once instead of twice, and all the rest of the second device's memory holds KV cache.
 
     make vllm-tp
-    python modules/03_vllm/15_tensor_parallel_speed.py --shape qwen2.5-1.5b-instruct --batches 1 16
+    python modules/03_vllm/10_tensor_parallel_speed.py --shape qwen2.5-1.5b-instruct --batches 1 16
 
 Only the model's shape is needed (configs/models.yaml): random weights cost the same time. On a CPU a `device` is one core.
 Look at: the ratio at batch 1 and at larger ones, of reading a prompt, and the tokens the KV cache holds.
