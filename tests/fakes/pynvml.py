@@ -1,0 +1,96 @@
+"""A stand-in for NVIDIA's pynvml: put this folder on PYTHONPATH, and describe the cards in FAKE_CARDS.
+
+    FAKE_CARDS='[{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}]'
+
+Unset or empty, there is no driver: nvmlInit raises, as it does on a machine without one. Only what the
+project calls is here; anything else raises AttributeError, so that a test sees a new call.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+
+
+class NVMLError(Exception):
+    pass
+
+
+class NVMLError_NotSupported(NVMLError):
+    pass
+
+
+nvmlClocksThrottleReasonSwThermalSlowdown = 0x20
+nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
+nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 0x80
+NVML_TEMPERATURE_GPU = 0
+
+
+def _cards() -> list[dict]:
+    return json.loads(os.environ.get("FAKE_CARDS") or "[]")
+
+
+def nvmlInit():
+    if not _cards():
+        raise NVMLError("Driver Not Loaded")
+
+
+def nvmlShutdown():
+    pass
+
+
+def nvmlDeviceGetCount():
+    return len(_cards())
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    cards = _cards()
+    if index >= len(cards):
+        raise NVMLError("Invalid Argument")
+    return index
+
+
+def nvmlDeviceGetUUID(handle):
+    return _cards()[handle].get("uuid", f"GPU-{handle:08d}-0000-0000-0000-000000000000")
+
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    uuid = uuid.decode() if isinstance(uuid, bytes) else uuid
+    for handle in range(len(_cards())):
+        if nvmlDeviceGetUUID(handle) == uuid:
+            return handle
+    raise NVMLError("Not Found")
+
+
+def nvmlDeviceGetIndex(handle):
+    return handle
+
+
+def nvmlDeviceGetName(handle):
+    return _cards()[handle]["name"]
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    card = _cards()[handle]
+    total = int(card["memory_gib"] * 2**30)
+    used = int(card.get("used_gib", 0) * 2**30)
+    return SimpleNamespace(total=total, used=used, free=total - used)
+
+
+def nvmlDeviceGetCudaComputeCapability(handle):
+    return tuple(_cards()[handle].get("capability", (8, 9)))
+
+
+def nvmlSystemGetDriverVersion():
+    return os.environ.get("FAKE_DRIVER", "580.95.05")
+
+
+def nvmlSystemGetCudaDriverVersion():
+    return int(os.environ.get("FAKE_CUDA", "13000"))
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle):
+    processes = _cards()[handle].get("processes", [])
+    return [SimpleNamespace(pid=p["pid"], usedGpuMemory=int(p["gib"] * 2**30)) for p in processes]
+
+
+nvmlDeviceGetGraphicsRunningProcesses = nvmlDeviceGetComputeRunningProcesses
