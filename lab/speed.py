@@ -2,7 +2,7 @@
 
 Decoding reads every weight once a step, so memory bandwidth bounds it; prefill and training multiply matrices, so FLOP/s bound them
 (roofline model, Williams et al. 2009). Communication is alpha + bytes / beta for each message (Thakur et al. 2005). Real engines reach
-a part of these bounds; modules/01_single_gpu_smoke/readme.md shows which. Rates are per card, in bytes/s and FLOP/s; times in seconds.
+a part of these bounds; modules/01_single_gpu_smoke/planner.md shows which. Rates are per card, in bytes/s and FLOP/s; times in seconds.
 """
 
 import math

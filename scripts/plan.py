@@ -316,7 +316,7 @@ def table() -> None:
         parts = {name: value for name, value in found["per_gpu_gib"].items() if name != "total"}
         most = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in sorted(parts.items(), key=lambda p: -p[1])[:2])
         print(f"{command:44} {found['per_gpu_gib']['total']:13.1f}  {most:42} {left_over(found) if found['fits'] else 'DOES NOT FIT: ' + found['suggestion']}")
-    print("\nA card of 24 GB leaves 23.6 GiB to CUDA. Predictions; held against measurement in modules/01_single_gpu_smoke/readme.md.")
+    print("\nA card of 24 GB leaves 23.6 GiB to CUDA. Predictions; held against measurement in modules/01_single_gpu_smoke/planner.md.")
 
 
 def main() -> None:

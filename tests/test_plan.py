@@ -128,7 +128,7 @@ def test_make_plan():
 
 def test_the_readme_shows_what_appears():
     """The sample in module 01's readme, line by line, in the output of its command."""
-    text = (ROOT / "modules/01_single_gpu_smoke/readme.md").read_text()
+    text = (ROOT / "modules/01_single_gpu_smoke/planner.md").read_text()
     sample = re.search(r"```text\n(serve .*?)```", text, re.S)[1]
     out = python(PLAN, "serve", "--model", "qwen2.5-32b-instruct", "--gpus", "2", check=0).stdout.splitlines()
     assert all(line in out for line in sample.splitlines() if line.strip() != "...")
