@@ -231,7 +231,6 @@ def steady(result: dict, lead: int, slo_ttft_ms: float, slo_tpot_ms: float) -> d
     ]
     window_s = end - begin
     metrics = {
-        "sent_count": len(result["errors"]),
         "window_s": window_s,
         "req_per_s": served / window_s,
         "goodput_req_per_s": np.mean(good) * served / window_s,
@@ -240,7 +239,8 @@ def steady(result: dict, lead: int, slo_ttft_ms: float, slo_tpot_ms: float) -> d
     }
     for name, seconds in latencies.items():
         metrics |= {f"{name}_p{q}_ms": 1000 * np.percentile(seconds or [0], q) for q in (50, 99)}
-    return {name: round(float(value), 3) for name, value in metrics.items()}
+    rounded = {name: round(float(value), 3) for name, value in metrics.items()}
+    return {"sent_count": len(result["errors"])} | rounded
 
 
 def knee(shares: list[float]) -> int | None:
