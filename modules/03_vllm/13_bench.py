@@ -149,7 +149,7 @@ def main() -> None:
         if not points[kind]:
             print(f"\n{kind:>12}  sent  window s   req/s  goodput   good  tokens/s", end="")
             print("   TTFT ms p50/p99   ITL ms p50/p99   E2E ms p50/p99")
-        prompts = lead + max(args.prompts, math.ceil(rate * seconds))
+        prompts = lead + max(args.prompts, 1 + math.ceil(rate * seconds))
         print(f"{load:12g}{prompts:6}", end="", flush=True)
         seed = 1 + len(points["concurrency"] + points["rate"])  # other prompts at every point
         result = bench(prompts, seed, flags)
