@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, network_namespaces, run
+from conftest import PACKAGES, ROOT, network_namespaces, run
 from test_llamafactory import greedy, prompts
 
 from lab import models
@@ -36,6 +36,14 @@ class Block:
     def id(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def programs(self) -> list[str]:
+        """Those of Debian packages that the block runs, itself or by the target that it makes."""
+        if self.mark == "gpu" and not GPU:
+            return []
+        begins = {name: name for name in PACKAGES} | {"make monitor": "prometheus", "make two-nodes": "ip"}
+        return [name for words, name in begins.items() if re.search(rf"^ *{words}\b", self.code, re.M)]
+
 
 def blocks() -> list[Block]:
     found = []
@@ -47,8 +55,13 @@ def blocks() -> list[Block]:
     return found
 
 
-BLOCKS = blocks()
 GPU = detect() != "cpu"
+BLOCKS = blocks()
+
+
+def cases(*marks: str) -> list:
+    """The blocks that carry one of the marks, as parameters of a test."""
+    return [pytest.param(b, id=b.id, marks=pytest.mark.needs(*b.programs)) for b in BLOCKS if b.mark in marks]
 
 
 def test_every_block_is_seen():
@@ -84,24 +97,25 @@ def dry_run(code: str) -> None:
             assert not unknown, f"{words[1]} does not know {unknown}"
 
 
-def execute(block: Block) -> None:
+def execute(block: Block, timeout: int = 900) -> None:
     if block.mark == "gpu" and not GPU or block.mark == "netns" and not network_namespaces():
         dry_run(block.code)
         return
-    done = run("bash", "-euo", "pipefail", "-c", block.code, timeout=900)
+    done = run("bash", "-euo", "pipefail", "-c", block.code, timeout=timeout)
     expected = 2 if block.mark == "exit 2" else 0
     assert done.returncode == expected, f"{block.id}\n{block.code}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark not in ("self", "long", "netns")], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", cases("", "gpu", "exit 2"))
 def test_readme(block):
     execute(block)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark in ("long", "netns")], ids=lambda b: b.id)
+@pytest.mark.timeout(2000)  # a point of `make vllm-bench` takes a minute or more on a machine that is slow or busy
+@pytest.mark.parametrize("block", cases("long", "netns"))
 def test_readme_long(block):
-    execute(block)
+    execute(block, timeout=1900)
 
 
 # -----------------------------------------------------------------------------
@@ -129,16 +143,26 @@ def test_more_load_more_throughput_and_less_goodput():
     found = record("03_vllm/13_bench")
     points = sorted({re.sub(r"_tok_per_s$", "", name) for name in found if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)})
     assert found["failed_count"] == 0 and len(points) >= 10
+    window_s = min(60, 10 * found["answer_alone_s"])
     for point in points:
+        assert found[f"{point}_window_s"] > window_s / 5, "two answers at least, though the rate was a guess"
         assert 0 <= found[f"{point}_goodput_req_per_s"] <= found[f"{point}_req_per_s"]
         assert all(0 < found[f"{point}_{name}_p50_ms"] <= found[f"{point}_{name}_p99_ms"] for name in ("ttft", "itl", "e2e"))
         assert found[f"{point}_ttft_p50_ms"] < found[f"{point}_e2e_p50_ms"]
     assert found["concurrency_16_tok_per_s"] > 1.5 * found["concurrency_1_tok_per_s"]
-    assert found["rate_2_req_per_s"] < 2.5, "an open loop cannot serve more than was sent"
-    assert found["concurrency_64_good_ratio"] < 0.5 < found["concurrency_1_good_ratio"] and 1 <= found["knee_concurrency_count"] < 64
+    assert found["rate_2_req_per_s"] < 4, "an open loop serves what is sent, by chance a little more within a window"
+    # The objectives are for people and absolute; on a busy machine none may be met. So hold the run against itself:
+    # half of 64 clients wait for a place, which takes longer than what one of them alone would see of any of its parts.
+    assert found["concurrency_64_ttft_p50_ms"] > 5 * found["concurrency_1_ttft_p50_ms"]
+    assert found["concurrency_64_itl_p50_ms"] > found["concurrency_1_itl_p50_ms"]
+    assert found["concurrency_64_good_ratio"] <= found["concurrency_1_good_ratio"]
+    knee, loads = found["knee_concurrency_count"], (1, 4, 8, 16, 32, 64)
+    good = [load for load in loads if found[f"concurrency_{load}_good_ratio"] >= 0.9]
+    assert knee == max(good, default=0)
 
 
 @pytest.mark.long
+@pytest.mark.needs("ip")
 def test_two_nodes_compute_what_one_does(two_machines):
     """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
@@ -182,6 +206,7 @@ if __name__ == "__main__":
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.needs("curl")  # the block that merges also asks the merged model by curl
 def test_vllm_answers_like_the_merged_model_and_serves_the_adapter_alike(tmp_path):
     """In float32: transformers with the merged weights, vLLM with them, and vLLM with base model and adapter give the same greedy text."""
     import torch
