@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S
 
 
 def readmes() -> list:
-    return sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
+    return sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/*.md")])
 
 
 def number(value) -> str:
