@@ -18,6 +18,42 @@ os.environ.pop("ARGS", None)  # of `make test ARGS=...`: pytest's own, which mak
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
+# Programs that tests use beside those README asks for, and the Debian package of each; .ci/run installs them all.
+PACKAGES = {
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "curl": "curl",
+    "ip": "iproute2",
+}
+skipped_for: dict[str, set[str]] = {}  # test -> the packages that it lacked
+
+
+@pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
+def pytest_runtest_setup(item):
+    """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is true, fail."""
+    for mark in item.iter_markers("needs"):
+        missing = [name for name in mark.args if not shutil.which(name, path=ENVIRONMENT["PATH"])]
+        if missing:
+            packages = {PACKAGES[name] for name in missing}
+            words = f"{', '.join(missing)} not installed: sudo apt install {' '.join(sorted(packages))}"
+            if os.environ.get("CI") == "true":
+                pytest.fail(words, pytrace=False)
+            skipped_for.setdefault(item.nodeid, set()).update(packages)
+            pytest.skip(words)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """The last words: how many tests lacked a package, and how to get them all."""
+    yield
+    if skipped_for:
+        packages = " ".join(sorted(set().union(*skipped_for.values())))
+        count = f"{len(skipped_for)} test{'s'[: len(skipped_for) != 1]}"
+        terminalreporter.write_line(
+            f"{count} skipped for missing Debian packages: sudo apt install {packages}", yellow=True
+        )
+
+
 def pytest_collection_modifyitems(items):
     """Fast files first: what breaks early is said early."""
     order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]

@@ -31,6 +31,7 @@ def promtool(folder):
     return subprocess.run(["promtool", "test", "rules", folder / "rules_test.yml"], capture_output=True, text=True)
 
 
+@pytest.mark.needs("promtool")
 def test_rules():
     """promtool: every recording rule computes what it should, every alert fires on its cause and clears without it."""
     done = promtool(MONITORING)
@@ -41,6 +42,7 @@ def test_rules():
     assert all(rule["annotations"].keys() == {"summary", "action"} and rule["labels"]["severity"] for rule in RULES if "alert" in rule)
 
 
+@pytest.mark.needs("promtool")
 @pytest.mark.parametrize("alert", ALERTS)
 @pytest.mark.parametrize("expression", ["vector(0) > 1", "vector(1)"])
 def test_a_broken_alert_is_found(alert, expression, tmp_path):
@@ -61,8 +63,12 @@ def test_quantiles_of_a_histogram():
     assert math.isnan(quantile(0.5, "x", now, now)) and math.isnan(quantile(0.5, "y", before, now))
 
 
-def test_monitor_refuses():
+def test_no_prometheus():
     assert "not installed" in refused(sys.executable, MONITOR, PATH="/nonexistent")
+
+
+@pytest.mark.needs("prometheus")
+def test_a_taken_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -104,6 +110,7 @@ def prometheus(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.needs("prometheus", "curl")
 def test_every_engine_alert_fires_and_clears(prometheus):
     """Down: no server, then its engine killed. Queue and cache: more requests than fit. Errors: too long a prompt. Stalled: the engine stopped."""
     clients: list[subprocess.Popen] = []

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, network_namespaces, run
+from conftest import PACKAGES, ROOT, network_namespaces, run
 from test_llamafactory import greedy, prompts
 
 from lab import models
@@ -46,6 +46,14 @@ class Block:
     def id(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def programs(self) -> list[str]:
+        """Those of Debian packages that the block runs, itself or by the target that it makes."""
+        if self.mark == "gpu" and not GPU:
+            return []
+        begins = {name: name for name in PACKAGES} | {"make monitor": "prometheus", "make two-nodes": "ip"}
+        return [name for words, name in begins.items() if re.search(rf"^ *{words}\b", self.code, re.M)]
+
 
 def blocks() -> list[Block]:
     found = []
@@ -57,8 +65,13 @@ def blocks() -> list[Block]:
     return found
 
 
-BLOCKS = blocks()
 GPU = detect() != "cpu"
+BLOCKS = blocks()
+
+
+def cases(*marks: str) -> list:
+    """The blocks that carry one of the marks, as parameters of a test."""
+    return [pytest.param(b, id=b.id, marks=pytest.mark.needs(*b.programs)) for b in BLOCKS if b.mark in marks]
 
 
 def test_every_block_is_seen():
@@ -163,13 +176,13 @@ def execute(block: Block) -> None:
     assert done.returncode == expected, f"{block.id}\n{block.code}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark not in ("self", "long", "netns")], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", cases("", "gpu", "exit 2"))
 def test_readme(block):
     execute(block)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark in ("long", "netns")], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", cases("long", "netns"))
 def test_readme_long(block):
     execute(block)
 
@@ -209,6 +222,7 @@ def test_more_load_more_throughput_and_less_goodput():
 
 
 @pytest.mark.long
+@pytest.mark.needs("ip")
 def test_two_nodes_compute_what_one_does(two_machines):
     """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
@@ -252,6 +266,7 @@ if __name__ == "__main__":
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.needs("curl")  # the block that merges also asks the merged model by curl
 def test_vllm_answers_like_the_merged_model_and_serves_the_adapter_alike(tmp_path):
     """In float32: transformers with the merged weights, vLLM with them, and vLLM with base model and adapter give the same greedy text."""
     import torch
