@@ -30,6 +30,10 @@ PACKAGES = {
 skipped_for: dict[str, set[str]] = {}  # test -> the packages that it lacked
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
+
+
 @pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
 def pytest_runtest_setup(item):
     """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is true, fail."""
