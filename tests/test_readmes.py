@@ -212,13 +212,22 @@ def test_more_load_more_throughput_and_less_goodput():
     found = record("03_vllm/13_bench")
     points = sorted({re.sub(r"_tok_per_s$", "", name) for name in found if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)})
     assert found["failed_count"] == 0 and len(points) >= 10
+    window_s = min(60, 10 * found["answer_alone_s"])
     for point in points:
+        assert found[f"{point}_window_s"] > window_s / 2, "long, though the planned rate was a guess"
         assert 0 <= found[f"{point}_goodput_req_per_s"] <= found[f"{point}_req_per_s"]
         assert all(0 < found[f"{point}_{name}_p50_ms"] <= found[f"{point}_{name}_p99_ms"] for name in ("ttft", "itl", "e2e"))
         assert found[f"{point}_ttft_p50_ms"] < found[f"{point}_e2e_p50_ms"]
     assert found["concurrency_16_tok_per_s"] > 1.5 * found["concurrency_1_tok_per_s"]
     assert found["rate_2_req_per_s"] < 2.5, "an open loop cannot serve more than was sent"
-    assert found["concurrency_64_good_ratio"] < 0.5 < found["concurrency_1_good_ratio"] and 1 <= found["knee_concurrency_count"] < 64
+    # The objectives are for people and absolute; on a busy machine none may be met. So hold the run against itself:
+    # half of 64 clients wait for a place, which takes longer than what one of them alone would see of any of its parts.
+    assert found["concurrency_64_ttft_p50_ms"] > 5 * found["concurrency_1_ttft_p50_ms"]
+    assert found["concurrency_64_itl_p50_ms"] > found["concurrency_1_itl_p50_ms"]
+    assert found["concurrency_64_good_ratio"] <= found["concurrency_1_good_ratio"]
+    knee, loads = found["knee_concurrency_count"], (1, 4, 8, 16, 32, 64)
+    good = [load for load in loads if found[f"concurrency_{load}_good_ratio"] >= 0.9]
+    assert knee == max(good, default=0)
 
 
 @pytest.mark.long
