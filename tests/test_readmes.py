@@ -127,7 +127,6 @@ SAMPLES = [
         "12_load",
         "finished_count generation_tok_per_s ttft_p50_ms ttft_p99_ms itl_p50_ms",
     ),
-    ("production", r"knee: (\d+) at once, goodput ([\d.]+)", "13_bench", "knee_concurrency_count knee_concurrency_goodput_req_per_s"),
     ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +4,608 ", "14_two_nodes-pp", "sent_per_token_bytes itl_ms"),
     ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +238,848 ", "14_two_nodes-tp", "sent_per_token_bytes itl_ms"),
 ]
