@@ -1,4 +1,4 @@
-"""Write the measured tables of every readme from the records in results/: `make tables` (`--check`: only say what differs).
+"""Write the measured tables of every readme and page from the records in results/: `make tables` (`--check`: only say what differs).
 
 A table stands between two comments. The first names a record and, a row each, which of its metrics to show under which words:
 

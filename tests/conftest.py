@@ -24,6 +24,8 @@ PACKAGES = {
     "promtool": "prometheus",
     "curl": "curl",
     "ip": "iproute2",
+    "nginx": "nginx-light",
+    "openssl": "openssl",
 }
 skipped_for: dict[str, set[str]] = {}  # test -> the packages that it lacked
 

@@ -55,6 +55,11 @@ def test_a_broken_alert_is_found(alert, expression, tmp_path):
     assert f"alertname: {alert}" in promtool(tmp_path).stderr
 
 
+def test_the_page_explains_every_alert():
+    page = (ROOT / "modules/03_vllm/production.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| .* \| .* \| .* \|$", page, re.M) == ALERTS
+
+
 def test_objectives_are_those_of_the_benchmark():
     """The alerts' two constants are the profiles' objectives, in seconds."""
     limit = {rule["alert"]: float(rule["expr"].split(">")[1]) for rule in RULES if "Slow" in rule.get("alert", "")}

@@ -1,5 +1,7 @@
 """The readmes are the test suite: every `bash` block is executed in order, from the repository root, under this machine's profile.
 
+A module's readme comes first, then the pages beside it, in the order in which it links to them.
+
 An HTML comment before a block marks the exceptions: <!-- long --> runs in `make test-long`; <!-- gpu --> is executed where the
 4090x2 profile's GPUs are and elsewhere parsed and dry-run; <!-- self --> holds only `make test` and `make quickstart`, which
 .ci/run runs. <!-- exit 2 --> says that the commands must be refused. <!-- netns --> is long, and executed without a GPU and where network
@@ -21,7 +23,15 @@ from test_llamafactory import greedy, prompts
 from lab import models
 from lab.profile import detect
 
-README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
+
+def pages(readme: Path) -> list[Path]:
+    """A module's readme, then the pages that it links to, in that order."""
+    linked = re.findall(r"\]\((\w+\.md)[#)]", readme.read_text(encoding="utf-8"))
+    return [readme, *(readme.parent / name for name in dict.fromkeys(linked) if name != "PLAN.md")]
+
+
+MODULE_READMES = sorted(ROOT.glob("modules/*/readme.md"))
+README_FILES = [*sorted(ROOT.glob("README*.md")), *(page for readme in MODULE_READMES for page in pages(readme))]
 FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|netns|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
 
 
@@ -72,6 +82,65 @@ def test_every_block_is_seen():
         assert len(re.findall(r"^ *```", text, re.M)) % 2 == 0, file
         assert not re.findall(r"^ *```(?:sh|shell|console|zsh)\n", text, re.M), f"{file}: use bash for what is run, text for what appears"
         assert not re.findall(r"<!-- (?!long|netns|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n *```", text), f"{file}: unknown mark"
+
+
+def test_every_page_is_walked():
+    """A page to which its module's readme does not link would not be executed, and no reader would find it."""
+    tutorials = {file for file in ROOT.glob("modules/*/*.md") if file.name != "PLAN.md"}
+    assert tutorials == set(README_FILES) - set(ROOT.glob("README*.md"))
+
+
+def prose(text: str) -> str:
+    """Markdown without its code and its comments."""
+    return re.sub(r"^ *(```+).*?^ *\1$|<!--.*?-->", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a place in this Markdown may name: its headings as GitHub writes them, and its ids."""
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.*)$", prose(text), re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(re.findall(r'id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("file", [*README_FILES, *ROOT.glob("modules/*/PLAN.md")], ids=lambda f: str(f.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(file.read_text(encoding="utf-8"))):
+        path, _, place = target.partition("#")
+        if ":" in path:  # of another site
+            continue
+        there = file.parent / path if path else file
+        assert there.exists(), f"{target}: there is no such file"
+        assert not place or place in anchors(there.read_text(encoding="utf-8")), f"{target}: there is no such heading"
+
+
+# Samples of output that stand beside a table: (page, what is shown, record, the metrics that it shows)
+SAMPLES = [
+    ("readme", r"TTFT ([\d.]+) ms   ITL ([\d.]+) ms", "02_chat", "ttft_ms itl_ms"),
+    (
+        "readme",
+        r"batches of 8 +([\d.]+).*\nvLLM, continuous batching +([\d.]+).*\n.*transformers: ([\d.]+)x",
+        "05_throughput",
+        "transformers_tok_per_s vllm_tok_per_s vllm_over_transformers_ratio",
+    ),
+    (
+        "production",
+        r"finished (\d+) .* ([\d.]+) tokens/s\n.*\n.*\nTTFT  p50 +([\d.]+) ms   p99 +([\d.]+) ms\nITL   p50 +([\d.]+)",
+        "12_load",
+        "finished_count generation_tok_per_s ttft_p50_ms ttft_p99_ms itl_p50_ms",
+    ),
+    ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +4,608 ", "14_two_nodes-pp", "sent_per_token_bytes itl_ms"),
+    ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +238,848 ", "14_two_nodes-tp", "sent_per_token_bytes itl_ms"),
+]
+
+
+@pytest.mark.parametrize("page, shown, name, metrics", SAMPLES, ids=[name for _, _, name, _ in SAMPLES])
+def test_samples_do_not_contradict_the_tables(page, shown, name, metrics):
+    """A sample of output is that of the run whose record the table beside it shows."""
+    stored = json.loads((ROOT / f"results/cpu-2c/03_vllm/{name}.json").read_text())["metrics"]
+    sample = re.search(shown, (ROOT / f"modules/03_vllm/{page}.md").read_text(encoding="utf-8"))
+    assert sample, f"{page}.md shows no such sample: {shown}"
+    for text, metric in zip(sample.groups(), metrics.split(), strict=True):
+        decimals = len(text.partition(".")[2])
+        assert float(text.replace(",", "")) == pytest.approx(stored[metric], abs=0.51 * 10**-decimals), metric
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "self"], ids=lambda b: b.id)
