@@ -16,24 +16,27 @@ from lab import ROOT, fail, machine, memory, models, results, speed
 
 FP8 = (8, 9)  # compute capability from which on tensor cores multiply FP8
 GPU_PROFILES = {"4090x1": 1, "4090x2": 2}  # cards that they take
+TWO_4090S = {"gpus": 2, "gpu_memory_gib": memory.CARD_GIB, "cards": (speed.CARD,), "fp8": True}
 
 
 def here() -> dict:
-    """The cards to plan for where the command line says nothing: those of this machine's GPU profile, or two RTX 4090s.
+    """The cards of this machine that its GPU profile takes, or RTX 4090s where there are none; and that profile.
 
-    profile, gpus, gpu_memory_gib as CUDA sees it (of the smallest), cards (their names), fp8 (they multiply FP8).
+    gpus, gpu_memory_gib as CUDA sees it (of the smallest), cards (their names), fp8 (whether they multiply it).
     """
     profile = os.environ.get("PROFILE", "")
     if profile not in GPU_PROFILES:
         profile = "4090x1" if len(machine.gpus()) == 1 else "4090x2"
     gpus = GPU_PROFILES[profile]
     taken = machine.gpus()[:gpus]
+    if not taken:
+        return TWO_4090S | {"gpus": gpus, "profile": profile}
     sizes = [min(gpu["cuda_gib"], machine.memory_cap_gib() or gpu["cuda_gib"]) for gpu in taken]
     return {
         "profile": profile,
         "gpus": gpus,
-        "gpu_memory_gib": min(sizes, default=memory.CARD_GIB),
-        "cards": tuple(dict.fromkeys(machine.short(gpu["name"]) for gpu in taken)) or (speed.CARD,),
+        "gpu_memory_gib": min(sizes),
+        "cards": tuple(dict.fromkeys(machine.short(gpu["name"]) for gpu in taken)),
         "fp8": all(tuple(gpu["capability"]) >= FP8 for gpu in taken),
     }
 
@@ -62,13 +65,14 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(here: dict) -> argparse.ArgumentParser:
     whole = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = whole.add_subparsers(dest="task", metavar="serve|train|image-edit")
     cards = Parser(add_help=False)
-    cards.add_argument("--gpus", type=count, default=here()["gpus"], help="cards (default: %(default)s)")
-    cards.add_argument("--gpu-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), default=here()["gpu_memory_gib"],
-                       help=f"of one card as CUDA sees it (default: %(default)s, of {' and '.join(here()['cards'])})")  # fmt: skip
+    cards.add_argument("--gpus", type=count, default=here["gpus"], help="cards (default: %(default)s)")
+    cards.add_argument("--gpu-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), default=here["gpu_memory_gib"],
+                       help=f"of one card as CUDA sees it (default: %(default)s, as an {' and an '.join(here['cards'])})")  # fmt: skip
+    cards.set_defaults(cards=here["cards"], fp8=here["fp8"])
     cards.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     serve = tasks.add_parser("serve", parents=[cards], help="vLLM")
     train = tasks.add_parser("train", parents=[cards], help="full, LoRA or QLoRA fine-tuning")
@@ -104,8 +108,9 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    args = parser().parse_args(words)
+def parse(words: list[str] | None = None, here: dict = TWO_4090S) -> argparse.Namespace:
+    """A command line of this script; what it does not say of the cards is as in `here`."""
+    args = parser(here).parse_args(words)
     if args.task == "serve":
         model = memory.read(models.config(args.model), args.model)
         args.tp = args.tp or max(n for n in range(1, max(1, args.gpus // args.pp) + 1) if memory.splits(model, n))
@@ -121,7 +126,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def options(args: argparse.Namespace) -> dict:
     """The arguments that lab.memory takes, by its own names."""
-    return {k: v for k, v in vars(args).items() if k not in ("task", "model", "json", "recipe", "size")}
+    return {k: v for k, v in vars(args).items() if k not in ("task", "model", "json", "recipe", "size", "cards", "fp8")}
 
 
 def plan(args: argparse.Namespace) -> dict:
@@ -143,13 +148,13 @@ def plan(args: argparse.Namespace) -> dict:
 
 def fp8_notes(model: memory.Model, args: argparse.Namespace, suggestion: str) -> list[str]:
     """What FP8 means on these cards, where the plan has some. Source: vllm/platforms/cuda.py, backends' supports_kv_cache_dtype."""
-    name = " + ".join(here()["cards"])
+    name = " + ".join(args.cards)
     notes = []
-    if not here()["fp8"] and (args.dtype == "fp8" or model.stored == "fp8" or "dtype fp8" in suggestion):
+    if not args.fp8 and (args.dtype == "fp8" or model.stored == "fp8" or "dtype fp8" in suggestion):
         notes.append(f"{name} multiplies no FP8: weights of 8 bits save memory, and are computed with in 16")
     if getattr(args, "kv_dtype", "") == "fp8" or "kv-dtype fp8" in suggestion:
-        way = "add --attention-backend TRITON_ATTN" if here()["fp8"] else "leave --kv-cache-dtype out"
-        notes.append(f"an FP8 cache takes vLLM to FlashInfer's attention, which nvcc compiles: without a CUDA toolkit, {way}")
+        way = "add --attention-backend TRITON_ATTN" if args.fp8 else "leave --kv-cache-dtype out"
+        notes.append(f"except on Hopper, vLLM reads an FP8 cache by FlashInfer, which nvcc compiles: without a CUDA toolkit, {way}")
     return notes
 
 
@@ -175,7 +180,7 @@ def changes(model: memory.Model, args: argparse.Namespace, found: dict) -> dict[
         divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if memory.splits(model, n)]
         fewer = found["kv_tokens"] // args.max_model_len  # requests that the cache does hold
         found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, *memory.UTILIZATIONS) if args.gpu_memory_utilization and u != args.gpu_memory_utilization]}
-        found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" and here()["fp8"] else []}
+        found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" and args.fp8 else []}
         found |= {"max_model_len": shorter("max_model_len", 1024)}
         smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
         return found | {"dtype": [(8 if d == "fp8" else 10, d) for d in smaller]}
@@ -212,7 +217,7 @@ def suggestion(task, model: memory.Model, args: argparse.Namespace, found: dict)
 
 def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
     """Bounds of the speed on cards like those here (lab/speed.py); {} where nobody says how fast they are."""
-    cluster = speed.nominal(args.gpus, here()["cards"])
+    cluster = speed.nominal(args.gpus, args.cards)
     if cluster is None:
         return {}
     if args.task == "serve":
@@ -347,9 +352,9 @@ def show(args: argparse.Namespace, found: dict) -> None:
     for note in found.get("notes", []):
         print(f"  {note}")
     if speeds := found.get("predicted_speed"):
-        print(f"  predicted bounds on {' + '.join(here()['cards'])}s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in speeds.items()))
+        print(f"  predicted bounds on {' + '.join(args.cards)}s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in speeds.items()))
     elif speeds == {}:
-        print(f"  no predicted bounds: configs/cards.yaml has no {' + '.join(here()['cards'])}")
+        print(f"  no predicted bounds: configs/cards.yaml has no {' + '.join(args.cards)}")
     print("\nfits" if found["fits"] else f"\ndoes not fit; the cheapest change that does: {found['suggestion']}")
 
 
@@ -359,7 +364,7 @@ def table() -> None:
     title = f"this repository on {cards['gpus']} x {' + '.join(cards['cards'])}"
     print(f"{title:44} {'GiB on a card':>13}  {'most of it':42} left over")
     for command, (_, line) in recipes(cards["profile"]).items():
-        args = parse(line.split())
+        args = parse(line.split(), cards)
         if args.gpus > cards["gpus"]:
             print(f"{command:44} {'-':>13}  needs {args.gpus} cards")
             continue
@@ -372,7 +377,7 @@ def table() -> None:
 
 
 def main() -> None:
-    args = parse()
+    args = parse(None, here())
     if args.task is None:
         table()
         return results.note("scripts/plan")
