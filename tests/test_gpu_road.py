@@ -35,7 +35,7 @@ LEFT_OUT = {  # lines of blocks: why
     r"make train-compare\b.*": "compares the records of trainings, which compute nothing here",
 }
 PORTS = (8000, 8001, 8010, 7860, 9090, 5050)  # a server of the reader's own may have them
-FILES = sorted({block.file for block in BLOCKS})
+FILES = sorted({block.file for block in BLOCKS} - {"README.en.md"})  # README.md's blocks
 
 
 def free_port() -> int:
@@ -71,6 +71,8 @@ class Machine:
         for name in ("python", "python3"):
             (binaries / name).symlink_to(python)
         (self.tree / ".venv/pyvenv.cfg").write_text(f"home = {python.parent}\n")
+        (binaries / "activate").write_text(f'export PATH="{binaries}:$PATH"\n')
+        (self.tree / ".venv/.videofen-setup").write_text("gpu\n")  # the lock that filled it
         (packages / "environment.pth").write_text(sysconfig.get_paths()["purelib"])
         for name in COMMANDS:
             (binaries / name).write_text(f'#!/bin/sh\nexec "{binaries}/python" -m commands {name} "$@"\n')
