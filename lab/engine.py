@@ -3,6 +3,7 @@
 `LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
 """
 
+import argparse
 import re
 import time
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ class Timing:
 def words(args: dict) -> list[str]:
     """vLLM's command line for arguments by its own names: {"enforce-eager": True, "port": 8000} is --enforce-eager --port 8000."""
     return [word for flag, value in args.items() for word in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
+
+
+def cards_filled(command: list[str]) -> int:
+    """How many GPUs the engine with this command line fills: the first ones that it sees."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
+    sizes, _ = parser.parse_known_args(command)
+    return sizes.tensor_parallel_size * sizes.pipeline_parallel_size
 
 
 def cause(log: Path) -> str:

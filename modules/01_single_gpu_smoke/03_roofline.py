@@ -10,7 +10,7 @@ are read once for all; prefill and training lie right. FLOPs are counted as 2 fo
 
 import argparse
 
-from lab import fail, machine, models, results, speed
+from lab import fail, jobs, machine, models, results, speed
 from lab.profile import load_profile
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.batches, args.prompt) < 1:
         fail("--batches and --prompt must be at least 1")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     import torch

@@ -12,7 +12,7 @@ import argparse
 import threading
 import time
 
-from lab import fail, machine, results
+from lab import fail, jobs, machine, results
 from lab.profile import load_profile
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds < 2:
         fail("--seconds must be at least 2: the gauges need a second to follow")
+    jobs.refuse_taken_cards()
 
     import torch
 

@@ -52,6 +52,7 @@ def main() -> None:
         need_cards(f"tensor-parallel-size {cards}", cards, "take another recipe")
         if "vllm" in (running := jobs.running()):
             fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
+        jobs.refuse_taken_cards()
         jobs.refuse_taken_port(args.port, "take another one with --port (make vllm-serve PORT=8001)")
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
@@ -68,7 +69,8 @@ def main() -> None:
     address, log = f"http://127.0.0.1:{args.port}", RUNS / "03_vllm" / "serve.log"
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
-    process = jobs.start("vllm", command, None if args.foreground else log, address=address)
+    cards = jobs.cards()[: engine.cards_filled(command)]  # what else may not run on them meanwhile
+    process = jobs.start("vllm", command, None if args.foreground else log, address=address, cards=cards)
     try:
         if args.foreground:
             code, asked = process.wait(), jobs.asked_to_end("vllm")

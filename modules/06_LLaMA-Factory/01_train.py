@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import ROOT, data, fail, models, results, shown
+from lab import ROOT, data, fail, jobs, models, results, shown
 from lab.profile import load_profile, need_cards
 
 HERE = Path(__file__).resolve().parent
@@ -93,6 +93,7 @@ def main() -> None:
     # 2. The template: training must say what the model's own chat template, and so every server later, says before the user
 
     if not args.dry_run:
+        jobs.refuse_taken_cards()
         folder = models.model_folder(settings.model_name_or_path)
         settings.model_name_or_path = shown(folder)
         if settings.template and "default_system" not in settings and (system := own_system_message(folder)) is not None:
