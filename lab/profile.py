@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, machine, shown
+from lab import ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
 
@@ -94,6 +94,7 @@ def load_profile(name: str | None = None, check: bool = True):
     os.environ["PROFILE"] = name  # child processes run under the same one
     for variable, value in (capped(values.get("env", {})) | writable_home()).items():
         os.environ.setdefault(variable, str(value))
+    results.began(values)
     return OmegaConf.create({"name": name, **values})
 
 

@@ -12,6 +12,9 @@ Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` st
 `make calibrate` (states: of module 05's trainings) beside what was measured.
 
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml, its measured column from records.
+
+What differs from a record's ordinary life (versions that are not the lock's, code that was not committed, its `notes`) stands under
+every table that uses it, in the language of the page; a claim whose record has such a line is marked.
 """
 
 import argparse
@@ -27,6 +30,15 @@ CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
 CLAIM_WORDS = {
     "zh": ("说法", "实测", "来源", "准确地说", "状态", {"measured": "实测", "cited": "引用", "not yet": "待测"}),
     "en": ("claim", "measured", "source", "precisely", "status", {"measured": "measured", "cited": "cited", "not yet": "not yet"}),
+}
+WORDS = {
+    "zh": {"versions": "不是锁定的版本：{}", "version": "{} {}（锁定 {}）", "dirty": "代码或配置有没提交的改动", "all": "表里全部"},
+    "en": {"versions": "not the locked versions: {}", "version": "{} {} (locked: {})", "dirty": "code or settings had changes that were not committed", "all": "all of the table"},
+}
+COMMA = {"zh": "、", "en": ", "}
+MARKED = {
+    "zh": "† 这条记录的版本、提交或设置有出入，写在该模块里它的表下面。",
+    "en": "† The versions, commit or settings of this record differ: the line under its table in the module says how.",
 }
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 
@@ -49,6 +61,33 @@ def records(name: str) -> dict[str, dict]:
     return {f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text()) for f in sorted(ROOT.glob(f"results/*/{name}.json"))}
 
 
+def differences(record: dict, language: str) -> list[str]:
+    """What a reader must know of a record before believing it: versions that are not the lock's, code not committed, its notes."""
+    words = WORDS[language]
+    lines = []
+    if differ := record.get("versions_differ"):
+        packages = [words["version"].format(name, *pair) for name, pair in differ.items()]
+        lines.append(words["versions"].format(COMMA[language].join(packages)))
+    if record["commit"].endswith("-dirty") and "environment" in record:  # older records count results/ and readmes as code
+        lines.append(words["dirty"])
+    return lines + [note[language] for note in record.get("notes", [])]
+
+
+def remarks(used: dict[str, dict], language: str) -> list[str]:
+    """The differences of the records {name: record} of a table, each said once: a line for the names that share them."""
+    names: dict[str, list[str]] = {}  # of those that a difference holds for
+    for name, record in used.items():
+        for difference in differences(record, language):
+            names.setdefault(difference, []).append(name)
+    lines: dict[str, list[str]] = {}
+    for difference, holders in names.items():
+        everyone = len(holders) == len(used) > 3
+        who = WORDS[language]["all"] if everyone else COMMA[language].join(f"`{name}`" for name in holders)
+        lines.setdefault(who, []).append(difference)
+    end = {"zh": "。", "en": "."}[language]
+    return [f"{who}{'：' if language == 'zh' else ': '}{('；' if language == 'zh' else '; ').join(said)}{end}  " for who, said in lines.items()]
+
+
 def claims(language: str) -> str:
     """The claims of configs/claims.yaml, a row each, with what the records say of them."""
     *heads, statuses = CLAIM_WORDS[language]
@@ -58,14 +97,17 @@ def claims(language: str) -> str:
         for measure in entry.get("measured", []):
             for machine, record in records(measure["record"]).items():
                 if measure["metric"] in record["metrics"]:
-                    measured.setdefault(machine, []).append(measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"]))
+                    said = measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"])
+                    measured.setdefault(machine, []).append(said + " †" * bool(differences(record, language)))
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
         cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(f"`{m}`: {', '.join(v)}" for m, v in measured.items())]
         lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")
+    if any(" †" in line for line in lines):
+        lines += ["", MARKED[language]]
     return "\n".join(lines) + "\n"
 
 
-def table(record: str, rows: str) -> str:
+def table(record: str, rows: str, language: str) -> str:
     """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it or a metric is missing."""
     found = records(record)
     if not found:
@@ -79,7 +121,7 @@ def table(record: str, rows: str) -> str:
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += [f"`{m}`: {r['machine']['gpus'][0]['name'] if r['machine']['gpus'] else r['machine']['cpu']}, {r['date'][:10]}, `{r['command']}`  " for m, r in found.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + remarks(found, language)) + "\n"
 
 
 def errors(use: str) -> list[tuple[str, str, str, float, float]]:
@@ -110,19 +152,24 @@ def errors(use: str) -> list[tuple[str, str, str, float, float]]:
     return rows
 
 
-def calibration(use: str) -> str:
+def calibration(use: str, language: str) -> str:
+    folder = "05_DeepSpeed/" if use == "states" else "scripts/calibrate-"
+    used = {}
     lines = ["| | | predicted | measured | error | machine |", "|---|---|---:|---:|---:|---|"]
     for machine, name, quantity, predicted, measured in errors(use):
         digits = "{:,}" if isinstance(predicted, int) else "{:,.2f}"
         lines.append(f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |")
+        used[f"{machine}/{name}"] = records(folder + name)[machine]
+    if said := remarks(used, language):
+        lines += ["", *said]
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str) -> str:
-    """`text` with every table in it generated anew."""
-    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2]) + "\n" + m[4], text)
+def filled(text: str, language: str) -> str:
+    """`text`, a page in `language` (zh, en), with every table in it generated anew."""
+    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2], language) + "\n" + m[4], text)
     text = CLAIMS.sub(lambda m: m[1] + "\n" + claims(m[2]) + "\n" + m[4], text)
-    return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3]) + "\n" + m[5], text)
+    return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3], language) + "\n" + m[5], text)
 
 
 def main() -> None:
@@ -132,7 +179,8 @@ def main() -> None:
     drifted = []
     for file in readmes():
         text = file.read_text(encoding="utf-8")
-        if (new := filled(text)) != text:
+        language = "en" if file.name.endswith(".en.md") else "zh"
+        if (new := filled(text, language)) != text:
             drifted.append(shown(file))
             if not args.check:
                 file.write_text(new, encoding="utf-8")
