@@ -32,13 +32,22 @@ CLAIM_WORDS = {
     "en": ("claim", "measured", "source", "precisely", "status", {"measured": "measured", "cited": "cited", "not yet": "not yet"}),
 }
 WORDS = {
-    "zh": {"versions": "不是锁定的版本：{}", "version": "{} {}（锁定 {}）", "dirty": "代码或配置有没提交的改动", "all": "表里全部"},
-    "en": {"versions": "not the locked versions: {}", "version": "{} {} (locked: {})", "dirty": "code or settings had changes that were not committed", "all": "all of the table"},
-}
-COMMA = {"zh": "、", "en": ", "}
-MARKED = {
-    "zh": "† 这条记录的版本、提交或设置有出入，写在该模块里它的表下面。",
-    "en": "† The versions, commit or settings of this record differ: the line under its table in the module says how.",
+    "zh": {
+        "versions": "版本（括号里是锁定的）：",
+        "version": "{} {}（{}）",
+        "uncommitted": "代码或设置有没提交的改动",
+        "all": "表中全部",
+        "marks": ("、", "：", "；", "。"),
+        "claims": "† 这条记录的版本、提交或设置有出入，写在它所在模块的表下面。",
+    },
+    "en": {
+        "versions": "versions (those of the lock): ",
+        "version": "{} {} ({})",
+        "uncommitted": "code or settings were changed and not committed",
+        "all": "all of this table",
+        "marks": (", ", ": ", "; ", "."),
+        "claims": "† Versions, commit or settings of this record differ: the line under its table in the module says how.",
+    },
 }
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 
@@ -62,30 +71,30 @@ def records(name: str) -> dict[str, dict]:
 
 
 def differences(record: dict, language: str) -> list[str]:
-    """What a reader must know of a record before believing it: versions that are not the lock's, code not committed, its notes."""
+    """What to know of a record before believing it: versions that are not the lock's, code not committed, its notes."""
     words = WORDS[language]
     lines = []
     if differ := record.get("versions_differ"):
         packages = [words["version"].format(name, *pair) for name, pair in differ.items()]
-        lines.append(words["versions"].format(COMMA[language].join(packages)))
-    if record["commit"].endswith("-dirty") and "environment" in record:  # older records count results/ and readmes as code
-        lines.append(words["dirty"])
+        lines.append(words["versions"] + words["marks"][0].join(packages))
+    # Records without `environment` are older: to them results/ and readmes were code too.
+    if record["commit"].endswith("-dirty") and "environment" in record:
+        lines.append(words["uncommitted"])
     return lines + [note[language] for note in record.get("notes", [])]
 
 
 def remarks(used: dict[str, dict], language: str) -> list[str]:
-    """The differences of the records {name: record} of a table, each said once: a line for the names that share them."""
-    names: dict[str, list[str]] = {}  # of those that a difference holds for
+    """What differs in the records {name: record} of a table, each thing once: a line for the names that share it."""
+    comma, colon, semicolon, stop = WORDS[language]["marks"]
+    names: dict[str, list[str]] = {}  # a difference: whose it is
     for name, record in used.items():
         for difference in differences(record, language):
-            names.setdefault(difference, []).append(name)
-    lines: dict[str, list[str]] = {}
-    for difference, holders in names.items():
-        everyone = len(holders) == len(used) > 3
-        who = WORDS[language]["all"] if everyone else COMMA[language].join(f"`{name}`" for name in holders)
-        lines.setdefault(who, []).append(difference)
-    end = {"zh": "。", "en": "."}[language]
-    return [f"{who}{'：' if language == 'zh' else ': '}{('；' if language == 'zh' else '; ').join(said)}{end}  " for who, said in lines.items()]
+            names.setdefault(difference, []).append(f"`{name}`")
+    lines: dict[str, list[str]] = {}  # whose: the differences that these share
+    for difference, owners in names.items():
+        whose = WORDS[language]["all"] if len(owners) == len(used) > 3 else comma.join(owners)
+        lines.setdefault(whose, []).append(difference)
+    return [f"{whose}{colon}{semicolon.join(shared)}{stop}  " for whose, shared in lines.items()]
 
 
 def claims(language: str) -> str:
@@ -94,16 +103,20 @@ def claims(language: str) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for entry in yaml.safe_load((ROOT / "configs/claims.yaml").read_text(encoding="utf-8")):
         measured: dict[str, list[str]] = {}
+        marks: dict[str, str] = {}
         for measure in entry.get("measured", []):
             for machine, record in records(measure["record"]).items():
                 if measure["metric"] in record["metrics"]:
                     said = measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"])
-                    measured.setdefault(machine, []).append(said + " †" * bool(differences(record, language)))
+                    measured.setdefault(machine, []).append(said)
+                    if differences(record, language):
+                        marks[machine] = " †"
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
-        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(f"`{m}`: {', '.join(v)}" for m, v in measured.items())]
+        numbers = [f"`{machine}`: {', '.join(said)}{marks.get(machine, '')}" for machine, said in measured.items()]
+        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(numbers)]
         lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")
     if any(" †" in line for line in lines):
-        lines += ["", MARKED[language]]
+        lines += ["", WORDS[language]["claims"]]
     return "\n".join(lines) + "\n"
 
 
