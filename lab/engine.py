@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import fail
+from lab.profile import need_vllm
 
 
 @dataclass
@@ -52,6 +53,7 @@ def served_model(client):
 
 def start(folder: Path, dtype: str, args: dict, flags: list[str]):
     """A `vllm.LLMEngine` with these arguments, by vLLM's own names, then the user's `flags`, of which the last one counts."""
+    need_vllm()
     from vllm import EngineArgs, LLMEngine
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

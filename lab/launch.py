@@ -12,8 +12,25 @@ import subprocess
 import sys
 import threading
 
-from lab import fail, jobs
-from lab.profile import load_profile
+from lab import fail, jobs, machine
+from lab.profile import load_profile, need_cards
+
+PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # torchrun's, accelerate's and deepspeed's; each takes a card
+
+
+def processes(command: list[str]) -> int:
+    """How many processes the launcher will start, 0 where it does not say."""
+    numbers = [value for flag, value in zip(command, command[1:], strict=False) if flag in PROCESSES]
+    return int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
+
+
+def by_card(command: list[str]) -> list[str]:
+    """DeepSpeed's launcher forgets CUDA_VISIBLE_DEVICES where it reads --num_gpus, and takes the machine's first cards: name ours."""
+    cards = [gpu["index"] for gpu in machine.gpus()][: processes(command)]
+    if command[0] != "deepspeed" or "--num_gpus" not in command or cards == list(range(len(cards))):
+        return command
+    place = command.index("--num_gpus")
+    return [*command[:place], "--include", f"localhost:{','.join(map(str, cards))}", *command[place + 2 :]]
 
 
 def end(name: str) -> None:
@@ -27,6 +44,8 @@ def main() -> None:
         fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
     name, command = sys.argv[1], sys.argv[2:]
     load_profile(check=False)  # the command's own processes check; who started it may have left them one GPU of two
+    need_cards(name, processes(command))
+    command = by_card(command)
     if name in jobs.running():
         fail(f"{name} is running already: end it with 'make stop' first")
     for number in (signal.SIGTERM, signal.SIGHUP):

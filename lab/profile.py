@@ -1,6 +1,7 @@
 """The profile: which values the same scripts take on this machine (configs/profiles/*.yaml).
 
-PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets.
+PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets and that the
+environment's lock can compute. A GPU profile takes as many cards as it requires: CUDA_VISIBLE_DEVICES says which.
 Command line, for launchers that are not Python:
     eval "$(python -m lab.profile)"            export the profile's environment into a shell
     python -m lab.profile COMMAND [ARG ...]    run a command in it
@@ -9,12 +10,14 @@ Command line, for launchers that are not Python:
 import os
 import shlex
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, machine, results, shown
+from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
+AWAY = ", but the gpu lock's vLLM computes on GPUs only: 'make setup LOCK=cpu' brings one for the CPU"
 
 
 def read_yaml(path: Path) -> dict:
@@ -31,22 +34,69 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
+def fitting(requires: dict) -> list[dict]:
+    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: the first that are large enough, alike where as many are."""
+    large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= requires.get("gpu_memory_gib", 0)]
+    count = requires.get("gpus", 0)
+    alike = [[gpu for gpu in large if gpu["name"] == name] for name in dict.fromkeys(gpu["name"] for gpu in large)]
+    return next((group for group in alike if len(group) >= count), large)[:count]
+
+
 def missing(requires: dict) -> str:
     """What this machine lacks of `requires` {gpus, gpu_memory_gib}; "" when it has all."""
-    fitting = [g for g in machine.gpus() if g["memory_gib"] >= requires.get("gpu_memory_gib", 0)]
-    if len(fitting) >= requires.get("gpus", 0):
+    count, found = requires.get("gpus", 0), len(fitting(requires))
+    if found == count:
         return ""
-    return f"{requires['gpus']} NVIDIA GPUs of at least {requires['gpu_memory_gib']} GiB, {len(fitting)} found"
+    cards = "1 NVIDIA GPU" if count == 1 else f"{count} NVIDIA GPUs"
+    return f"{cards} of at least {requires['gpu_memory_gib']} GiB, {found} found"
+
+
+def note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr)
 
 
 def detect() -> str:
-    """Name of the most demanding profile that this machine can run; GPUs that fit none are not passed over in silence."""
-    fitting = [(p.get("requires", {}).get("gpus", 0), f.stem) for f in FOLDER.glob("*.yaml") if not missing((p := read_yaml(f)).get("requires", {}))]
-    gpus, name = max(fitting)
-    if machine.gpus() and gpus == 0:
-        print(f"note: no profile fits the {len(machine.gpus())} x {machine.gpus()[0]['name']} here, computing on the CPU (LOCK=cpu); "
-              "for these GPUs add a YAML file to configs/profiles/", file=sys.stderr)  # fmt: skip
+    """Name of the most demanding profile that this machine and its lock can run; what it leaves aside is said."""
+    lock = machine.lock()
+    possible = {}
+    for file in sorted(FOLDER.glob("*.yaml")):
+        requires = read_yaml(file).get("requires", {})
+        if not missing(requires) and not (lock == "cpu" and requires.get("gpus")):
+            possible[file.stem] = requires
+    name = max(possible, key=lambda name: possible[name].get("gpus", 0))
+    gpus = machine.gpus()
+    here = ", ".join(f"{n} x {name}" for name, n in Counter(machine.short(gpu["name"]) for gpu in gpus).items())
+    if taken := fitting(possible[name]):
+        model = machine.short(taken[0]["name"])
+        if len({gpu["name"] for gpu in taken}) > 1:
+            cards = " and ".join(f"{machine.short(gpu['name'])} ({gpu['memory_gib']:g} GiB)" for gpu in taken)
+            note(f"profile {name} takes unlike cards, {cards}: the smaller memory and the slower card count")
+        elif model != "RTX 4090":
+            note(f"{len(taken)} x {model} under profile {name}: memory, FP8 and speeds are the card's own")
+    elif gpus and lock == "cpu":
+        note(f"{here} here, but this environment is the cpu lock's: profile {name}; to compute on the card: make setup LOCK=gpu")
+    elif gpus:
+        sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
+        note(f"no profile fits the {here} ({sizes}) here, profile {name}{AWAY if lock == 'gpu' else ''}; "
+             "for these cards add a YAML file to configs/profiles/")  # fmt: skip
+    elif lock == "gpu":
+        hidden = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')} shows none of {len(machine.cards())} cards" if machine.cards() else "no GPU can be used here"
+        note(f"{hidden}: profile {name}{AWAY}")
     return name
+
+
+def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu") -> None:
+    """Exit code 2 where `what` wants `count` cards and the profile computes on fewer; `otherwise` is what the reader can do."""
+    profile = load_profile(check=False)
+    have = len(machine.gpus())
+    if profile.device == "cuda" and have < count:
+        fail(f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}, or take a machine with {count}")
+
+
+def need_vllm() -> None:
+    """Exit code 2 where the profile computes on the CPU, and the gpu lock's vLLM does not."""
+    if load_profile().device == "cpu" and machine.lock() == "gpu":
+        fail("the gpu lock's vLLM computes on GPUs only, and profile cpu on the CPU: exchange it with 'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is")
 
 
 def writable_home() -> dict[str, str]:
@@ -74,12 +124,35 @@ def capped(environment: dict) -> dict:
     return environment | {"PYTORCH_ALLOC_CONF": ",".join(filter(None, settings))}
 
 
+def take_cards(name: str, requires: dict) -> None:
+    """Let CUDA see the cards that the profile requires, and no more; say which are left out."""
+    taken, gpus = fitting(requires), machine.gpus()
+    if not taken or len(gpus) == len(taken):
+        return  # all of them, perhaps in an order or under UUIDs that the user gave
+
+    def indices(cards: list[dict]) -> str:
+        return ",".join(str(gpu["index"]) for gpu in cards)
+
+    left = [gpu for gpu in gpus if gpu not in taken]
+    os.environ["CUDA_VISIBLE_DEVICES"] = indices(taken)
+    note(f"profile {name} takes card{'s' * (len(taken) > 1)} {indices(taken)} ({machine.short(taken[0]['name'])}) of {len(gpus)} and leaves out "
+         f"{indices(left)} ({', '.join(dict.fromkeys(machine.short(gpu['name']) for gpu in left))}); CUDA_VISIBLE_DEVICES chooses others")  # fmt: skip
+
+
+def programs_first() -> None:
+    """Put this environment's programs (torchrun, ninja ...) first on PATH, for scripts run without an activation."""
+    programs = str(Path(sys.prefix, "bin"))
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = programs + os.pathsep + path
+
+
 @cache
 def load_profile(name: str | None = None, check: bool = True):
     """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ where the user set nothing.
 
-    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks is
-    refused, except where nothing runs (--help, --dry-run, or `check` False).
+    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks, or for
+    another lock, is refused, except where nothing runs (--help, --dry-run, or `check` False).
     """
     from omegaconf import OmegaConf
 
@@ -88,10 +161,15 @@ def load_profile(name: str | None = None, check: bool = True):
     if name not in known:
         fail(f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect")
     values = read_yaml(FOLDER / f"{name}.yaml")
-    lacks = missing(values.get("requires", {}))
-    if lacks and check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
-        fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
+    requires = values.get("requires", {})
+    if check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
+        if lacks := missing(requires):
+            fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
+        if requires.get("gpus") and machine.lock() == "cpu":
+            fail(f"profile {name} needs the gpu lock, and this environment is the cpu lock's: make setup LOCK=gpu, or leave PROFILE out")
     os.environ["PROFILE"] = name  # child processes run under the same one
+    take_cards(name, requires)
+    programs_first()
     for variable, value in (capped(values.get("env", {})) | writable_home()).items():
         os.environ.setdefault(variable, str(value))
     results.began(values)
@@ -101,7 +179,8 @@ def load_profile(name: str | None = None, check: bool = True):
 def main() -> None:
     profile = load_profile()
     if len(sys.argv) == 1:
-        for variable in ["PROFILE", *profile.env, *writable_home()]:
+        cards = ["CUDA_VISIBLE_DEVICES"] if "CUDA_VISIBLE_DEVICES" in os.environ else []
+        for variable in dict.fromkeys(["PROFILE", "PATH", *LOCAL_VARIABLES, *cards, *capped(dict(profile.env)), *writable_home()]):
             print(f"export {variable}={shlex.quote(os.environ[variable])}")
         return
     try:

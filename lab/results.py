@@ -68,8 +68,8 @@ def environment() -> dict[str, str]:
 
 
 def lock() -> str:
-    """The lock whose vLLM is installed."""
-    return "gpu" if "vllm" in machine.versions() else "cpu"
+    """The lock to compare with: the one that set-up filled this environment from, else that of the installed vLLM."""
+    return machine.lock() or ("gpu" if "vllm" in machine.versions() else "cpu")
 
 
 def versions_differ() -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ def cuda_total_gib() -> float:
     """Memory of the first card as CUDA counts it: a 4090's driver keeps some of the 24 GiB to itself."""
     import pynvml
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0), version=pynvml.nvmlMemory_v2)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(machine.handles()[0], version=pynvml.nvmlMemory_v2)
     return (memory.total - memory.reserved) / 2**30
 
 

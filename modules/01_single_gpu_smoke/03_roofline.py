@@ -124,9 +124,10 @@ def main() -> None:
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     x = np.logspace(-1, 4, 200)
     ax.loglog(x, np.minimum(roof, x * bandwidth) / 1e12, color="black", label=f"{machine.name()}, measured ({profile.dtype})")
-    if device != "cpu":
-        card = speed.Machine()
-        ax.loglog(x, np.minimum(card.flops, x * card.bandwidth) / 1e12, "--", color="gray", label="RTX 4090, nominal (a prediction)")
+    name = machine.short(machine.gpus()[0]["name"]) if device != "cpu" else ""
+    if card := speed.nominal(1, (name,)):
+        nominal = np.minimum(card.flops, x * card.bandwidth) / 1e12
+        ax.loglog(x, nominal, "--", color="gray", label=f"{name}, nominal (a prediction)")
     for name, (flops, size, took) in work.items():
         ax.plot(flops / size, flops / took / 1e12, "o")
         ax.annotate(name, (flops / size, flops / took / 1e12), textcoords="offset points", xytext=(7, -9), fontsize=8)

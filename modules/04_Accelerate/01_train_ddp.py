@@ -67,7 +67,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if world < args.min_world:
-        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start {p.processes}, or use python")
+        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start 2, or use python")
     if args.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail(f"{torch.cuda.get_device_name()} does not compute in bf16: run with --mixed-precision no")
 

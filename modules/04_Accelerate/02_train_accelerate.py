@@ -62,7 +62,7 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if world < args.min_world:
-        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start {p.processes}, or use python")
+        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start 2, or use python")
     if args.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail(f"{torch.cuda.get_device_name()} does not compute in bf16: run with --mixed-precision no")
 

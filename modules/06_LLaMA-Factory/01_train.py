@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from lab import ROOT, data, fail, models, results, shown
-from lab.profile import load_profile
+from lab.profile import load_profile, need_cards
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,6 +81,8 @@ def main() -> None:
     for key, value in OmegaConf.from_cli(args.overrides).items():
         if type(default := OmegaConf.load(source).get(key)) in (int, float) and not isinstance(value, int | float):
             fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
+    if args.zero2 and not args.dry_run:
+        need_cards("lf-train-z2", max(2, args.processes))
     if args.zero2 and args.processes < 2:
         fail("ZeRO-2 divides gradients and optimizer states between processes: it needs at least 2, set --processes 2")
     if profile.device == "cpu" and (settings.get("bf16") or settings.get("fp16") or settings.get("pure_bf16")):
