@@ -11,7 +11,7 @@ LOCAL_VARIABLES = ("no_proxy", "NO_PROXY")
 
 
 def keep_local() -> None:
-    """Let requests to this machine go past a proxy, in this process and its children: nobody else can answer them."""
+    """Let requests to this machine go past a proxy, in this process and its children."""
     kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if kept.strip() != "*":
         hosts = [host.strip() for host in kept.split(",") if host.strip()]

@@ -15,22 +15,28 @@ import threading
 from lab import fail, jobs, machine
 from lab.profile import load_profile, need_cards
 
-PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # torchrun's, accelerate's and deepspeed's; each takes a card
+PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # of torchrun, accelerate, deepspeed
 
 
 def processes(command: list[str]) -> int:
-    """How many processes the launcher will start, 0 where it does not say."""
-    numbers = [value for flag, value in zip(command, command[1:], strict=False) if flag in PROCESSES]
-    return int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
+    """How many processes the launcher will start, on a card each; 0 where it does not say."""
+    for flag, value in zip(command, command[1:], strict=False):
+        if flag in PROCESSES and value.isdecimal():
+            return int(value)
+    return 0
 
 
 def by_card(command: list[str]) -> list[str]:
-    """DeepSpeed's launcher forgets CUDA_VISIBLE_DEVICES where it reads --num_gpus, and takes the machine's first cards: name ours."""
+    """`command` with the visible cards named to DeepSpeed's launcher, where they are not the first.
+
+    It drops CUDA_VISIBLE_DEVICES where it reads --num_gpus (deepspeed/launcher/runner.py).
+    """
     cards = [gpu["index"] for gpu in machine.gpus()][: processes(command)]
     if command[0] != "deepspeed" or "--num_gpus" not in command or cards == list(range(len(cards))):
         return command
     place = command.index("--num_gpus")
-    return [*command[:place], "--include", f"localhost:{','.join(map(str, cards))}", *command[place + 2 :]]
+    named = "localhost:" + ",".join(map(str, cards))
+    return [*command[:place], "--include", named, *command[place + 2 :]]
 
 
 def end(name: str) -> None:

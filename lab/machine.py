@@ -18,10 +18,10 @@ RECORDED = ("name", "memory_gib", "driver", "capability")  # of a card, in a rec
 
 @cache
 def cards() -> list[dict]:
-    """All NVIDIA cards of this machine, as nvidia-smi orders them; [] without a driver. Torch is not imported.
+    """All NVIDIA cards of this machine, in nvidia-smi's order; [] without a driver. No torch.
 
-    index, uuid, name, driver, capability [8, 9]; memory_gib as nvidia-smi says it, cuda_gib as CUDA does:
-    the driver keeps some of it.
+    index, uuid, name, driver, capability [8, 9]; memory_gib as nvidia-smi says it, and cuda_gib as
+    CUDA does: the driver keeps some of it.
     """
     import pynvml
 
@@ -51,7 +51,7 @@ def card(handle, index: int, driver: str) -> dict:
 
 
 def visible(cards: list[dict], chosen: str | None) -> list[dict]:
-    """Those of `cards` that CUDA sees under CUDA_VISIBLE_DEVICES=`chosen` (None: unset), in its order.
+    """Those of `cards` that CUDA sees under CUDA_VISIBLE_DEVICES=`chosen` (None: unset).
 
     Each word is an index or the beginning of a UUID. As in CUDA, the first word that names no card
     ends the list, and a card named twice empties it.
@@ -63,7 +63,7 @@ def visible(cards: list[dict], chosen: str | None) -> list[dict]:
         if word.isdecimal():
             named = cards[int(word) : int(word) + 1]
         else:
-            named = [card for card in cards if word.startswith("GPU-") and card["uuid"].startswith(word)]
+            named = [c for c in cards if word.startswith("GPU-") and c["uuid"].startswith(word)]
         if len(named) != 1:
             break
         if named[0] in seen:
@@ -73,12 +73,12 @@ def visible(cards: list[dict], chosen: str | None) -> list[dict]:
 
 
 def gpus() -> list[dict]:
-    """The cards that CUDA would see now: `cards`, after CUDA_VISIBLE_DEVICES (which `load_profile` sets)."""
+    """The cards that CUDA sees now: `cards` after CUDA_VISIBLE_DEVICES, which `load_profile` sets."""
     return visible(cards(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def handles() -> list:
-    """NVML's handles of `gpus`, in their order. By UUID: NVML knows nothing of CUDA_VISIBLE_DEVICES."""
+    """NVML's handles of `gpus`, by UUID: NVML knows nothing of CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     return [pynvml.nvmlDeviceGetHandleByUUID(card["uuid"]) for card in gpus()]
@@ -90,7 +90,7 @@ def short(name: str) -> str:
 
 
 def lock() -> str:
-    """The lock that this environment was filled from, "cpu" or "gpu", as set-up noted it; "" where set-up did not."""
+    """The lock that set-up filled this environment from, "cpu" or "gpu"; "" where it did not."""
     try:
         return Path(sys.prefix, ".videofen-setup").read_text().partition(" ")[0].strip()
     except OSError:
@@ -129,7 +129,8 @@ def describe() -> dict:
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "unknown")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    facts = {"name": name(), "cpu": cpu, "cores": cores(), "ram_gib": round(ram, 1), "gpus": [{key: gpu[key] for key in RECORDED} for gpu in gpus()]}
+    cards_used = [{key: gpu[key] for key in RECORDED} for gpu in gpus()]
+    facts = {"name": name(), "cpu": cpu, "cores": cores(), "ram_gib": round(ram, 1), "gpus": cards_used}
     return facts | ({"memory_cap_gib": memory_cap_gib()} if memory_cap_gib() else {})
 
 

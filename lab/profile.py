@@ -17,7 +17,9 @@ from pathlib import Path
 from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
-AWAY = ", but the gpu lock's vLLM computes on GPUs only: 'make setup LOCK=cpu' brings one for the CPU"
+AWAY = (
+    ", but the gpu lock's vLLM computes on GPUs only: 'make setup LOCK=cpu' brings one for the CPU"
+)
 
 
 def read_yaml(path: Path) -> dict:
@@ -35,11 +37,14 @@ def read_yaml(path: Path) -> dict:
 
 
 def fitting(requires: dict) -> list[dict]:
-    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: the first that are large enough, alike where as many are."""
-    large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= requires.get("gpu_memory_gib", 0)]
-    count = requires.get("gpus", 0)
-    alike = [[gpu for gpu in large if gpu["name"] == name] for name in dict.fromkeys(gpu["name"] for gpu in large)]
-    return next((group for group in alike if len(group) >= count), large)[:count]
+    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large enough, and alike if it can."""
+    count, least = requires.get("gpus", 0), requires.get("gpu_memory_gib", 0)
+    large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= least]
+    for name in dict.fromkeys(gpu["name"] for gpu in large):
+        alike = [gpu for gpu in large if gpu["name"] == name]
+        if len(alike) >= count:
+            return alike[:count]
+    return large[:count]
 
 
 def missing(requires: dict) -> str:
@@ -56,47 +61,66 @@ def note(words: str) -> None:
 
 
 def detect() -> str:
-    """Name of the most demanding profile that this machine and its lock can run; what it leaves aside is said."""
-    lock = machine.lock()
+    """Name of the most demanding profile that this machine and its lock can run; see `remark`."""
     possible = {}
     for file in sorted(FOLDER.glob("*.yaml")):
         requires = read_yaml(file).get("requires", {})
-        if not missing(requires) and not (lock == "cpu" and requires.get("gpus")):
+        if not missing(requires) and not (machine.lock() == "cpu" and requires.get("gpus")):
             possible[file.stem] = requires
     name = max(possible, key=lambda name: possible[name].get("gpus", 0))
-    gpus = machine.gpus()
-    here = ", ".join(f"{n} x {name}" for name, n in Counter(machine.short(gpu["name"]) for gpu in gpus).items())
-    if taken := fitting(possible[name]):
-        model = machine.short(taken[0]["name"])
-        if len({gpu["name"] for gpu in taken}) > 1:
-            cards = " and ".join(f"{machine.short(gpu['name'])} ({gpu['memory_gib']:g} GiB)" for gpu in taken)
-            note(f"profile {name} takes unlike cards, {cards}: the smaller memory and the slower card count")
-        elif model != "RTX 4090":
-            note(f"{len(taken)} x {model} under profile {name}: memory, FP8 and speeds are the card's own")
-    elif gpus and lock == "cpu":
-        note(f"{here} here, but this environment is the cpu lock's: profile {name}; to compute on the card: make setup LOCK=gpu")
-    elif gpus:
-        sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
-        note(f"no profile fits the {here} ({sizes}) here, profile {name}{AWAY if lock == 'gpu' else ''}; "
-             "for these cards add a YAML file to configs/profiles/")  # fmt: skip
-    elif lock == "gpu":
-        hidden = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')} shows none of {len(machine.cards())} cards" if machine.cards() else "no GPU can be used here"
-        note(f"{hidden}: profile {name}{AWAY}")
+    if words := remark(name, fitting(possible[name])):
+        note(words)
     return name
 
 
+def remark(name: str, taken: list[dict]) -> str:
+    """What a reader should know of the profile that was detected, and of the cards that it takes."""
+    gpus, lock = machine.gpus(), machine.lock()
+    models = Counter(machine.short(gpu["name"]) for gpu in gpus)
+    here = ", ".join(f"{count} x {model}" for model, count in models.items())
+    sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
+    away = f"profile {name}" + (AWAY if lock == "gpu" else "")
+    names = [machine.short(gpu["name"]) for gpu in taken]
+    if len(set(names)) > 1:
+        unlike = " and ".join(f"{machine.short(g['name'])} ({g['memory_gib']:g} GiB)" for g in taken)
+        return f"profile {name} takes unlike cards, {unlike}: the smaller memory and the slower card count"
+    if taken and names[0] == "RTX 4090":
+        return ""
+    if taken:
+        own = "memory, FP8 and speeds are the card's own"
+        return f"{len(taken)} x {names[0]} under profile {name}: {own}"
+    if gpus and lock == "cpu":
+        change = "to compute on the card: make setup LOCK=gpu"
+        return f"{here} here, but this environment is the cpu lock's: profile {name}; {change}"
+    if gpus:
+        own = "for these cards add a YAML file to configs/profiles/"
+        return f"no profile fits the {here} ({sizes}) here, {away}; {own}"
+    if lock != "gpu":
+        return ""
+    if machine.cards():
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return f"CUDA_VISIBLE_DEVICES={chosen} shows none of {len(machine.cards())} cards: {away}"
+    return f"no GPU can be used here: {away}"
+
+
 def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu") -> None:
-    """Exit code 2 where `what` wants `count` cards and the profile computes on fewer; `otherwise` is what the reader can do."""
+    """Exit code 2 where `what` wants more cards than the profile has; `otherwise`: what to do then."""
     profile = load_profile(check=False)
     have = len(machine.gpus())
     if profile.device == "cuda" and have < count:
-        fail(f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}, or take a machine with {count}")
+        fail(
+            f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: "
+            f"{otherwise}, or take a machine with {count}"
+        )
 
 
 def need_vllm() -> None:
     """Exit code 2 where the profile computes on the CPU, and the gpu lock's vLLM does not."""
     if load_profile().device == "cpu" and machine.lock() == "gpu":
-        fail("the gpu lock's vLLM computes on GPUs only, and profile cpu on the CPU: exchange it with 'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is")
+        fail(
+            "the gpu lock's vLLM computes on GPUs only, and profile cpu on the CPU: exchange it with "
+            "'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is"
+        )
 
 
 def writable_home() -> dict[str, str]:
@@ -130,17 +154,21 @@ def take_cards(name: str, requires: dict) -> None:
     if not taken or len(gpus) == len(taken):
         return  # all of them, perhaps in an order or under UUIDs that the user gave
 
-    def indices(cards: list[dict]) -> str:
-        return ",".join(str(gpu["index"]) for gpu in cards)
+    def words(cards: list[dict]) -> tuple[str, str]:
+        names = dict.fromkeys(machine.short(card["name"]) for card in cards)
+        return ",".join(str(card["index"]) for card in cards), ", ".join(names)
 
-    left = [gpu for gpu in gpus if gpu not in taken]
-    os.environ["CUDA_VISIBLE_DEVICES"] = indices(taken)
-    note(f"profile {name} takes card{'s' * (len(taken) > 1)} {indices(taken)} ({machine.short(taken[0]['name'])}) of {len(gpus)} and leaves out "
-         f"{indices(left)} ({', '.join(dict.fromkeys(machine.short(gpu['name']) for gpu in left))}); CUDA_VISIBLE_DEVICES chooses others")  # fmt: skip
+    numbers, names = words(taken)
+    left_numbers, left_names = words([gpu for gpu in gpus if gpu not in taken])
+    os.environ["CUDA_VISIBLE_DEVICES"] = numbers
+    note(
+        f"profile {name} takes card{'s' * (len(taken) > 1)} {numbers} ({names}) of {len(gpus)} and "
+        f"leaves out {left_numbers} ({left_names}); CUDA_VISIBLE_DEVICES chooses others"
+    )
 
 
 def programs_first() -> None:
-    """Put this environment's programs (torchrun, ninja ...) first on PATH, for scripts run without an activation."""
+    """Put this environment's programs (torchrun, ninja ...) first on PATH: nobody need activate it."""
     programs = str(Path(sys.prefix, "bin"))
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != programs:
@@ -166,7 +194,10 @@ def load_profile(name: str | None = None, check: bool = True):
         if lacks := missing(requires):
             fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
         if requires.get("gpus") and machine.lock() == "cpu":
-            fail(f"profile {name} needs the gpu lock, and this environment is the cpu lock's: make setup LOCK=gpu, or leave PROFILE out")
+            fail(
+                f"profile {name} needs the gpu lock, and this environment is the cpu lock's: "
+                "make setup LOCK=gpu, or leave PROFILE out"
+            )
     os.environ["PROFILE"] = name  # child processes run under the same one
     take_cards(name, requires)
     programs_first()
@@ -179,8 +210,9 @@ def load_profile(name: str | None = None, check: bool = True):
 def main() -> None:
     profile = load_profile()
     if len(sys.argv) == 1:
-        cards = ["CUDA_VISIBLE_DEVICES"] if "CUDA_VISIBLE_DEVICES" in os.environ else []
-        for variable in dict.fromkeys(["PROFILE", "PATH", *LOCAL_VARIABLES, *cards, *capped(dict(profile.env)), *writable_home()]):
+        names = ["PROFILE", "PATH", *LOCAL_VARIABLES, "CUDA_VISIBLE_DEVICES"]
+        names += [*capped(dict(profile.env)), *writable_home()]
+        for variable in dict.fromkeys(name for name in names if name in os.environ):
             print(f"export {variable}={shlex.quote(os.environ[variable])}")
         return
     try:

@@ -23,6 +23,7 @@ PACKAGES = ["torch", "vllm", "transformers", "accelerate", "deepspeed", "llamafa
 # Which test reads a configuration file as its user would. A file that no pattern claims fails test_every_configuration_is_read.
 CONFIGURATIONS = {
     r"configs/profiles/\w+\.yaml": "test_profile.py::test_every_profile_loads",
+    r"configs/cards\.yaml": "test_plan.py::test_cards_are_described_with_their_sources",
     r"configs/claims\.yaml": "test_report.py::test_claims_go_by_records_that_exist_or_will",
     r"configs/models\.yaml": "test_models.py::test_catalogue",
     r"configs/calibration\.yaml": "test_plan.py::test_calibration_lines",

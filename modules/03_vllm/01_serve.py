@@ -48,7 +48,8 @@ def main() -> None:
     settings = dict(profile.serve.args) | recipe
     if not args.dry_run:
         need_vllm()
-        need_cards("tensor-parallel-size " + str(settings.get("tensor-parallel-size", 1)), settings.get("tensor-parallel-size", 1), "take another recipe")
+        cards = settings.get("tensor-parallel-size", 1)
+        need_cards(f"tensor-parallel-size {cards}", cards, "take another recipe")
         if "vllm" in (running := jobs.running()):
             fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
         jobs.refuse_taken_port(args.port, "take another one with --port (make vllm-serve PORT=8001)")
