@@ -3,9 +3,9 @@
     make progress                       every stage, and what to do next
     make progress ARGS="03_vllm"        every task of a stage, and what to do next in it
 
-A task of modules/*/PLAN.md is done when its command has done its work here: what each script and make
-target finished is in runs/records/history.jsonl; a command of another program writes the file under
-runs/ that it ends with. A box that you tick, `- [x]`, counts too.
+A task of modules/*/PLAN.md is done when its command has done its work here: what each script and
+make target finished is in runs/records/history.jsonl; a command of another program writes the file
+under runs/ that it ends with. A box that you tick, `- [x]`, counts too.
 """
 
 import argparse
@@ -16,9 +16,13 @@ import shlex
 from dataclasses import dataclass
 
 from lab import ROOT, fail, results, shown
-from lab.profile import detect
+from lab.profile import FOLDER, detect, read_yaml
 
 TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
+# Work that is divided over two devices: two processes of a CPU, or two cards.
+DIVIDED = re.compile(
+    r"\b(mini-tp|vllm-tp|train-ddp|train-accelerate|train-z[0-3]|lf-train-z2|deepspeed --num_gpus)\b"
+)
 
 
 @dataclass
@@ -55,7 +59,7 @@ def read(plan) -> list[Task]:
 
 
 def finished() -> list[tuple[str, set[str]]]:
-    """(profile, words) of every command that has done its work here, as typed and as make was told."""
+    """(profile, words) of every command that did its work here, as typed and as make was told."""
     history = results.FOLDER / "history.jsonl"
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     ran = [json.loads(line) for line in lines]
@@ -79,6 +83,18 @@ def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
     )
 
 
+def possible(task: Task, profile: str) -> bool:
+    """Whether a machine with this profile can do the task."""
+    cards = read_yaml(FOLDER / f"{profile}.yaml").get("requires", {}).get("gpus", 0)
+    if "--dry-run" in task.command:
+        return True
+    if task.profile not in ("", "cpu", profile):
+        return False
+    if cards and "two-nodes" in task.command:  # it computes on CPUs
+        return False
+    return cards != 1 or not DIVIDED.search(task.command)
+
+
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -88,10 +104,11 @@ def main() -> None:
     if args.stage and args.stage not in plans:
         fail(f"unknown stage {args.stage}: choose one of {', '.join(plans)}")
     ran = finished()
-    here = ("", "cpu", os.environ.get("PROFILE") or detect())
+    profile = os.environ.get("PROFILE") or detect()
+    if not (FOLDER / f"{profile}.yaml").is_file():
+        fail(f"unknown PROFILE={profile}: leave it out to detect, or see configs/profiles/")
 
-    total = done_in_all = 0
-    elsewhere = set()  # profiles of open tasks that this machine cannot do
+    total = done_in_all = elsewhere = 0
     following = None  # the first open task that this machine can do, and its plan
     for stage, plan in plans.items():
         tasks = [(task, is_done(task, ran)) for task in read(plan)]
@@ -104,15 +121,15 @@ def main() -> None:
                 print(f"    [{'x' if ok else ' '}] {task.text}: {task.command}")
             if ok:
                 continue
-            if task.profile not in here and "--dry-run" not in task.command:
-                elsewhere.add(task.profile)
+            if not possible(task, profile):
+                elsewhere += 1
             elif following is None and args.stage in (None, stage):
                 following = task, plan
-    rest = f"; some need a machine with profile {', '.join(sorted(elsewhere))}" if elsewhere else ""
+    rest = f"; {elsewhere} of the others need another machine than {profile}" if elsewhere else ""
     print(f"\n{done_in_all} of {total} tasks done{rest}")
     if following:
         task, plan = following
-        print(f"next: {task.command}\n      {task.text} ({shown(plan)})")
+        print(f"next: {task.command}\n      {task.text} ({shown(plan)}: tick it to pass over it)")
     else:
         print("next: nothing is left to do here" + (f" in {args.stage}" if args.stage else ""))
 

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lab import ROOT, RUNS, engine, fail, jobs, machine, results, shown
 from lab.profile import load_profile
@@ -86,6 +86,20 @@ STAGES = {
         },
     ),
 }
+# What stands in for the stages that divide their work over two cards, where the profile has one.
+ONE_CARD = {
+    "04_Accelerate": replace(
+        STAGES["04_Accelerate"],
+        doing="one card: the training that Accelerate would divide over two",
+        target=["train-one"],
+    ),
+    "05_DeepSpeed": replace(
+        STAGES["05_DeepSpeed"],
+        doing="one card: what ZeRO would save with two, by formula",
+        target=["zero-theory"],
+        headline={f"mixed_z{z}_gb": f"GB a card of two, 7B, ZeRO-{z}" for z in range(4)},
+    ),
+}
 # Beside a stage's own folder, what can change its result; texts cannot.
 SHARED = ("lab", "scripts", "configs", "locks", "Makefile", "modules/06_LLaMA-Factory/data")
 FOLDER = RUNS / "quickstart"
@@ -120,16 +134,16 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def run_stage(stage: str, where: str, usual_s: float | None) -> dict:
+def run_stage(name: str, target: list[str], where: str, usual_s: float | None) -> dict:
     """Run the stage's make target: {ok, seconds, log, result}, its last line of JSON."""
-    log, began = FOLDER / f"{stage}.log", time.monotonic()
+    log, began = FOLDER / f"{name}.log", time.monotonic()
     usually = f" of usually {clock(usual_s)}" if usual_s else ""
     # What was said to `make quickstart` (ARGS, STORE) is not meant for the stages.
     command = ["env"]
     for variable in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "STORE"):
         command += ["-u", variable]
-    command += ["make", "--no-print-directory", *STAGES[stage].target]
-    process = jobs.start(stage, command, log)
+    command += ["make", "--no-print-directory", *target]
+    process = jobs.start(name, command, log)
     reported_s = 0
     try:
         while process.poll() is None:
@@ -141,8 +155,8 @@ def run_stage(stage: str, where: str, usual_s: float | None) -> dict:
                 reported_s = elapsed_s
                 print(f"  {where} working, {clock(elapsed_s)}{usually}", flush=True)
     finally:
-        if stage in (running := jobs.running()):  # interrupted, or the script left something behind
-            jobs.stop(running[stage])
+        if name in (running := jobs.running()):  # interrupted, or the script left something behind
+            jobs.stop(running[name])
         if sys.stdout.isatty():
             print("\r\033[K", end="")
     result = {}
@@ -200,7 +214,9 @@ def main() -> None:
         summary = {"profile": profile.name, "stages": {}}
     summary |= {"finished": False, "usual_s": usual}
     print(f"quickstart on {machine.name()}, profile {profile.name}")
-    text, download_gb = download.listing(profile, tuple(stage.section for stage in STAGES.values()))
+    stages = STAGES | (ONE_CARD if profile.get("requires", {}).get("gpus") == 1 else {})
+    sections = tuple(stage.section for stage in stages.values())
+    text, download_gb = download.listing(profile, sections)
     if download_gb:
         print(text)
         print("A stage fetches what it lacks; 'make download' fetches all beforehand, resumably.")
@@ -209,7 +225,7 @@ def main() -> None:
     # 2. The stages
 
     for number, name in enumerate(args.only, 1):
-        stage, where = STAGES[name], f"[{number}/{len(args.only)}] {name}:"
+        stage, where = stages[name], f"[{number}/{len(args.only)}] {name}:"
         now = state(name)
         before = summary["stages"].get(name, {})
         if before.get("ok") and before.get("state") == now:
@@ -222,7 +238,7 @@ def main() -> None:
             f"  make {' '.join(stage.target)}; its output: {shown(FOLDER / name)}.log", flush=True
         )
         try:
-            outcome = run_stage(name, where, usual.get(name))
+            outcome = run_stage(name, stage.target, where, usual.get(name))
         except KeyboardInterrupt:
             print(f"interrupted in {name}: 'make quickstart' goes on from here")
             raise SystemExit(130) from None

@@ -125,6 +125,26 @@ def test_progress_names_one_next_step(tree):
     assert following(tree, "04_Accelerate", PROFILE="4090x2") == ["PROFILE=4090x2 make train-accelerate"]
 
 
+def test_tasks_that_want_two_cards(tree):
+    """On one card the next step is never one that has to be refused; the Makefile says which targets start two processes."""
+    script = runpy.run_path(str(ROOT / "scripts/progress.py"), run_name="imported")
+    makefile = (ROOT / "Makefile").read_text()
+    two = re.findall(r"(?m)^([a-z0-9-]+): env .*\n\t(?:.*\\\n)*.*(?:PROCESSES\),2|\$\(DEEPSPEED\)|--zero2)", makefile)
+    two += re.findall(r"(?m)^(train-accelerate):", makefile) + ["vllm-tp"]
+    assert {"train-ddp", "train-z0", "train-z2-offload", "lf-train-z2", "mini-tp", "vllm-tp"} <= set(two)
+    for target in re.findall(r"(?m)^([a-z0-9-]+): env", makefile):
+        assert bool(script["DIVIDED"].search(f"make {target}")) == (target in two), target
+    one = tree / "configs/profiles/one.yaml"
+    one.write_text((tree / "configs/profiles/cpu.yaml").read_text() + "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n")
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
+    for name in ("05_DeepSpeed", "04_Accelerate"):
+        for line in re.findall(r"`(python modules/.*?)`", (tree / f"modules/{name}/PLAN.md").read_text()):
+            ran(tree, line.removeprefix("python "), profile="one")
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["nothing is left to do here in 05_DeepSpeed"]
+    assert following(tree, "04_Accelerate", PROFILE="one")[0].startswith("diff ")
+    assert "PROFILE=two" in refused("python", "scripts/progress.py", cwd=tree, PYTHONPATH=str(tree), PROFILE="two")
+
+
 def tasks() -> list[str]:
     found = []
     for plan in sorted(ROOT.glob("modules/*/PLAN.md")):
