@@ -96,5 +96,5 @@ def test_what_quickstart_downloads(profile, name, monkeypatch):
     sections = tuple(stage.section for stage in quickstart.STAGES.values())
     values = OmegaConf.create({"name": profile, **read_yaml(FOLDER / f"{profile}.yaml")})
     gigabytes = download.listing(values, sections)[1]
-    row = re.search(rf"(?m)^\|[^|]*\| `{profile}` \|[^|]*\| (\d+(?:\.\d)?) GB", whole(name))
+    row = re.search(rf"(?m)^\|[^|]*\| `{profile}` \| (\d+(?:\.\d)?) GB", whole(name))
     assert row and float(row[1]) == round(gigabytes, 1)
