@@ -41,6 +41,7 @@ def cause(log: Path) -> str:
     """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
     prefix = r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?"
     text = re.sub(prefix, "", log.read_text(errors="replace"), flags=re.M)
+    text = re.sub(r"^make(\[\d+\])?: .*$", "", text, flags=re.M)  # of a target that failed: only that it did
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it wrote nothing"]
     for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
         for line in lines:

@@ -61,7 +61,7 @@ def main() -> None:
     command += engine_args  # argparse lets the last one win
     print(shlex.join(["python", *command[1:]]), flush=True)
     if args.dry_run:
-        return
+        return results.note(results.name_of(__file__))
 
     # -----------------------------------------------------------------------------
     # 2. Start it in a session of its own, so that it and its workers can be ended whole

@@ -110,7 +110,7 @@ def main() -> None:
     config = factory.FOLDER / f"{name}.yaml" if args.dry_run else factory.write(settings, name, f"{source.name} and profile {profile.name}")
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:
-        return
+        return results.note(results.name_of(__file__))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training is ended with us
     output, began = ROOT / settings.output_dir, time.time()
     factory.run(name, command)
