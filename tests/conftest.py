@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -27,10 +28,10 @@ PACKAGES = {
     "nginx": "nginx-light",
     "openssl": "openssl",
 }
-skipped_for: dict[str, set[str]] = {}  # test -> the packages that it lacked
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "alone: not beside tests that start servers or change the tree")
     config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
 
 
@@ -44,7 +45,6 @@ def pytest_runtest_setup(item):
             words = f"{', '.join(missing)} not installed: sudo apt install {' '.join(sorted(packages))}"
             if os.environ.get("CI") == "true":
                 pytest.fail(words, pytrace=False)
-            skipped_for.setdefault(item.nodeid, set()).update(packages)
             pytest.skip(words)
 
 
@@ -52,18 +52,43 @@ def pytest_runtest_setup(item):
 def pytest_terminal_summary(terminalreporter):
     """The last words: how many tests lacked a package, and how to get them all."""
     yield
-    if skipped_for:
-        packages = " ".join(sorted(set().union(*skipped_for.values())))
-        count = f"{len(skipped_for)} test{'s'[: len(skipped_for) != 1]}"
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    lacking = [found[1] for reason in reasons if (found := re.search(r"sudo apt install ([\w -]+)", reason))]
+    if lacking:
+        packages = " ".join(sorted(set(" ".join(lacking).split())))
+        count = f"{len(lacking)} test{'s'[: len(lacking) != 1]}"
         terminalreporter.write_line(
             f"{count} skipped for missing Debian packages: sudo apt install {packages}", yellow=True
         )
+
+
+# Files whose tests share nothing with the others: no port, no job in runs/, no file of the tree that is changed.
+# `make test` runs them beside the rest, which goes one after another on one worker.
+SIDE_BY_SIDE = {
+    "test_data",
+    "test_equality",
+    "test_gpu_road",
+    "test_image_edit",
+    "test_layout",
+    "test_memory",
+    "test_mini_vllm",
+    "test_models",
+    "test_plan",
+    "test_profile",
+    "test_readme_en",
+    "test_report",
+    "test_results",
+    "test_setup",
+}
 
 
 def pytest_collection_modifyitems(items):
     """Fast files first: what breaks early is said early."""
     order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
     items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
+    for item in items:
+        if item.module.__name__ not in SIDE_BY_SIDE or item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.xdist_group("one after another"))
 
 
 def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:

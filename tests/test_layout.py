@@ -76,8 +76,8 @@ def test_every_module_script_is_run_by_a_readme(script):
 
 def test_module_scripts_are_short():
     lines = {f: len((ROOT / f).read_text().splitlines()) for f in TRACKED if f.startswith("modules/") and f.endswith(".py")}
-    assert max(lines.values()) <= 250, lines
-    assert statistics.median(lines.values()) <= 150, lines
+    assert max(lines.values()) <= 300, lines
+    assert statistics.median(lines.values()) <= 160, lines
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -129,6 +129,7 @@ def test_environment_yml():
     assert all(p in (ROOT / "environment.yml").read_text() for p in PACKAGES)
 
 
+@pytest.mark.alone  # it writes the locks, which every make target reads
 def test_lock_is_reproducible(tmp_path):
     """`make lock` on unchanged inputs changes nothing."""
     before = {lock: (ROOT / "locks" / f"{lock}.txt").read_bytes() for lock in ("cpu", "gpu")}
