@@ -24,7 +24,7 @@ def gpus() -> list[dict]:
         handles = [handles[int(i)] for i in visible.split(",") if i.strip().isdigit() and int(i) < len(handles)]
     driver = pynvml.nvmlSystemGetDriverVersion()
     return [
-        {"name": pynvml.nvmlDeviceGetName(h), "uuid": pynvml.nvmlDeviceGetUUID(h), "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(h).total / 2**30, 1), "driver": driver}
+        {"name": pynvml.nvmlDeviceGetName(h), "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(h).total / 2**30, 1), "driver": driver}
         for h in handles
     ]
 
