@@ -1,11 +1,26 @@
 """Plumbing that no stage teaches: profiles, models, result records, machine facts, background jobs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"  # git-ignored: everything a local run writes
+LOCAL_VARIABLES = ("no_proxy", "NO_PROXY")
+
+
+def keep_local() -> None:
+    """Let requests to this machine go past a proxy, in this process and its children."""
+    kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if kept.strip() != "*":
+        hosts = [host.strip() for host in kept.split(",") if host.strip()]
+        kept = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost", "::1"]))
+    for variable in LOCAL_VARIABLES:  # some programs read the one, some the other
+        os.environ[variable] = kept
+
+
+keep_local()
 
 
 def fail(message: str) -> NoReturn:

@@ -3,12 +3,14 @@
 `LLM.generate` hides the steps; `vllm.LLMEngine`, which it stands on, does not.
 """
 
+import argparse
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import fail
+from lab.profile import need_vllm
 
 
 @dataclass
@@ -26,10 +28,20 @@ def words(args: dict) -> list[str]:
     return [word for flag, value in args.items() for word in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
 
 
+def cards_filled(command: list[str]) -> int:
+    """How many GPUs the engine with this command line fills: the first ones that it sees."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
+    sizes, _ = parser.parse_known_args(command)
+    return sizes.tensor_parallel_size * sizes.pipeline_parallel_size
+
+
 def cause(log: Path) -> str:
     """The message that says why the engine stopped: a refused setting, else its first exception, else the last line."""
     prefix = r"^(\((?:APIServer|EngineCore|Worker)\S* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^]]+\] ?)?"
     text = re.sub(prefix, "", log.read_text(errors="replace"), flags=re.M)
+    text = re.sub(r"^make(\[\d+\])?: .*$", "", text, flags=re.M)  # of a target that failed: only that it did
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it wrote nothing"]
     for pattern in (r"Value error, (.*?)( \[type=.*)?$", r".*?error: (.*)", r"(?:\w*Error|\w*Exception): (.*)"):
         for line in lines:
@@ -52,6 +64,7 @@ def served_model(client):
 
 def start(folder: Path, dtype: str, args: dict, flags: list[str]):
     """A `vllm.LLMEngine` with these arguments, by vLLM's own names, then the user's `flags`, of which the last one counts."""
+    need_vllm()
     from vllm import EngineArgs, LLMEngine
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

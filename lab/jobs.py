@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from lab import RUNS, fail, shown
+from lab import RUNS, fail, machine, shown
 
 FOLDER = RUNS / "jobs"
 MARKS = "LAB_JOBS"  # variable: the marks of the job a process belongs to, and of the jobs that job was started by
@@ -134,6 +134,25 @@ def refuse_taken_port(port: int, way_out: str) -> None:
     """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take another one."""
     if port_taken(port):
         fail(f"port {port} is in use by another program: end it, or {way_out}")
+
+
+def cards() -> list[str]:
+    """The GPUs that this process may fill, as CUDA_VISIBLE_DEVICES names them; [] where it computes on the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(i) for i in range(len(machine.gpus()))]
+    return [card.strip() for card in visible.split(",") if card.strip()]
+
+
+def refuse_taken_cards() -> None:
+    """Exit code 2 where a server of this repository holds a GPU that this process is about to fill: it would run out of memory.
+
+    A server is a job started with the fact `cards`. On a CPU both run, only more slowly.
+    """
+    own = cards()
+    for name, job in running().items() if own else ():
+        if taken := [card for card in own if card in job.get("cards", [])]:
+            fail(f"the server {name} at {job['address']} holds the memory of GPU {', '.join(taken)}: end it with 'make stop' first")
 
 
 def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, cause: Callable[[], str], timeout_s: float = 900) -> float:

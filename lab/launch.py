@@ -12,8 +12,31 @@ import subprocess
 import sys
 import threading
 
-from lab import fail, jobs
-from lab.profile import load_profile
+from lab import fail, jobs, machine
+from lab.profile import load_profile, need_cards
+
+PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # of torchrun, accelerate, deepspeed
+
+
+def processes(command: list[str]) -> int:
+    """How many processes the launcher will start, on a card each; 0 where it does not say."""
+    for flag, value in zip(command, command[1:], strict=False):
+        if flag in PROCESSES and value.isdecimal():
+            return int(value)
+    return 0
+
+
+def by_card(command: list[str]) -> list[str]:
+    """`command` with the visible cards named to DeepSpeed's launcher, where they are not the first.
+
+    It drops CUDA_VISIBLE_DEVICES where it reads --num_gpus (deepspeed/launcher/runner.py).
+    """
+    cards = [gpu["index"] for gpu in machine.gpus()][: processes(command)]
+    if command[0] != "deepspeed" or "--num_gpus" not in command or cards == list(range(len(cards))):
+        return command
+    place = command.index("--num_gpus")
+    named = "localhost:" + ",".join(map(str, cards))
+    return [*command[:place], "--include", named, *command[place + 2 :]]
 
 
 def end(name: str) -> None:
@@ -27,6 +50,8 @@ def main() -> None:
         fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
     name, command = sys.argv[1], sys.argv[2:]
     load_profile(check=False)  # the command's own processes check; who started it may have left them one GPU of two
+    need_cards(name, processes(command))
+    command = by_card(command)
     if name in jobs.running():
         fail(f"{name} is running already: end it with 'make stop' first")
     for number in (signal.SIGTERM, signal.SIGHUP):

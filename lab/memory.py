@@ -8,7 +8,7 @@ Nothing is loaded: no torch, no GPU, no network. A `Model` holds the sizes; `ser
 
 Sizes are exact where a formula is (weights, KV cache, states of ZeRO). What an engine needs on the way (activations, buffers, graphs)
 is a formula with the constants below, which were fixed on the lines marked `fit` in configs/calibration.yaml and held against the
-lines marked `test`: the table is in modules/01_single_gpu_smoke/readme.md. GiB = 2^30 bytes, psi = number of parameters.
+lines marked `test`: the table is in modules/01_single_gpu_smoke/planner.md. GiB = 2^30 bytes, psi = number of parameters.
 """
 
 import math

@@ -5,6 +5,7 @@ VLLM_USE_MODELSCOPE=1 downloads from ModelScope instead.
 """
 
 import os
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -78,7 +79,10 @@ def from_modelscope() -> bool:
 
 
 def served_names(name: str) -> list[str]:
-    """Names under which a server answers for this model: the short one and its hub id."""
+    """Names under which a server answers for this model: the short one and its hub id; for another folder, its own."""
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+/?$", name)  # where the hub's library keeps a model
+    if cached:
+        name = cached[1].replace("--", "/")
     key, model = entry(name)
     return [key, model["hub"]] if model else [name if "/" not in name or not Path(name).is_dir() else Path(name).name]
 

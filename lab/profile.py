@@ -1,6 +1,7 @@
 """The profile: which values the same scripts take on this machine (configs/profiles/*.yaml).
 
-PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets.
+PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets and that the
+environment's lock can compute. A GPU profile takes as many cards as it requires: CUDA_VISIBLE_DEVICES says which.
 Command line, for launchers that are not Python:
     eval "$(python -m lab.profile)"            export the profile's environment into a shell
     python -m lab.profile COMMAND [ARG ...]    run a command in it
@@ -9,12 +10,16 @@ Command line, for launchers that are not Python:
 import os
 import shlex
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, machine, shown
+from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
+AWAY = (
+    ", but the gpu lock's vLLM computes on GPUs only: 'make setup LOCK=cpu' brings one for the CPU"
+)
 
 
 def read_yaml(path: Path) -> dict:
@@ -31,22 +36,91 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
+def fitting(requires: dict) -> list[dict]:
+    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large enough, and alike if it can."""
+    count, least = requires.get("gpus", 0), requires.get("gpu_memory_gib", 0)
+    large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= least]
+    for name in dict.fromkeys(gpu["name"] for gpu in large):
+        alike = [gpu for gpu in large if gpu["name"] == name]
+        if len(alike) >= count:
+            return alike[:count]
+    return large[:count]
+
+
 def missing(requires: dict) -> str:
     """What this machine lacks of `requires` {gpus, gpu_memory_gib}; "" when it has all."""
-    fitting = [g for g in machine.gpus() if g["memory_gib"] >= requires.get("gpu_memory_gib", 0)]
-    if len(fitting) >= requires.get("gpus", 0):
+    count, found = requires.get("gpus", 0), len(fitting(requires))
+    if found == count:
         return ""
-    return f"{requires['gpus']} NVIDIA GPUs of at least {requires['gpu_memory_gib']} GiB, {len(fitting)} found"
+    cards = "1 NVIDIA GPU" if count == 1 else f"{count} NVIDIA GPUs"
+    return f"{cards} of at least {requires['gpu_memory_gib']} GiB, {found} found"
+
+
+def note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr)
 
 
 def detect() -> str:
-    """Name of the most demanding profile that this machine can run; GPUs that fit none are not passed over in silence."""
-    fitting = [(p.get("requires", {}).get("gpus", 0), f.stem) for f in FOLDER.glob("*.yaml") if not missing((p := read_yaml(f)).get("requires", {}))]
-    gpus, name = max(fitting)
-    if machine.gpus() and gpus == 0:
-        print(f"note: no profile fits the {len(machine.gpus())} x {machine.gpus()[0]['name']} here, computing on the CPU (LOCK=cpu); "
-              "for these GPUs add a YAML file to configs/profiles/", file=sys.stderr)  # fmt: skip
+    """Name of the most demanding profile that this machine and its lock can run; see `remark`."""
+    possible = {}
+    for file in sorted(FOLDER.glob("*.yaml")):
+        requires = read_yaml(file).get("requires", {})
+        if not missing(requires) and not (machine.lock() == "cpu" and requires.get("gpus")):
+            possible[file.stem] = requires
+    name = max(possible, key=lambda name: possible[name].get("gpus", 0))
+    if words := remark(name, fitting(possible[name])):
+        note(words)
     return name
+
+
+def remark(name: str, taken: list[dict]) -> str:
+    """What a reader should know of the profile that was detected, and of the cards that it takes."""
+    gpus, lock = machine.gpus(), machine.lock()
+    models = Counter(machine.short(gpu["name"]) for gpu in gpus)
+    here = ", ".join(f"{count} x {model}" for model, count in models.items())
+    sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
+    away = f"profile {name}" + (AWAY if lock == "gpu" else "")
+    names = [machine.short(gpu["name"]) for gpu in taken]
+    if len(set(names)) > 1:
+        unlike = " and ".join(f"{machine.short(g['name'])} ({g['memory_gib']:g} GiB)" for g in taken)
+        return f"profile {name} takes unlike cards, {unlike}: the smaller memory and the slower card count"
+    if taken and names[0] == "RTX 4090":
+        return ""
+    if taken:
+        own = "memory, FP8 and speeds are the card's own"
+        return f"{len(taken)} x {names[0]} under profile {name}: {own}"
+    if gpus and lock == "cpu":
+        change = "to compute on the card: make setup LOCK=gpu"
+        return f"{here} here, but this environment is the cpu lock's: profile {name}; {change}"
+    if gpus:
+        own = "for these cards add a YAML file to configs/profiles/"
+        return f"no profile fits the {here} ({sizes}) here, {away}; {own}"
+    if lock != "gpu":
+        return ""
+    if machine.cards():
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return f"CUDA_VISIBLE_DEVICES={chosen} shows none of {len(machine.cards())} cards: {away}"
+    return f"no GPU can be used here: {away}"
+
+
+def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu") -> None:
+    """Exit code 2 where `what` wants more cards than the profile has; `otherwise`: what to do then."""
+    profile = load_profile(check=False)
+    have = len(machine.gpus())
+    if profile.device == "cuda" and have < count:
+        fail(
+            f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: "
+            f"{otherwise}, or take a machine with {count}"
+        )
+
+
+def need_vllm() -> None:
+    """Exit code 2 where the profile computes on the CPU, and the gpu lock's vLLM does not."""
+    if load_profile().device == "cpu" and machine.lock() == "gpu":
+        fail(
+            "the gpu lock's vLLM computes on GPUs only, and profile cpu on the CPU: exchange it with "
+            "'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is"
+        )
 
 
 def writable_home() -> dict[str, str]:
@@ -74,12 +148,39 @@ def capped(environment: dict) -> dict:
     return environment | {"PYTORCH_ALLOC_CONF": ",".join(filter(None, settings))}
 
 
+def take_cards(name: str, requires: dict) -> None:
+    """Let CUDA see the cards that the profile requires, and no more; say which are left out."""
+    taken, gpus = fitting(requires), machine.gpus()
+    if not taken or len(gpus) == len(taken):
+        return  # all of them, perhaps in an order or under UUIDs that the user gave
+
+    def words(cards: list[dict]) -> tuple[str, str]:
+        names = dict.fromkeys(machine.short(card["name"]) for card in cards)
+        return ",".join(str(card["index"]) for card in cards), ", ".join(names)
+
+    numbers, names = words(taken)
+    left_numbers, left_names = words([gpu for gpu in gpus if gpu not in taken])
+    os.environ["CUDA_VISIBLE_DEVICES"] = numbers
+    note(
+        f"profile {name} takes card{'s' * (len(taken) > 1)} {numbers} ({names}) of {len(gpus)} and "
+        f"leaves out {left_numbers} ({left_names}); CUDA_VISIBLE_DEVICES chooses others"
+    )
+
+
+def programs_first() -> None:
+    """Put this environment's programs (torchrun, ninja ...) first on PATH: nobody need activate it."""
+    programs = str(Path(sys.prefix, "bin"))
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = programs + os.pathsep + path
+
+
 @cache
 def load_profile(name: str | None = None, check: bool = True):
     """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ where the user set nothing.
 
-    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks is
-    refused, except where nothing runs (--help, --dry-run, or `check` False).
+    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks, or for
+    another lock, is refused, except where nothing runs (--help, --dry-run, or `check` False).
     """
     from omegaconf import OmegaConf
 
@@ -88,19 +189,30 @@ def load_profile(name: str | None = None, check: bool = True):
     if name not in known:
         fail(f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect")
     values = read_yaml(FOLDER / f"{name}.yaml")
-    lacks = missing(values.get("requires", {}))
-    if lacks and check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
-        fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
+    requires = values.get("requires", {})
+    if check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
+        if lacks := missing(requires):
+            fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
+        if requires.get("gpus") and machine.lock() == "cpu":
+            fail(
+                f"profile {name} needs the gpu lock, and this environment is the cpu lock's: "
+                "make setup LOCK=gpu, or leave PROFILE out"
+            )
     os.environ["PROFILE"] = name  # child processes run under the same one
+    take_cards(name, requires)
+    programs_first()
     for variable, value in (capped(values.get("env", {})) | writable_home()).items():
         os.environ.setdefault(variable, str(value))
+    results.began(values)
     return OmegaConf.create({"name": name, **values})
 
 
 def main() -> None:
     profile = load_profile()
     if len(sys.argv) == 1:
-        for variable in ["PROFILE", *profile.env, *writable_home()]:
+        names = ["PROFILE", "PATH", *LOCAL_VARIABLES, "CUDA_VISIBLE_DEVICES"]
+        names += [*capped(dict(profile.env)), *writable_home()]
+        for variable in dict.fromkeys(name for name in names if name in os.environ):
             print(f"export {variable}={shlex.quote(os.environ[variable])}")
         return
     try:

@@ -2,18 +2,20 @@
 
 Decoding reads every weight once a step, so memory bandwidth bounds it; prefill and training multiply matrices, so FLOP/s bound them
 (roofline model, Williams et al. 2009). Communication is alpha + bytes / beta for each message (Thakur et al. 2005). Real engines reach
-a part of these bounds; modules/01_single_gpu_smoke/readme.md shows which. Rates are per card, in bytes/s and FLOP/s; times in seconds.
+a part of these bounds; modules/01_single_gpu_smoke/planner.md shows which. Rates are per card, in bytes/s and FLOP/s; times in seconds.
 """
 
 import math
 from dataclasses import dataclass
 
-from lab import memory
+from lab import ROOT, memory
+
+CARD = "RTX 4090"  # what is predicted for where no card is
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Nominal rates of a cluster of equal cards. The defaults are two RTX 4090s (NVIDIA Ada whitepaper: 1008 GB/s, 165.2 TFLOP/s dense bf16
+    """Nominal rates of a cluster of equal cards. The defaults are two RTX 4090s (configs/cards.yaml: dense bf16
     with fp32 accumulation) in PCIe 4.0 slots without peer-to-peer, so that every message passes through host memory."""
 
     gpus: int = 2
@@ -24,6 +26,17 @@ class Machine:
     gpus_per_node: int = 8
     network: float = 12.5e9  # beta between machines: 100 Gbit/s
     network_latency: float = 30e-6
+
+
+def nominal(gpus: int = 2, cards: tuple[str, ...] = (CARD,)) -> Machine | None:
+    """`gpus` cards of these names, as fast as the slowest; None where configs/cards.yaml lacks one."""
+    from lab.profile import read_yaml
+
+    known = read_yaml(ROOT / "configs" / "cards.yaml")
+    if not set(cards) <= known.keys():
+        return None
+    bandwidth, flops = (min(known[card][rate] for card in cards) for rate in ("bandwidth", "bf16"))
+    return Machine(gpus=gpus, bandwidth=bandwidth * 1e9, flops=flops * 1e12)
 
 
 def collective(kind: str, size: float, n: int, machine: Machine) -> float:

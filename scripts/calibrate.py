@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, machine, models, results, shown
+from lab import ROOT, RUNS, fail, jobs, machine, models, results, shown
 from lab.profile import load_profile, read_yaml
 
 CASES = ROOT / "configs" / "calibration.yaml"
@@ -34,7 +34,7 @@ def cuda_total_gib() -> float:
     """Memory of the first card as CUDA counts it: a 4090's driver keeps some of the 24 GiB to itself."""
     import pynvml
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0), version=pynvml.nvmlMemory_v2)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(machine.handles()[0], version=pynvml.nvmlMemory_v2)
     return (memory.total - memory.reserved) / 2**30
 
 
@@ -239,6 +239,7 @@ def main() -> None:
             print(f"{name:20} {case['use']:5} plan.py {case['plan']}")
         return
     load_profile(check=False)  # a line says itself how many cards it needs
+    jobs.refuse_taken_cards()
     failed, able_here = [], 0
     for name, case in cases.items():
         if asked.only and name not in asked.only:

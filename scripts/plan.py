@@ -10,8 +10,35 @@ imported, and nothing is downloaded when --model is a folder, a config.json or a
 """
 
 import argparse
+import os
 
-from lab import ROOT, fail, memory, models, results
+from lab import ROOT, fail, machine, memory, models, results, speed
+
+FP8 = (8, 9)  # compute capability from which on tensor cores multiply FP8
+GPU_PROFILES = {"4090x1": 1, "4090x2": 2}  # cards that they take
+TWO_4090S = {"gpus": 2, "gpu_memory_gib": memory.CARD_GIB, "cards": (speed.CARD,), "fp8": True}
+
+
+def here() -> dict:
+    """The cards of this machine that its GPU profile takes, or RTX 4090s where there are none; and that profile.
+
+    gpus, gpu_memory_gib as CUDA sees it (of the smallest), cards (their names), fp8 (whether they multiply it).
+    """
+    profile = os.environ.get("PROFILE", "")
+    if profile not in GPU_PROFILES:
+        profile = "4090x1" if len(machine.gpus()) == 1 else "4090x2"
+    gpus = GPU_PROFILES[profile]
+    taken = machine.gpus()[:gpus]
+    if not taken:
+        return TWO_4090S | {"gpus": gpus, "profile": profile}
+    sizes = [min(gpu["cuda_gib"], machine.memory_cap_gib() or gpu["cuda_gib"]) for gpu in taken]
+    return {
+        "profile": profile,
+        "gpus": gpus,
+        "gpu_memory_gib": min(sizes),
+        "cards": tuple(dict.fromkeys(machine.short(gpu["name"]) for gpu in taken)),
+        "fp8": all(tuple(gpu["capability"]) >= FP8 for gpu in taken),
+    }
 
 
 def numbers(kind, low, words: str):
@@ -38,16 +65,18 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(here: dict) -> argparse.ArgumentParser:
     whole = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = whole.add_subparsers(dest="task", metavar="serve|train|image-edit")
-    machine = Parser(add_help=False)
-    machine.add_argument("--gpus", type=count, default=2, help="cards (default: %(default)s)")
-    machine.add_argument("--gpu-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), default=memory.CARD_GIB, help="of one card as CUDA sees it (default: %(default)s, an RTX 4090)")
-    machine.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    serve = tasks.add_parser("serve", parents=[machine], help="vLLM")
-    train = tasks.add_parser("train", parents=[machine], help="full, LoRA or QLoRA fine-tuning")
-    edit = tasks.add_parser("image-edit", parents=[machine], help="Qwen-Image-Edit")
+    cards = Parser(add_help=False)
+    cards.add_argument("--gpus", type=count, default=here["gpus"], help="cards (default: %(default)s)")
+    cards.add_argument("--gpu-memory-gib", type=numbers(float, 0.1, "memory must be at least 0.1 GiB"), default=here["gpu_memory_gib"],
+                       help=f"of one card as CUDA sees it (default: %(default)s, as an {' and an '.join(here['cards'])})")  # fmt: skip
+    cards.set_defaults(cards=here["cards"], fp8=here["fp8"])
+    cards.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    serve = tasks.add_parser("serve", parents=[cards], help="vLLM")
+    train = tasks.add_parser("train", parents=[cards], help="full, LoRA or QLoRA fine-tuning")
+    edit = tasks.add_parser("image-edit", parents=[cards], help="Qwen-Image-Edit")
     for task in (serve, train, edit):
         task.add_argument("--model", required=task is not edit, default="qwen-image-edit", help="name in configs/models.yaml, hub id, folder or config.json")
     serve.add_argument("--gpu-memory-utilization", type=numbers(float, 0.01, "--gpu-memory-utilization is a share of the card, above 0 and at most 1"),
@@ -79,8 +108,9 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    args = parser().parse_args(words)
+def parse(words: list[str] | None = None, here: dict = TWO_4090S) -> argparse.Namespace:
+    """A command line of this script; what it does not say of the cards is as in `here`."""
+    args = parser(here).parse_args(words)
     if args.task == "serve":
         model = memory.read(models.config(args.model), args.model)
         args.tp = args.tp or max(n for n in range(1, max(1, args.gpus // args.pp) + 1) if memory.splits(model, n))
@@ -96,7 +126,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def options(args: argparse.Namespace) -> dict:
     """The arguments that lab.memory takes, by its own names."""
-    return {k: v for k, v in vars(args).items() if k not in ("task", "model", "json", "recipe", "size")}
+    return {k: v for k, v in vars(args).items() if k not in ("task", "model", "json", "recipe", "size", "cards", "fp8")}
 
 
 def plan(args: argparse.Namespace) -> dict:
@@ -112,7 +142,20 @@ def plan(args: argparse.Namespace) -> dict:
             found[f"max_{name}"] = most(lambda value, name=name: task(model, **options(args) | {name: value})["fits"], getattr(args, name))
     found["parameters"] = model.parameters
     found["predicted_speed"] = predicted(model, args)
+    found["notes"] = fp8_notes(model, args, found["suggestion"])
     return found
+
+
+def fp8_notes(model: memory.Model, args: argparse.Namespace, suggestion: str) -> list[str]:
+    """What FP8 means on these cards, where the plan has some. Source: vllm/platforms/cuda.py, backends' supports_kv_cache_dtype."""
+    name = " + ".join(args.cards)
+    notes = []
+    if not args.fp8 and (args.dtype == "fp8" or model.stored == "fp8" or "dtype fp8" in suggestion):
+        notes.append(f"{name} multiplies no FP8: weights of 8 bits save memory, and are computed with in 16")
+    if getattr(args, "kv_dtype", "") == "fp8" or "kv-dtype fp8" in suggestion:
+        way = "add --attention-backend TRITON_ATTN" if args.fp8 else "leave --kv-cache-dtype out"
+        notes.append(f"except on Hopper, vLLM reads an FP8 cache by FlashInfer, which nvcc compiles: without a CUDA toolkit, {way}")
+    return notes
 
 
 def most(fits, value: int) -> int:
@@ -137,7 +180,7 @@ def changes(model: memory.Model, args: argparse.Namespace, found: dict) -> dict[
         divides = [n for n in range(args.tp + 1, args.gpus // args.pp + 1) if memory.splits(model, n)]
         fewer = found["kv_tokens"] // args.max_model_len  # requests that the cache does hold
         found = {"tp": [(1, divides[-1])] if divides else [], "gpu_memory_utilization": [(1, u) for u in (0.95, *memory.UTILIZATIONS) if args.gpu_memory_utilization and u != args.gpu_memory_utilization]}
-        found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" else []}
+        found |= {"concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [], "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" and args.fp8 else []}
         found |= {"max_model_len": shorter("max_model_len", 1024)}
         smaller = [d for d in ("fp8", "int4") if memory.LINEAR_BYTES[d] < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]]
         return found | {"dtype": [(8 if d == "fp8" else 10, d) for d in smaller]}
@@ -173,10 +216,10 @@ def suggestion(task, model: memory.Model, args: argparse.Namespace, found: dict)
 
 
 def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
-    """Bounds of the speed on cards as fast as a 4090 (lab/speed.py)."""
-    from lab import speed
-
-    cluster = speed.Machine(gpus=args.gpus)
+    """Bounds of the speed on cards like those here (lab/speed.py); {} where nobody says how fast they are."""
+    cluster = speed.nominal(args.gpus, args.cards)
+    if cluster is None:
+        return {}
     if args.task == "serve":
         found = speed.decode(model, cluster, tp=args.tp, dtype=args.dtype, kv_dtype=args.kv_dtype, batch=args.concurrency, context=min(1024, args.max_model_len))
         found |= speed.prefill(model, cluster, tp=args.tp, dtype=args.dtype, tokens=min(1024, args.max_model_len))
@@ -224,8 +267,11 @@ def image_edit(args: argparse.Namespace) -> dict:
 # This repository's own recipes, as the planner's command lines
 
 
-def recipes() -> dict[str, tuple[str, str]]:
-    """{what a reader types: (file it is written in, the planner's command line)} of the 4090x2 profile and of modules/*/configs."""
+def recipes(name: str = "4090x2") -> dict[str, tuple[str, str]]:
+    """{what a reader types: (file it is written in, the planner's command line)} of a GPU profile and of modules/*/configs.
+
+    A line that asks for more cards than the profile takes is there too: its --gpus says so.
+    """
     import json
 
     from lab.profile import read_yaml
@@ -234,7 +280,7 @@ def recipes() -> dict[str, tuple[str, str]]:
         file = ROOT / name
         return json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else read_yaml(file)
 
-    here = "configs/profiles/4090x2.yaml"
+    here = f"configs/profiles/{name}.yaml"
     profile, found = read(here), {}
     servers = {command: (here, profile[name]["model"], profile[name]["args"]) for name, command in (("serve", "make vllm-serve"), ("throughput", "make vllm-throughput"))}
     for file in sorted((ROOT / "modules/03_vllm/configs/recipes").glob("*.yaml")):
@@ -243,23 +289,23 @@ def recipes() -> dict[str, tuple[str, str]]:
     for command, (file, model, args) in servers.items():
         flags = {k: v for k, v in args.items() if k in ("gpu-memory-utilization", "max-model-len", "dtype")} | {"tp": args.get("tensor-parallel-size", 1)}
         flags |= {"dtype": args["quantization"]} if "quantization" in args else {}
-        found[command] = (file, f"serve --model {model} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
+        found[command] = (file, f"serve --model {model} --gpus {max(profile['requires']['gpus'], flags['tp'])} " + " ".join(f"--{k} {v}" for k, v in flags.items()))
     t = profile["train"]
     steps = f"--micro-batch {t['micro_batch']} --seq-len {t['seq_len']} --accumulate {{}} --dtype {t['dtype']}"
     found["make train-one"] = (here, f"train --model {t['model']} --gpus 1 " + steps.format(2))
-    found["make train-ddp"] = (here, f"train --model {t['model']} " + steps.format(t["accumulate"]))
+    found["make train-ddp"] = (here, f"train --model {t['model']} --gpus 2 " + steps.format(t["accumulate"]))
     for file in sorted((ROOT / "modules/04_Accelerate/configs").glob("*.yaml")):
         launcher = read(file)
         kind = launcher["distributed_type"]
         engine = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": f"deepspeed --zero {launcher.get('deepspeed_config', {}).get('zero_stage', 0)}"}[kind]
-        found[f"make train-accelerate CONFIG={file.stem}"] = (f"modules/04_Accelerate/configs/{file.name}", f"train --model {t['model']} --engine {engine} " + steps.format(t["accumulate"]))
+        found[f"make train-accelerate CONFIG={file.stem}"] = (f"modules/04_Accelerate/configs/{file.name}", f"train --model {t['model']} --gpus 2 --engine {engine} " + steps.format(t["accumulate"]))
     for target, file in [*((f"train-z{z}", f"configs/z{z}.json") for z in range(4)), ("train-z2-offload", "ds_config.json")]:
         config = read(f"modules/05_DeepSpeed/{file}")
         zero = config["zero_optimization"]
         model = profile["zero"]["model"] if zero["stage"] else t["model"]
         accumulate = config["gradient_accumulation_steps"] if config["gradient_accumulation_steps"] != "auto" else t["accumulate"]
         where = "+".join(k.removeprefix("offload_") for k in ("offload_optimizer", "offload_param") if k in zero) or "none"
-        line = f"train --model {model} --engine deepspeed --zero {zero['stage']} --offload {where} --bucket {zero.get('reduce_bucket_size', 5e8):g} "
+        line = f"train --model {model} --gpus 2 --engine deepspeed --zero {zero['stage']} --offload {where} --bucket {zero.get('reduce_bucket_size', 5e8):g} "
         found[f"make {target}"] = (f"modules/05_DeepSpeed/{file}", line + steps.format(accumulate))
     for file, target in (("sft_lora.yaml", "lf-train"), ("sft_lora_z2.yaml", "lf-train-z2")):
         c = read(f"modules/06_LLaMA-Factory/configs/{file}")
@@ -268,12 +314,12 @@ def recipes() -> dict[str, tuple[str, str]]:
         line += f" --micro-batch {c['per_device_train_batch_size']} --accumulate {c['gradient_accumulation_steps']}"
         line += "" if c.get("disable_gradient_checkpointing") else " --checkpointing"
         zero = read(c["deepspeed"])["zero_optimization"]["stage"] if "deepspeed" in c else 0
-        found[f"make {target}"] = (f"modules/06_LLaMA-Factory/configs/{file}", line + (f" --engine deepspeed --zero {zero}" if zero else " --gpus 1"))
+        found[f"make {target}"] = (f"modules/06_LLaMA-Factory/configs/{file}", line + (f" --gpus 2 --engine deepspeed --zero {zero}" if zero else " --gpus 1"))
     file = "modules/06_LLaMA-Factory/configs/infer.yaml"
     c = read(file)
-    found["make lf-chat"] = (file, f"serve --model {c['model_name_or_path']} --dtype {c['infer_dtype']} --tp 1 --max-model-len 4096")
+    found["make lf-chat"] = (file, f"serve --model {c['model_name_or_path']} --gpus {profile['requires']['gpus']} --dtype {c['infer_dtype']} --tp 1 --max-model-len 4096")
     e = profile["image_edit"]
-    found["make image-edit"] = (here, f"image-edit --model {e['model']} --recipe {e['recipe']} --size {e['size']}")
+    found["make image-edit"] = (here, f"image-edit --model {e['model']} --gpus {profile['requires']['gpus']} --recipe {e['recipe']} --size {e['size']}")
     return found
 
 
@@ -303,24 +349,36 @@ def show(args: argparse.Namespace, found: dict) -> None:
         print(f"  NVMe (nobody has run it){found['nvme_gib']:8.1f}")
     if "max_micro_batch" in found:
         print(f"  left over: {left_over(found).split(';')[0]} a sequence")
-    if "predicted_speed" in found:
-        print("  predicted bounds on 4090s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in found["predicted_speed"].items()))
+    for note in found.get("notes", []):
+        print(f"  {note}")
+    if speeds := found.get("predicted_speed"):
+        print(f"  predicted bounds on {' + '.join(args.cards)}s: " + ", ".join(f"{k} {v:,}" if isinstance(v, float) else f"{k} {v}" for k, v in speeds.items()))
+    elif speeds == {}:
+        print(f"  no predicted bounds: configs/cards.yaml has no {' + '.join(args.cards)}")
     print("\nfits" if found["fits"] else f"\ndoes not fit; the cheapest change that does: {found['suggestion']}")
 
 
 def table() -> None:
-    """What of this repository fits 2 x 24 GB, and why: a line for each recipe."""
-    print(f"{'this repository on 2 x 24 GB':44} {'GiB on a card':>13}  {'most of it':42} left over")
-    for command, (_, line) in recipes().items():
-        found = plan(parse(line.split()))
+    """What of this repository fits the cards here, and why: a line for each recipe."""
+    cards = here()
+    title = f"this repository on {cards['gpus']} x {' + '.join(cards['cards'])}"
+    print(f"{title:44} {'GiB on a card':>13}  {'most of it':42} left over")
+    for command, (_, line) in recipes(cards["profile"]).items():
+        args = parse(line.split(), cards)
+        if args.gpus > cards["gpus"]:
+            print(f"{command:44} {'-':>13}  needs {args.gpus} cards")
+            continue
+        found = plan(args)
         parts = {name: value for name, value in found["per_gpu_gib"].items() if name != "total"}
         most = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in sorted(parts.items(), key=lambda p: -p[1])[:2])
-        print(f"{command:44} {found['per_gpu_gib']['total']:13.1f}  {most:42} {left_over(found) if found['fits'] else 'DOES NOT FIT: ' + found['suggestion']}")
-    print("\nA card of 24 GB leaves 23.6 GiB to CUDA. Predictions; held against measurement in modules/01_single_gpu_smoke/readme.md.")
+        verdict = left_over(found) if found["fits"] else "DOES NOT FIT: " + found["suggestion"]
+        print(f"{command:44} {found['per_gpu_gib']['total']:13.1f}  {most:42} {verdict}")
+    print(f"\nCUDA sees {cards['gpu_memory_gib']:g} GiB of a card here. Predictions; "
+          "held against measurement in modules/01_single_gpu_smoke/planner.md.")
 
 
 def main() -> None:
-    args = parse()
+    args = parse(None, here())
     if args.task is None:
         table()
         return results.note("scripts/plan")

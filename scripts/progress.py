@@ -1,56 +1,137 @@
-"""Which stages and which tasks are done: `make progress`.
+"""Which tasks are done, and the one next step: `make progress`.
 
-    make progress                       every stage, and the first task of each that is still open
-    make progress ARGS="03_vllm"        every task of a stage
+    make progress                       every stage, and what to do next
+    make progress ARGS="03_vllm"        every task of a stage, and what to do next in it
 
-A task of modules/*/PLAN.md is done when its command has done its work here (runs/records/history.jsonl keeps what each script and
-make target finished), or when you have ticked its box, `- [x]`, as you do for those that leave no result: a diff read, an error understood.
+A task of modules/*/PLAN.md is done when its command has done its work here: what each script and
+make target finished is in runs/records/history.jsonl; a command of another program writes the file
+under runs/ that it ends with. A box that you tick, `- [x]`, counts too.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
+from dataclasses import dataclass
 
-from lab import ROOT, fail, results
+from lab import ROOT, fail, results, shown
+from lab.profile import FOLDER, detect, read_yaml
 
 TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
+# Work that is divided over two devices: two processes of a CPU, or two cards.
+DIVIDED = re.compile(
+    r"\b(mini-tp|vllm-tp|train-ddp|train-accelerate|train-z[0-3]|lf-train-z2|deepspeed --num_gpus)\b"
+)
+
+
+@dataclass
+class Task:
+    text: str
+    command: str
+    ticked: bool
+
+    @property
+    def profile(self) -> str:
+        """The profile that it asks for; "" where any will do."""
+        return words(self.command)[0]
 
 
 def words(command: str) -> tuple[str, set[str]]:
-    """(profile it asks for, its words): `PROFILE=4090x2 make train-z2 ARGS="--steps 2"` -> ("4090x2", {train-z2, ARGS=--steps 2})."""
-    found = shlex.split(command)
-    profile = next((w.removeprefix("PROFILE=") for w in found if w.startswith("PROFILE=")), "")
-    return profile, {w for w in found if not w.startswith("PROFILE=") and w not in ("make", "python")}
+    """The profile it asks for, and its words.
+
+    `PROFILE=4090x2 make train-z2 ARGS="--steps 2"` -> ("4090x2", {train-z2, ARGS=--steps 2}).
+    """
+    parts = shlex.split(command)
+    profile = next((w.removeprefix("PROFILE=") for w in parts if w.startswith("PROFILE=")), "")
+    if parts[:1] == [
+        "cd"
+    ]:  # cd FOLDER && deepspeed ... SCRIPT ...: known by the script's path from here
+        script = next(i for i, word in enumerate(parts) if word.endswith(".py"))
+        parts = [f"{parts[1]}/{parts[script]}", *parts[script + 1 :]]
+    dropped = {"make", "python", f"PROFILE={profile}"}
+    return profile, set(parts) - dropped
+
+
+def read(plan) -> list[Task]:
+    found = TASK.findall(plan.read_text(encoding="utf-8"))
+    return [Task(text, command, tick != " ") for tick, text, command in found]
+
+
+def finished() -> list[tuple[str, set[str]]]:
+    """(profile, words) of every command that did its work here, as typed and as make was told."""
+    history = results.FOLDER / "history.jsonl"
+    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+    ran = [json.loads(line) for line in lines]
+    return [(line["profile"], words(line[how])[1]) for line in ran for how in ("command", "make")]
+
+
+def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
+    if task.ticked:
+        return True
+    if task.command == "make setup":
+        marker = ROOT / ".venv" / ".videofen-setup"  # set-up fills it last
+        return marker.is_file() and marker.stat().st_size > 0
+    last = shlex.split(task.command)[-1]
+    if last.startswith("runs/"):
+        return (ROOT / last).is_file() and (ROOT / last).stat().st_size > 0
+    profile, wanted = words(task.command)
+    dry = "--dry-run" in task.command
+    return any(
+        wanted <= had and profile in ("", ran_under) and any("--dry-run" in w for w in had) == dry
+        for ran_under, had in ran
+    )
+
+
+def possible(task: Task, profile: str) -> bool:
+    """Whether a machine with this profile can do the task."""
+    cards = read_yaml(FOLDER / f"{profile}.yaml").get("requires", {}).get("gpus", 0)
+    if "--dry-run" in task.command:
+        return True
+    if task.profile not in ("", "cpu", profile):
+        return False
+    if cards and "two-nodes" in task.command:  # it computes on CPUs
+        return False
+    return cards != 1 or not DIVIDED.search(task.command)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("stage", nargs="?", help="show every task of this stage")
     args = parser.parse_args()
     plans = {plan.parent.name: plan for plan in sorted(ROOT.glob("modules/*/PLAN.md"))}
     if args.stage and args.stage not in plans:
         fail(f"unknown stage {args.stage}: choose one of {', '.join(plans)}")
-    history = results.FOLDER / "history.jsonl"
-    ran = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()] if history.is_file() else []
-    finished = [(line["profile"], words(line["command"])[1]) for line in ran] + [(line["profile"], words(line["make"])[1]) for line in ran]
+    ran = finished()
+    profile = os.environ.get("PROFILE") or detect()
+    if not (FOLDER / f"{profile}.yaml").is_file():
+        fail(f"unknown PROFILE={profile}: leave it out to detect, or see configs/profiles/")
 
-    def is_done(tick: str, command: str) -> bool:
-        profile, wanted = words(command)
-        return tick != " " or any(wanted <= had and profile in ("", p) for p, had in finished)
-
-    total = done_in_all = 0
+    total = done_in_all = elsewhere = 0
+    following = None  # the first open task that this machine can do, and its plan
     for stage, plan in plans.items():
-        tasks = [(is_done(tick, command), text, command) for tick, text, command in TASK.findall(plan.read_text(encoding="utf-8"))]
-        done = sum(task[0] for task in tasks)
+        tasks = [(task, is_done(task, ran)) for task in read(plan)]
+        done = sum(ok for _, ok in tasks)
         total, done_in_all = total + len(tasks), done_in_all + done
         bar = "█" * round(10 * done / len(tasks))
-        print(f"{stage:22} {bar:·<10} {done:2}/{len(tasks):<2}", end="")
-        left = next((command for ok, _, command in tasks if not ok), None)
-        print("" if args.stage else f"   next: {left}" if left else "   all done")
-        for ok, text, command in tasks if stage == args.stage else []:
-            print(f"    [{'x' if ok else ' '}] {text}: {command}")
-    print(f"{done_in_all} of {total} tasks done; the tutorial of a stage: modules/<stage>/readme.md, its tasks: PLAN.md beside it")
+        print(f"{stage:22} {bar:·<10} {done:2}/{len(tasks)}")
+        for task, ok in tasks:
+            if args.stage == stage:
+                print(f"    [{'x' if ok else ' '}] {task.text}: {task.command}")
+            if ok:
+                continue
+            if not possible(task, profile):
+                elsewhere += 1
+            elif following is None and args.stage in (None, stage):
+                following = task, plan
+    rest = f"; {elsewhere} of the others need another machine than {profile}" if elsewhere else ""
+    print(f"\n{done_in_all} of {total} tasks done{rest}")
+    if following:
+        task, plan = following
+        print(f"next: {task.command}\n      {task.text} ({shown(plan)}: tick it to pass over it)")
+    else:
+        print("next: nothing is left to do here" + (f" in {args.stage}" if args.stage else ""))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """End every server and background job this repository started, and nothing else: `make stop`."""
 
-from lab import jobs
+from lab import jobs, results
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
         print(f"ended {name} ({count} process{'es' if count != 1 else ''})")
     if not running:
         print("nothing of this repository is running")
+    results.note("scripts/stop")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the measured tables of every readme from the records in results/: `make tables` (`--check`: only say what differs).
+"""Write the measured tables of every readme and page from the records in results/: `make tables` (`--check`: only say what differs).
 
 A table stands between two comments. The first names a record and, a row each, which of its metrics to show under which words:
 
@@ -12,6 +12,9 @@ Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` st
 `make calibrate` (states: of module 05's trainings) beside what was measured.
 
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml, its measured column from records.
+
+What differs from a record's ordinary life (versions that are not the lock's, code that was not committed, its `notes`) stands under
+every table that uses it, in the language of the page; a claim whose record has such a line is marked.
 """
 
 import argparse
@@ -28,11 +31,29 @@ CLAIM_WORDS = {
     "zh": ("说法", "实测", "来源", "准确地说", "状态", {"measured": "实测", "cited": "引用", "not yet": "待测"}),
     "en": ("claim", "measured", "source", "precisely", "status", {"measured": "measured", "cited": "cited", "not yet": "not yet"}),
 }
+WORDS = {
+    "zh": {
+        "versions": "版本（括号里是锁定的）：",
+        "version": "{} {}（{}）",
+        "uncommitted": "代码或设置有没提交的改动",
+        "all": "表中全部",
+        "marks": ("、", "：", "；", "。"),
+        "claims": "† 这条记录的版本、提交或设置有出入，写在它所在模块的表下面。",
+    },
+    "en": {
+        "versions": "versions (those of the lock): ",
+        "version": "{} {} ({})",
+        "uncommitted": "code or settings were changed and not committed",
+        "all": "all of this table",
+        "marks": (", ", ": ", "; ", "."),
+        "claims": "† Versions, commit or settings of this record differ: the line under its table in the module says how.",
+    },
+}
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 
 
 def readmes() -> list:
-    return sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
+    return sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/*.md")])
 
 
 def number(value) -> str:
@@ -49,23 +70,57 @@ def records(name: str) -> dict[str, dict]:
     return {f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text()) for f in sorted(ROOT.glob(f"results/*/{name}.json"))}
 
 
+def differences(record: dict, language: str) -> list[str]:
+    """What to know of a record before believing it: versions that are not the lock's, code not committed, its notes."""
+    words = WORDS[language]
+    lines = []
+    if differ := record.get("versions_differ"):
+        packages = [words["version"].format(name, *pair) for name, pair in differ.items()]
+        lines.append(words["versions"] + words["marks"][0].join(packages))
+    # Records without `environment` are older: to them results/ and readmes were code too.
+    if record["commit"].endswith("-dirty") and "environment" in record:
+        lines.append(words["uncommitted"])
+    return lines + [note[language] for note in record.get("notes", [])]
+
+
+def remarks(used: dict[str, dict], language: str) -> list[str]:
+    """What differs in the records {name: record} of a table, each thing once: a line for the names that share it."""
+    comma, colon, semicolon, stop = WORDS[language]["marks"]
+    names: dict[str, list[str]] = {}  # a difference: whose it is
+    for name, record in used.items():
+        for difference in differences(record, language):
+            names.setdefault(difference, []).append(f"`{name}`")
+    lines: dict[str, list[str]] = {}  # whose: the differences that these share
+    for difference, owners in names.items():
+        whose = WORDS[language]["all"] if len(owners) == len(used) > 3 else comma.join(owners)
+        lines.setdefault(whose, []).append(difference)
+    return [f"{whose}{colon}{semicolon.join(shared)}{stop}  " for whose, shared in lines.items()]
+
+
 def claims(language: str) -> str:
     """The claims of configs/claims.yaml, a row each, with what the records say of them."""
     *heads, statuses = CLAIM_WORDS[language]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for entry in yaml.safe_load((ROOT / "configs/claims.yaml").read_text(encoding="utf-8")):
         measured: dict[str, list[str]] = {}
+        marks: dict[str, str] = {}
         for measure in entry.get("measured", []):
             for machine, record in records(measure["record"]).items():
                 if measure["metric"] in record["metrics"]:
-                    measured.setdefault(machine, []).append(measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"]))
+                    said = measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"])
+                    measured.setdefault(machine, []).append(said)
+                    if differences(record, language):
+                        marks[machine] = " †"
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
-        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(f"`{m}`: {', '.join(v)}" for m, v in measured.items())]
+        numbers = [f"`{machine}`: {', '.join(said)}{marks.get(machine, '')}" for machine, said in measured.items()]
+        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(numbers)]
         lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")
+    if any(" †" in line for line in lines):
+        lines += ["", WORDS[language]["claims"]]
     return "\n".join(lines) + "\n"
 
 
-def table(record: str, rows: str) -> str:
+def table(record: str, rows: str, language: str) -> str:
     """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it or a metric is missing."""
     found = records(record)
     if not found:
@@ -79,7 +134,7 @@ def table(record: str, rows: str) -> str:
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += [f"`{m}`: {r['machine']['gpus'][0]['name'] if r['machine']['gpus'] else r['machine']['cpu']}, {r['date'][:10]}, `{r['command']}`  " for m, r in found.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + remarks(found, language)) + "\n"
 
 
 def errors(use: str) -> list[tuple[str, str, str, float, float]]:
@@ -110,19 +165,24 @@ def errors(use: str) -> list[tuple[str, str, str, float, float]]:
     return rows
 
 
-def calibration(use: str) -> str:
+def calibration(use: str, language: str) -> str:
+    folder = "05_DeepSpeed/" if use == "states" else "scripts/calibrate-"
+    used = {}
     lines = ["| | | predicted | measured | error | machine |", "|---|---|---:|---:|---:|---|"]
     for machine, name, quantity, predicted, measured in errors(use):
         digits = "{:,}" if isinstance(predicted, int) else "{:,.2f}"
         lines.append(f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |")
+        used[f"{machine}/{name}"] = records(folder + name)[machine]
+    if said := remarks(used, language):
+        lines += ["", *said]
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str) -> str:
-    """`text` with every table in it generated anew."""
-    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2]) + "\n" + m[4], text)
+def filled(text: str, language: str) -> str:
+    """`text`, a page in `language` (zh, en), with every table in it generated anew."""
+    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2], language) + "\n" + m[4], text)
     text = CLAIMS.sub(lambda m: m[1] + "\n" + claims(m[2]) + "\n" + m[4], text)
-    return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3]) + "\n" + m[5], text)
+    return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3], language) + "\n" + m[5], text)
 
 
 def main() -> None:
@@ -132,7 +192,8 @@ def main() -> None:
     drifted = []
     for file in readmes():
         text = file.read_text(encoding="utf-8")
-        if (new := filled(text)) != text:
+        language = "en" if file.name.endswith(".en.md") else "zh"
+        if (new := filled(text, language)) != text:
             drifted.append(shown(file))
             if not args.check:
                 file.write_text(new, encoding="utf-8")

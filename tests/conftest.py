@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -18,10 +19,76 @@ os.environ.pop("ARGS", None)  # of `make test ARGS=...`: pytest's own, which mak
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
+# Programs that tests use beside those README asks for, and the Debian package of each; .ci/run installs them all.
+PACKAGES = {
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "curl": "curl",
+    "ip": "iproute2",
+    "nginx": "nginx-light",
+    "openssl": "openssl",
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "alone: not beside tests that start servers or change the tree")
+    config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
+
+
+@pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
+def pytest_runtest_setup(item):
+    """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is true, fail."""
+    for mark in item.iter_markers("needs"):
+        missing = [name for name in mark.args if not shutil.which(name, path=ENVIRONMENT["PATH"])]
+        if missing:
+            packages = {PACKAGES[name] for name in missing}
+            words = f"{', '.join(missing)} not installed: sudo apt install {' '.join(sorted(packages))}"
+            if os.environ.get("CI") == "true":
+                pytest.fail(words, pytrace=False)
+            pytest.skip(words)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """The last words: how many tests lacked a package, and how to get them all."""
+    yield
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    lacking = [found[1] for reason in reasons if (found := re.search(r"sudo apt install ([\w -]+)", reason))]
+    if lacking:
+        packages = " ".join(sorted(set(" ".join(lacking).split())))
+        count = f"{len(lacking)} test{'s'[: len(lacking) != 1]}"
+        terminalreporter.write_line(
+            f"{count} skipped for missing Debian packages: sudo apt install {packages}", yellow=True
+        )
+
+
+# Files whose tests share nothing with the others: no port, no job in runs/, no file of the tree that is changed.
+# `make test` runs them beside the rest, which goes one after another on one worker.
+SIDE_BY_SIDE = {
+    "test_data",
+    "test_equality",
+    "test_gpu_road",
+    "test_image_edit",
+    "test_layout",
+    "test_memory",
+    "test_mini_vllm",
+    "test_models",
+    "test_plan",
+    "test_profile",
+    "test_readme_en",
+    "test_report",
+    "test_results",
+    "test_setup",
+}
+
+
 def pytest_collection_modifyitems(items):
     """Fast files first: what breaks early is said early."""
     order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
     items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
+    for item in items:
+        if item.module.__name__ not in SIDE_BY_SIDE or item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.xdist_group("one after another"))
 
 
 def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, python, refused, run
 
@@ -95,8 +96,6 @@ def test_little_room(tmp_path):
 
 
 def test_little_memory(doctor, monkeypatch):
-    import psutil
-
     from lab.profile import load_profile
 
     real = psutil.virtual_memory()
@@ -129,7 +128,9 @@ def test_an_orphan():
         found = checked("orphans")["orphans"]
         assert found["verdict"] == "warning" and "VLLM::EngineCore-test" in found["found"]
     finally:
-        subprocess.run(["pkill", "-f", "VLLM::EngineCore-test"], check=False)
+        for process in psutil.process_iter(["cmdline"]):
+            if "VLLM::EngineCore-test" in (process.info["cmdline"] or []):
+                process.kill()
 
 
 def test_exit_codes_and_bad_input():

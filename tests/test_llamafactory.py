@@ -306,8 +306,8 @@ def no_jobs():
 
 
 def listening(port: int) -> list[str]:
-    out = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
-    return [line.split()[3] for line in out.splitlines() if line.split()[3].endswith(f":{port}")]
+    sockets = psutil.net_connections("tcp")
+    return [f"{s.laddr.ip}:{port}" for s in sockets if s.status == "LISTEN" and s.laddr.port == port]
 
 
 def test_api(adapter, no_jobs):

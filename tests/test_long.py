@@ -26,6 +26,7 @@ def test_clone_in_an_awkward_place(tmp_path):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.needs("ip")
 @pytest.mark.skipif(not namespaces() and os.environ.get("CI") != "true", reason="needs the right to make a network namespace")
 def test_second_run_offline(small_model):
     """What ran once runs again in a network namespace that holds nothing but loopback."""

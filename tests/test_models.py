@@ -48,3 +48,9 @@ def test_download_list_names_every_model_of_the_profile():
 def test_download():
     """`make download` ends with the folder of every model of this profile."""
     assert "smollm2-135m: " in run("make", "download", "PROFILE=cpu", check=0).stdout
+
+
+def test_a_folder_of_the_hubs_cache_is_served_under_its_hub_id():
+    cached = "/home/x/.cache/huggingface/hub/models--{}/snapshots/a09a35458c70"
+    assert models.served_names(cached.format("Qwen--Qwen2.5-7B-Instruct")) == ["qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct"]
+    assert models.served_names(cached.format("someone--tuned")) == ["someone/tuned"]

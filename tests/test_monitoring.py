@@ -7,7 +7,6 @@ import json
 import math
 import re
 import runpy
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +30,7 @@ def promtool(folder):
     return subprocess.run(["promtool", "test", "rules", folder / "rules_test.yml"], capture_output=True, text=True)
 
 
+@pytest.mark.needs("promtool")
 def test_rules():
     """promtool: every recording rule computes what it should, every alert fires on its cause and clears without it."""
     done = promtool(MONITORING)
@@ -41,6 +41,7 @@ def test_rules():
     assert all(rule["annotations"].keys() == {"summary", "action"} and rule["labels"]["severity"] for rule in RULES if "alert" in rule)
 
 
+@pytest.mark.needs("promtool")
 @pytest.mark.parametrize("alert", ALERTS)
 @pytest.mark.parametrize("expression", ["vector(0) > 1", "vector(1)"])
 def test_a_broken_alert_is_found(alert, expression, tmp_path):
@@ -48,8 +49,24 @@ def test_a_broken_alert_is_found(alert, expression, tmp_path):
     rules = yaml.safe_load((MONITORING / "rules.yml").read_text())
     next(rule for group in rules["groups"] for rule in group["rules"] if rule.get("alert") == alert)["expr"] = expression
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
-    shutil.copy(MONITORING / "rules_test.yml", tmp_path)
+    tests = yaml.safe_load((MONITORING / "rules_test.yml").read_text())
+    tests["tests"] = [test for test in tests["tests"] if alert in str(test.get("alert_rule_test"))]
+    (tmp_path / "rules_test.yml").write_text(yaml.safe_dump(tests))
     assert f"alertname: {alert}" in promtool(tmp_path).stderr
+
+
+def test_the_page_explains_every_alert():
+    page = (ROOT / "modules/03_vllm/production.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| .* \| .* \| .* \|$", page, re.M) == ALERTS
+
+
+def test_objectives_are_those_of_the_benchmark():
+    """The alerts' two constants are the profiles' objectives, in seconds."""
+    limit = {rule["alert"]: float(rule["expr"].split(">")[1]) for rule in RULES if "Slow" in rule.get("alert", "")}
+    for file in (ROOT / "configs/profiles").glob("*.yaml"):
+        bench = yaml.safe_load(file.read_text())["bench"]
+        objectives = {"VllmSlowFirstToken": bench["slo_ttft_ms"], "VllmSlowTokens": bench["slo_tpot_ms"]}
+        assert limit == {name: ms / 1000 for name, ms in objectives.items()}, file.name
 
 
 def test_quantiles_of_a_histogram():
@@ -61,8 +78,12 @@ def test_quantiles_of_a_histogram():
     assert math.isnan(quantile(0.5, "x", now, now)) and math.isnan(quantile(0.5, "y", before, now))
 
 
-def test_monitor_refuses():
+def test_no_prometheus():
     assert "not installed" in refused(sys.executable, MONITOR, PATH="/nonexistent")
+
+
+@pytest.mark.needs("prometheus")
+def test_a_taken_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -104,8 +125,10 @@ def prometheus(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.needs("prometheus", "curl")
 def test_every_engine_alert_fires_and_clears(prometheus):
-    """Down: no server, then its engine killed. Queue and cache: more requests than fit. Errors: too long a prompt. Stalled: the engine stopped."""
+    """Down: no server, then its engine killed. Queue, cache, first token: more requests than fit. Preemptions: answers that outgrow the cache.
+    Errors: too long a prompt. Tokens: the engine stopped for 0.3 s again and again. Stalled: stopped."""
     clients: list[subprocess.Popen] = []
 
     def ask(tokens: int = 118, prompt: int = 390) -> None:
@@ -122,10 +145,16 @@ def test_every_engine_alert_fires_and_clears(prometheus):
     run("make", "stop", check=0)
     try:
         wait_until(lambda: "VllmDown" in alerts_firing(), 30)
-        run("make", "vllm-serve", "ARGS=--num-gpu-blocks-override 9 --max-model-len 512 --max-num-seqs 2", check=0)
+        run("make", "vllm-serve", "ARGS=--num-gpu-blocks-override 9 --max-model-len 512 --max-num-seqs 3", check=0)
         wait_until(lambda: not alerts_firing(), 20)
 
-        wait_until(lambda: {"VllmQueueGrowing", "VllmKvCacheFull"} <= alerts_firing(), 60, meanwhile=ask)
+        too_many = {"VllmQueueGrowing", "VllmKvCacheFull", "VllmSlowFirstToken"}
+        wait_until(lambda: too_many <= alerts_firing(), 60, meanwhile=ask)
+        hang_up()
+        wait_until(lambda: not alerts_firing(), 30)
+
+        # 250 tokens are two blocks of 128: three requests fit, and outgrow the eight blocks at once.
+        wait_until(lambda: "VllmPreemptions" in alerts_firing(), 60, meanwhile=lambda: ask(prompt=250))
         hang_up()
         wait_until(lambda: not alerts_firing(), 30)
 
@@ -133,6 +162,17 @@ def test_every_engine_alert_fires_and_clears(prometheus):
         wait_until(lambda: not alerts_firing(), 30)
 
         engine = next(p for p in jobs.members(jobs.running()["vllm"]) if "EngineCore" in p.name())
+
+        def stop_for_a_moment() -> None:
+            ask()
+            engine.suspend()
+            time.sleep(0.3)
+            engine.resume()
+
+        wait_until(lambda: "VllmSlowTokens" in alerts_firing(), 30, meanwhile=stop_for_a_moment)
+        hang_up()
+        wait_until(lambda: not alerts_firing(), 30)
+
         for _ in range(4):
             ask()
         time.sleep(2)

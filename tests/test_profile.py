@@ -1,25 +1,37 @@
 """Profiles and models: detection, overriding, and one clear sentence for everything a user may get wrong."""
 
+import functools
+import http.server
+import json
 import os
 import re
+import shlex
+import socket
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, python, refused, run
 
-from lab import machine, profile
+from lab import launch, machine, profile
 
 SMOKE = "modules/01_single_gpu_smoke/01_smoke.py"
 
 
 def test_every_profile_loads():
-    """Both profiles hold the same settings, every one of which some script reads; env applies to every launcher."""
-    cpu, gpus = (profile.read_yaml(ROOT / "configs/profiles" / f"{n}.yaml") for n in ("cpu", "4090x2"))
-    assert cpu.keys() == gpus.keys()
+    """All profiles hold the same settings, every one of which some script reads; env applies to every launcher."""
+    profiles = {f.stem: profile.read_yaml(f) for f in profile.FOLDER.glob("*.yaml")}
+    assert profiles.keys() == {"cpu", "4090x1", "4090x2"}
     source = "".join(f.read_text() for folder in ("modules", "scripts", "lab") for f in (ROOT / folder).rglob("*.py"))
+    cpu = profiles["cpu"]
     for section, values in cpu.items():
         assert section == "requires" or f"profile.{section}" in source or f'"{section}"' in source, f"no script reads {section}"
+        for name, other in profiles.items():
+            assert cpu.keys() == other.keys(), name
+            if isinstance(values, dict) and section not in ("env", "requires"):
+                assert values.keys() == other[section].keys(), (name, section)
         if isinstance(values, dict) and section not in ("env", "requires"):
-            assert values.keys() == gpus[section].keys(), section
             for key in values:
                 assert re.search(rf"\.{key}\b", source), f"no script reads {section}.{key}"
 
@@ -30,13 +42,215 @@ def test_4090x2_is_what_the_design_asks_for():
     assert p["env"]["NCCL_P2P_DISABLE"] == 1
 
 
-def test_detection(monkeypatch):
-    card = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0, "driver": "580.1"}
-    for cards, expected, name in ([], "cpu", f"cpu-{machine.cores()}c"), ([card], "cpu", "4090"), ([card, card], "4090x2", "4090x2"):
-        monkeypatch.setattr(machine, "gpus", lambda cards=cards: cards)
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        assert profile.detect() == expected
-        assert machine.name() == name
+@pytest.mark.parametrize("name", ["4090x1", "4090x2"])
+def test_serving_asks_for_no_cuda_toolkit(name):
+    """vLLM 0.26 would build these two with nvcc, without asking whether it is there."""
+    env = profile.read_yaml(ROOT / f"configs/profiles/{name}.yaml")["env"]
+    assert env["VLLM_USE_FLASHINFER_SAMPLER"] == 0 and env["VLLM_USE_DEEP_GEMM"] == 0
+
+
+# -----------------------------------------------------------------------------
+# Machines that readers have: cards by tests/fakes/pynvml.py, the lock by an environment with a marker of its own
+
+RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99}
+RTX3090 = {"name": "NVIDIA GeForce RTX 3090", "memory_gib": 24, "reserved_gib": 0.31, "capability": [8, 6]}
+RTX5090 = {"name": "NVIDIA GeForce RTX 5090", "memory_gib": 31.84, "reserved_gib": 0.48, "capability": [12, 0]}
+RTX3060 = {"name": "NVIDIA GeForce RTX 3060", "memory_gib": 12, "capability": [8, 6]}
+SHOW = (
+    "import json, os; from lab import machine; from lab.profile import load_profile; profile = load_profile()\n"
+    "print(json.dumps([profile.name, os.environ.get('CUDA_VISIBLE_DEVICES'), machine.name(), machine.handles(), [g['cuda_gib'] for g in machine.gpus()]]))"
+)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """filled("gpu"): the python of an environment that set-up filled from the gpu lock, as far as its marker says; the packages are ours."""
+
+    def python_of(lock: str) -> Path:
+        folder = tmp_path_factory.mktemp("filled") / lock
+        folder.mkdir()
+        for name in ("bin", "lib", "pyvenv.cfg"):
+            (folder / name).symlink_to(Path(sys.prefix, name))
+        (folder / ".videofen-setup").write_text(f"{lock} 0123456789abcdef /somewhere\n")
+        return folder / "bin" / "python"
+
+    return functools.cache(python_of)
+
+
+def described(cards: list[dict], **env) -> dict:
+    """Environment variables of a machine with these cards; what this machine's user set is left out."""
+    return {"FAKE_CARDS": json.dumps(cards), "PYTHONPATH": str(ROOT / "tests/fakes")} | env
+
+
+ROWS = {  # cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name of the machine, cards that are read; what is said
+    "no card, cpu lock": ([], "cpu", {}, ["cpu", "", "cpu", []], ""),
+    "no card, gpu lock": ([], "gpu", {}, ["cpu", "", "cpu", []], "no GPU can be used here: profile cpu, but the gpu lock's vLLM computes on GPUs only"),
+    "two cards, cpu lock": ([RTX4090] * 2, "cpu", {}, ["cpu", "", "cpu", []], "2 x RTX 4090 here, but this environment is the cpu lock's: profile cpu; to compute on the card: make setup LOCK=gpu"),
+    "one 4090": ([RTX4090], "gpu", {}, ["4090x1", None, "4090", [0]], ""),
+    "two 4090s": ([RTX4090] * 2, "gpu", {}, ["4090x2", None, "4090x2", [0, 1]], ""),
+    "two 4090s, one asked for": ([RTX4090] * 2, "gpu", {"PROFILE": "4090x1"}, ["4090x1", "0", "4090", [0]], "takes card 0 (RTX 4090) of 2 and leaves out 1"),
+    "four 4090s": ([RTX4090] * 4, "gpu", {}, ["4090x2", "0,1", "4090x2", [0, 1]], "takes cards 0,1 (RTX 4090) of 4 and leaves out 2,3 (RTX 4090)"),
+    "four 4090s, two chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "2,3"}, ["4090x2", "2,3", "4090x2", [2, 3]], ""),
+    "three chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "3,1,2"}, ["4090x2", "3,1", "4090x2", [3, 1]], "takes cards 3,1 (RTX 4090) of 3 and leaves out 2"),
+    "one chosen": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": "1"}, ["4090x1", "1", "4090", [1]], ""),
+    "none shown": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": ""}, ["cpu", "", "cpu", []], "CUDA_VISIBLE_DEVICES= shows none of 2 cards: profile cpu"),
+    "two 3090s": ([RTX3090] * 2, "gpu", {}, ["4090x2", None, "3090x2", [0, 1]], "2 x RTX 3090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
+    "two 5090s": ([RTX5090] * 2, "gpu", {}, ["4090x2", None, "5090x2", [0, 1]], "2 x RTX 5090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
+    "unlike cards": ([RTX4090, RTX3090], "gpu", {}, ["4090x2", None, "4090-3090", [0, 1]], "takes unlike cards, RTX 4090 (24 GiB) and RTX 3090 (24 GiB)"),
+    "a small one between": ([RTX3060, RTX4090, RTX3090, RTX4090], "gpu", {}, ["4090x2", "1,3", "4090x2", [1, 3]], "leaves out 0,2 (RTX 3060, RTX 3090)"),
+    "one large, one small": ([RTX3060, RTX4090], "gpu", {}, ["4090x1", "1", "4090", [1]], "takes card 1 (RTX 4090) of 2 and leaves out 0 (RTX 3060)"),
+    "too small": ([RTX3060], "gpu", {}, ["cpu", "", "cpu", []], "no profile fits the 1 x RTX 3060 (12 GiB) here, profile cpu, but the gpu lock's vLLM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_machines(row, filled):
+    """Which profile, which cards, and what is said of the rest: at most one sentence, and none where nothing is left aside."""
+    cards, lock, env, expected, said = ROWS[row]
+    done = run(filled(lock), "-c", SHOW, check=0, **described(cards, **env))
+    name, visible, here, handles, sizes = json.loads(done.stdout)
+    assert [name, visible, here if handles else here.split("-")[0], handles] == expected
+    assert set(sizes) <= {23.6, 31.3} and len(sizes) == len(handles)
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == bool(said) and said in done.stderr, done.stderr
+
+
+def test_said_once(filled):
+    """A process started by another that has a profile repeats no note and changes no card."""
+    code = f"import subprocess, sys; from lab.profile import load_profile; load_profile(); subprocess.run([sys.executable, '-c', {SHOW!r}])"
+    done = run(filled("gpu"), "-c", code, check=0, **described([RTX3060, RTX4090, RTX4090, RTX4090]))
+    assert json.loads(done.stdout)[:4] == ["4090x2", "1,2", "4090x2", [1, 2]] and done.stderr.count("note: ") == 1
+
+
+def test_locks_that_cannot(filled):
+    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU; --help and --dry-run show what would be."""
+    python = filled("cpu")
+    two, one = described([RTX4090] * 2), described([RTX4090])
+    assert "make setup LOCK=gpu" in refused(python, SMOKE, PROFILE="4090x2", **two)
+    assert "1 NVIDIA GPU of at least 22 GiB, 0 found" in refused(python, SMOKE, PROFILE="4090x1", **described([RTX3060]))
+    assert "2 NVIDIA GPUs of at least 22 GiB, 1 found" in refused(python, SMOKE, PROFILE="4090x2", **one)
+    serve = "modules/03_vllm/01_serve.py"
+    assert "--tensor-parallel-size 2" in run(python, serve, "--dry-run", check=0, PROFILE="4090x2", **two).stdout
+    for command in ([serve], ["-c", "from lab import engine; engine.start('folder', 'auto', {}, [])"]):
+        assert "make setup LOCK=cpu" in refused(filled("gpu"), *command, PROFILE="cpu", **two)
+
+
+TWO_CARDS = {
+    "train-ddp": "torchrun --standalone --nproc-per-node 2 modules/04_Accelerate/01_train_ddp.py --min-world 2",
+    "train-accelerate": "accelerate launch --config_file modules/04_Accelerate/configs/ddp.yaml --num_processes 2 modules/04_Accelerate/02_train_accelerate.py",
+    "train-z2": "deepspeed --num_gpus 2 modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/configs/z2.json",
+    "lf-train-z2": "modules/06_LLaMA-Factory/01_train.py --zero2",
+    "vllm-tp": "modules/03_vllm/10_tensor_parallel_speed.py",
+    "tensor-parallel-size 2": "modules/03_vllm/01_serve.py --recipe 32b-awq-tp2",
+}
+
+
+@pytest.mark.parametrize("what", TWO_CARDS)
+def test_one_card_says_what_wants_two(what, filled):
+    """On one 4090: one sentence, before anything is loaded or started."""
+    command = shlex.split(TWO_CARDS[what])
+    if not command[0].endswith(".py"):
+        command = ["-m", "lab.launch", what, *command]
+    said = refused(filled("gpu"), *command, **described([RTX4090]))
+    assert f"{what} needs 2 cards, and profile 4090x1 has 1 here: " in said
+
+
+def test_one_card_runs_one_process(filled):
+    """What one card can do is not refused: the launcher starts one process."""
+    done = run(filled("gpu"), "-m", "lab.launch", "one", "echo", "--num_processes", "1", check=0, **described([RTX4090]))
+    assert "--num_processes 1" in done.stderr
+
+
+def test_deepspeed_gets_the_cards_that_were_chosen(monkeypatch):
+    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus (deepspeed/launcher/runner.py), so cards are named."""
+    command = "deepspeed --num_gpus 2 train.py --deepspeed z2.json".split()
+    monkeypatch.setattr(machine, "gpus", lambda: [{"index": 2}, {"index": 3}])
+    assert launch.by_card(command) == "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
+    monkeypatch.setattr(machine, "gpus", lambda: [{"index": 0}, {"index": 1}])
+    assert launch.by_card(command) == command
+    monkeypatch.setattr(machine, "gpus", list)
+    assert launch.by_card(command) == command  # processes on the CPU
+
+
+VISIBLE = {None: "0123", "2,3": "23", "3, 1": "31", "0,9,1": "0", "-1": "", "": "", "1,-1,2": "1", "0,0": "", "no": "", "GPU-b": "2",
+           "GPU-b,GPU-aa1": "21", "GPU-aa": "", "GPU-": "", "0,GPU-b": "02"}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", VISIBLE)
+def test_cuda_visible_devices(chosen):
+    """As CUDA reads it: indices or beginnings of UUIDs; what names no card ends the list, a card named twice empties it."""
+    cards = [{"index": i, "uuid": f"GPU-{uuid}"} for i, uuid in enumerate(("aa0", "aa1", "b2", "c3"))]
+    assert "".join(str(card["index"]) for card in machine.visible(cards, chosen)) == VISIBLE[chosen]
+
+
+def test_machine_names(monkeypatch):
+    monkeypatch.delenv("MEMORY_CAP_GIB", raising=False)
+    for names, expected in (
+        (["NVIDIA GeForce RTX 4090 D"] * 2, "4090dx2"),
+        (["NVIDIA GeForce RTX 3090 Ti"], "3090ti"),
+        (["NVIDIA H100 80GB HBM3"] * 4, "h100x4"),
+        (["Tesla V100-SXM2-32GB"], "v100-sxm2-32gb"),
+    ):
+        monkeypatch.setattr(machine, "gpus", lambda names=names: [{"name": name} for name in names])
+        assert machine.name() == expected
+
+
+# -----------------------------------------------------------------------------
+# The environment that every script gives its children
+
+
+def test_no_proxy_for_this_machine():
+    """A proxy that nobody answers for, and a server here: every client that the scripts use reaches the server."""
+    code = (
+        "import sys, urllib.request\n"
+        "import lab, httpx\n"
+        "for host in ('127.0.0.1', 'localhost'):\n"
+        "    address = f'http://{host}:{sys.argv[1]}/health'\n"
+        "    assert urllib.request.urlopen(address, timeout=5).status == 200\n"
+        "    assert httpx.get(address, timeout=5).status_code == 200\n"
+        "try: urllib.request.urlopen('http://example.invalid/', timeout=5)\n"
+        "except OSError as e: print(e)\n"
+    )
+    dead = f"http://127.0.0.1:{closed_port()}"
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), dead)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for own in ({"no_proxy": "", "NO_PROXY": ""}, {"no_proxy": "", "NO_PROXY": "corp.example"}):
+            done = python("-c", code, str(server.server_port), check=0, **proxies | own)
+            assert "refused" in done.stdout  # all else still goes to the proxy
+        curl = ["curl", "-sf", "-m", "5", f"http://127.0.0.1:{server.server_port}/health"]
+        python("-m", "lab.profile", *curl, check=0, no_proxy="", NO_PROXY="", **proxies)
+        server.shutdown()
+
+
+def test_own_no_proxy_is_kept():
+    code = "import lab, os; print(os.environ['no_proxy'], os.environ['NO_PROXY'])"
+    for own, expected in (
+        ({"no_proxy": "", "NO_PROXY": "corp.example, localhost"}, "corp.example,localhost,127.0.0.1,::1"),
+        ({"no_proxy": "*", "NO_PROXY": ""}, "*"),
+    ):
+        assert python("-c", code, check=0, **own).stdout.split() == [expected] * 2
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_programs_without_activation():
+    """A plain shell's PATH: the environment's own programs are found all the same, and first."""
+    for command in (["-c", "from lab.profile import load_profile; load_profile(); import shutil; print(shutil.which('ninja'))"], ["-m", "lab.profile", "which", "ninja"]):
+        assert python(*command, check=0, PATH="/usr/bin:/bin").stdout.strip() == f"{sys.prefix}/bin/ninja"
 
 
 def test_memory_cap(monkeypatch):
@@ -88,9 +302,6 @@ def test_hub_out_of_reach():
 
 def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
     """HF_ENDPOINT and USE_MODELSCOPE_HUB decide where a model comes from: a server here sees the requests."""
-    import http.server
-    import threading
-
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):

@@ -3,13 +3,15 @@ second each in a copy of the tree; .ci/run runs the real ones."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, python
+from conftest import ENVIRONMENT, ROOT, python, run
 
 GOOD = "from lab import results\nresults.finish(__file__, {{'wrong_count': 0, 'vllm_tok_per_s': 7.0, 'ran_s': 1}})\nopen('{log}', 'a').write('x')\n"
 TWO = ["--only", "01_single_gpu_smoke", "03_vllm"]
@@ -37,15 +39,17 @@ def test_all_stages(stages):
     tree, _ = stages
     out = quickstart(tree, check=0).stdout
     assert "2 of 2 stages done" in out and "tokens/s, vLLM" in out
+    assert "make progress" in out.splitlines()[-1], "the end says where to go on"
     quickstart(tree, check=0)  # a finished run starts anew
     assert (tree / "03_vllm.ran").read_text() == "xx"
 
 
 def test_a_failed_stage_is_named_and_the_rest_go_on(stages):
     tree, script = stages
-    script("01_single_gpu_smoke").write_text("raise SystemExit('no such card')")
+    script("01_single_gpu_smoke").write_text("print('working')\nraise RuntimeError('no such card')")
     done = quickstart(tree, check=1)
-    assert "FAILED" in done.stdout and "no such card" in done.stdout and "runs/quickstart/01_single_gpu_smoke.log" in done.stdout
+    assert re.search(r"(?m)^  FAILED after 0:\d\d: no such card$", done.stdout), done.stdout
+    assert "whole log: runs/quickstart/01_single_gpu_smoke.log" in done.stdout
     script("01_single_gpu_smoke").write_text(GOOD.format(log=tree / "01_single_gpu_smoke.ran"))
     assert "03_vllm: done before" in quickstart(tree, check=0).stdout
     assert (tree / "03_vllm.ran").read_text() == "x" and (tree / "01_single_gpu_smoke.ran").read_text() == "x"
@@ -64,11 +68,64 @@ def test_interrupted_and_resumed(stages):
     os.kill(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in out
-    assert not subprocess.run(["pgrep", "-f", "sleep 314159"], capture_output=True).stdout, "the interrupted stage's child lives on"
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert ["sleep", "314159"] not in commands, "the interrupted stage's child lives on"
     script("03_vllm").write_text(GOOD.format(log=tree / "03_vllm.ran"))
     assert "01_single_gpu_smoke: done before" in quickstart(tree, check=0).stdout
     assert (tree / "01_single_gpu_smoke.ran").read_text() == "x"
     assert json.loads((tree / "runs/quickstart/summary.json").read_text())["finished"]
+
+
+def test_lines_while_it_works(stages):
+    """Which stage, what it does, how far it is and where its output is; the output itself stays there."""
+    tree, script = stages
+    file = tree / "scripts/quickstart.py"
+    file.write_text(file.read_text().replace("REPORT_EVERY_S = 15", "REPORT_EVERY_S = 1"))
+    slow = "import time\nprint('(EngineCore) INFO noise', flush=True)\ntime.sleep(4)\n"
+    script("03_vllm").write_text(slow + GOOD.format(log=tree / "03_vllm.ran"))
+    out = quickstart(tree, check=0).stdout
+    assert re.search(r"\[2/2\] 03_vllm: the same requests .*\n.* runs/quickstart/03_vllm\.log\n", out)
+    assert re.search(r"(?m)^  \[2/2\] 03_vllm: working, 0:0\d( of usually \d+:\d\d)?$", out)
+    assert "noise" not in out and "noise" in (tree / "runs/quickstart/03_vllm.log").read_text()
+    out = quickstart(tree, "--only", "03_vllm", check=0).stdout
+    took = json.loads((tree / "runs/quickstart/summary.json").read_text())["usual_s"]["03_vllm"]
+    assert 4 <= took < 60 and "0:0" in out and " of usually 0:" in out, "what it took the first time"
+
+
+def test_what_is_forgotten(stages):
+    """A text changes no result: ticked tasks and readmes leave a stage done. Code and values do not."""
+    tree, script = stages
+    script("03_vllm").write_text("raise SystemExit('not yet')")
+    quickstart(tree, check=1)
+    for text in ("modules/01_single_gpu_smoke/PLAN.md", "README.md", ".CLAUDE.md"):
+        (tree / text).write_text((tree / text).read_text().replace("- [ ]", "- [x]") + "\n")
+    assert "01_single_gpu_smoke: done before" in quickstart(tree, check=1).stdout
+    profile = tree / "configs/profiles/cpu.yaml"
+    profile.write_text(profile.read_text() + "\n# another value\n")
+    assert "01_single_gpu_smoke: done before" not in quickstart(tree, check=1).stdout
+
+
+def test_arguments_are_not_the_stages(stages):
+    """`make quickstart ARGS=...` is for quickstart: make would hand it on to every make below it."""
+    tree, script = stages
+    script("03_vllm").write_text("import sys\nassert not sys.argv[1:], sys.argv\n" + script("03_vllm").read_text())
+    out = run("make", "quickstart", "ARGS=--only 03_vllm", cwd=tree, check=0, PYTHONPATH=str(tree)).stdout
+    assert "1 of 1 stages done" in out
+
+
+def test_one_card(stages):
+    """What divides work over two cards has a stand-in on one: no stage asks for what the machine does not have."""
+    tree, _ = stages
+    requires = "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n"
+    values = re.sub(r"(?m)^ +CUDA_VISIBLE_DEVICES:.*\n", "", (tree / "configs/profiles/cpu.yaml").read_text())
+    (tree / "configs/profiles/one.yaml").write_text(values + requires)
+    (tree / "modules/04_Accelerate/01_train_ddp.py").write_text(GOOD.format(log=tree / "one.ran"))
+    cards = json.dumps([{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}])
+    path = f"{ROOT / 'tests/fakes'}{os.pathsep}{tree}"
+    command = ["scripts/quickstart.py", "--only", "04_Accelerate", "05_DeepSpeed"]
+    out = python(*command, cwd=tree, check=0, PROFILE="one", FAKE_CARDS=cards, PYTHONPATH=path).stdout
+    assert "make train-one;" in out and "make zero-theory;" in out and "2 of 2 stages done" in out, out
+    assert re.search(r"(?m)^  GB a card of two, 7B, ZeRO-3 +56.0$", out)
 
 
 def test_unknown_stage(stages):

@@ -1,5 +1,7 @@
 """The readmes are the test suite: every `bash` block is executed in order, from the repository root, under this machine's profile.
 
+A module's readme comes first, then the pages beside it, in the order in which it links to them.
+
 An HTML comment before a block marks the exceptions: <!-- long --> runs in `make test-long`; <!-- gpu --> is executed where the
 4090x2 profile's GPUs are and elsewhere parsed and dry-run; <!-- self --> holds only `make test` and `make quickstart`, which
 .ci/run runs. <!-- exit 2 --> says that the commands must be refused. <!-- netns --> is long, and executed without a GPU and where network
@@ -15,13 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, network_namespaces, run
+from conftest import PACKAGES, ROOT, network_namespaces, run
 from test_llamafactory import greedy, prompts
 
 from lab import models
 from lab.profile import detect
 
-README_FILES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("modules/*/readme.md")])
+
+def pages(readme: Path) -> list[Path]:
+    """A module's readme, then the pages that it links to, in that order."""
+    linked = re.findall(r"\]\((\w+\.md)[#)]", readme.read_text(encoding="utf-8"))
+    return [readme, *(readme.parent / name for name in dict.fromkeys(linked) if name != "PLAN.md")]
+
+
+MODULE_READMES = sorted(ROOT.glob("modules/*/readme.md"))
+README_FILES = [*sorted(ROOT.glob("README*.md")), *(page for readme in MODULE_READMES for page in pages(readme))]
 FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|netns|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
 
 
@@ -36,6 +46,14 @@ class Block:
     def id(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def programs(self) -> list[str]:
+        """Those of Debian packages that the block runs, itself or by the target that it makes."""
+        if self.mark == "gpu" and not GPU:
+            return []
+        begins = {name: name for name in PACKAGES} | {"make monitor": "prometheus", "make two-nodes": "ip"}
+        return [name for words, name in begins.items() if re.search(rf"^ *{words}\b", self.code, re.M)]
+
 
 def blocks() -> list[Block]:
     found = []
@@ -47,8 +65,13 @@ def blocks() -> list[Block]:
     return found
 
 
+GPU = detect() == "4090x2"  # what the blocks marked gpu ask for
 BLOCKS = blocks()
-GPU = detect() != "cpu"
+
+
+def cases(*marks: str) -> list:
+    """The blocks that carry one of the marks, as parameters of a test; README.en.md's are README.md's (test_readme_en)."""
+    return [pytest.param(b, id=b.id, marks=pytest.mark.needs(*b.programs)) for b in BLOCKS if b.mark in marks and b.file != "README.en.md"]
 
 
 def test_every_block_is_seen():
@@ -59,6 +82,65 @@ def test_every_block_is_seen():
         assert len(re.findall(r"^ *```", text, re.M)) % 2 == 0, file
         assert not re.findall(r"^ *```(?:sh|shell|console|zsh)\n", text, re.M), f"{file}: use bash for what is run, text for what appears"
         assert not re.findall(r"<!-- (?!long|netns|gpu|self|exit 2|table |/table|[^a-z])(\w+) -->\n *```", text), f"{file}: unknown mark"
+
+
+def test_every_page_is_walked():
+    """A page to which its module's readme does not link would not be executed, and no reader would find it."""
+    tutorials = {file for file in ROOT.glob("modules/*/*.md") if file.name != "PLAN.md"}
+    assert tutorials == set(README_FILES) - set(ROOT.glob("README*.md"))
+
+
+def prose(text: str) -> str:
+    """Markdown without its code and its comments."""
+    return re.sub(r"^ *(```+).*?^ *\1$|<!--.*?-->", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a place in this Markdown may name: its headings as GitHub writes them, and its ids."""
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.*)$", prose(text), re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(re.findall(r'id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("file", [*README_FILES, *ROOT.glob("modules/*/PLAN.md")], ids=lambda f: str(f.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(file.read_text(encoding="utf-8"))):
+        path, _, place = target.partition("#")
+        if ":" in path:  # of another site
+            continue
+        there = file.parent / path if path else file
+        assert there.exists(), f"{target}: there is no such file"
+        assert not place or place in anchors(there.read_text(encoding="utf-8")), f"{target}: there is no such heading"
+
+
+# Samples of output that stand beside a table: (page, what is shown, record, the metrics that it shows)
+SAMPLES = [
+    ("readme", r"TTFT ([\d.]+) ms   ITL ([\d.]+) ms", "02_chat", "ttft_ms itl_ms"),
+    (
+        "readme",
+        r"batches of 8 +([\d.]+).*\nvLLM, continuous batching +([\d.]+).*\n.*transformers: ([\d.]+)x",
+        "05_throughput",
+        "transformers_tok_per_s vllm_tok_per_s vllm_over_transformers_ratio",
+    ),
+    (
+        "production",
+        r"finished (\d+) .* ([\d.]+) tokens/s\n.*\n.*\nTTFT  p50 +([\d.]+) ms   p99 +([\d.]+) ms\nITL   p50 +([\d.]+)",
+        "12_load",
+        "finished_count generation_tok_per_s ttft_p50_ms ttft_p99_ms itl_p50_ms",
+    ),
+    ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +4,608 ", "14_two_nodes-pp", "sent_per_token_bytes itl_ms"),
+    ("production", r"a token: ([\d,]+) bytes .*; ITL (\d+) ms\n +238,848 ", "14_two_nodes-tp", "sent_per_token_bytes itl_ms"),
+]
+
+
+@pytest.mark.parametrize("page, shown, name, metrics", SAMPLES, ids=[name for _, _, name, _ in SAMPLES])
+def test_samples_do_not_contradict_the_tables(page, shown, name, metrics):
+    """A sample of output is that of the run whose record the table beside it shows."""
+    stored = json.loads((ROOT / f"results/cpu-2c/03_vllm/{name}.json").read_text())["metrics"]
+    sample = re.search(shown, (ROOT / f"modules/03_vllm/{page}.md").read_text(encoding="utf-8"))
+    assert sample, f"{page}.md shows no such sample: {shown}"
+    for text, metric in zip(sample.groups(), metrics.split(), strict=True):
+        decimals = len(text.partition(".")[2])
+        assert float(text.replace(",", "")) == pytest.approx(stored[metric], abs=0.51 * 10**-decimals), metric
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark == "self"], ids=lambda b: b.id)
@@ -84,24 +166,25 @@ def dry_run(code: str) -> None:
             assert not unknown, f"{words[1]} does not know {unknown}"
 
 
-def execute(block: Block) -> None:
+def execute(block: Block, timeout: int = 900) -> None:
     if block.mark == "gpu" and not GPU or block.mark == "netns" and not network_namespaces():
         dry_run(block.code)
         return
-    done = run("bash", "-euo", "pipefail", "-c", block.code, timeout=900)
+    done = run("bash", "-euo", "pipefail", "-c", block.code, timeout=timeout)
     expected = 2 if block.mark == "exit 2" else 0
     assert done.returncode == expected, f"{block.id}\n{block.code}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark not in ("self", "long", "netns")], ids=lambda b: b.id)
+@pytest.mark.parametrize("block", cases("", "gpu", "exit 2"))
 def test_readme(block):
     execute(block)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark in ("long", "netns")], ids=lambda b: b.id)
+@pytest.mark.timeout(2000)  # a point of `make vllm-bench` takes a minute or more on a machine that is slow or busy
+@pytest.mark.parametrize("block", cases("long", "netns"))
 def test_readme_long(block):
-    execute(block)
+    execute(block, timeout=1900)
 
 
 # -----------------------------------------------------------------------------
@@ -129,16 +212,26 @@ def test_more_load_more_throughput_and_less_goodput():
     found = record("03_vllm/13_bench")
     points = sorted({re.sub(r"_tok_per_s$", "", name) for name in found if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)})
     assert found["failed_count"] == 0 and len(points) >= 10
+    window_s = min(60, 10 * found["answer_alone_s"])
     for point in points:
+        assert found[f"{point}_window_s"] > window_s / 5, "two answers at least, though the rate was a guess"
         assert 0 <= found[f"{point}_goodput_req_per_s"] <= found[f"{point}_req_per_s"]
         assert all(0 < found[f"{point}_{name}_p50_ms"] <= found[f"{point}_{name}_p99_ms"] for name in ("ttft", "itl", "e2e"))
         assert found[f"{point}_ttft_p50_ms"] < found[f"{point}_e2e_p50_ms"]
     assert found["concurrency_16_tok_per_s"] > 1.5 * found["concurrency_1_tok_per_s"]
-    assert found["rate_2_req_per_s"] < 2.5, "an open loop cannot serve more than was sent"
-    assert found["concurrency_64_good_ratio"] < 0.5 < found["concurrency_1_good_ratio"] and 1 <= found["knee_concurrency_count"] < 64
+    assert found["rate_2_req_per_s"] < 4, "an open loop serves what is sent, by chance a little more within a window"
+    # The objectives are for people and absolute; on a busy machine none may be met. So hold the run against itself:
+    # half of 64 clients wait for a place, which takes longer than what one of them alone would see of any of its parts.
+    assert found["concurrency_64_ttft_p50_ms"] > 5 * found["concurrency_1_ttft_p50_ms"]
+    assert found["concurrency_64_itl_p50_ms"] > found["concurrency_1_itl_p50_ms"]
+    assert found["concurrency_64_good_ratio"] <= found["concurrency_1_good_ratio"]
+    knee, loads = found["knee_concurrency_count"], (1, 4, 8, 16, 32, 64)
+    good = [load for load in loads if found[f"concurrency_{load}_good_ratio"] >= 0.9]
+    assert knee == max(good, default=0)
 
 
 @pytest.mark.long
+@pytest.mark.needs("ip")
 def test_two_nodes_compute_what_one_does(two_machines):
     """Every token that of one process; the cable carried what the arithmetic says and the messages around it; nothing was left."""
     pp, tp = record("03_vllm/14_two_nodes-pp"), record("03_vllm/14_two_nodes-tp")
@@ -182,6 +275,7 @@ if __name__ == "__main__":
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.needs("curl")  # the block that merges also asks the merged model by curl
 def test_vllm_answers_like_the_merged_model_and_serves_the_adapter_alike(tmp_path):
     """In float32: transformers with the merged weights, vLLM with them, and vLLM with base model and adapter give the same greedy text."""
     import torch

@@ -3,12 +3,15 @@
 import html.parser
 import json
 import re
+import runpy
+import shlex
 import shutil
 
 import pytest
 import yaml
 from conftest import ROOT, python, refused, run
 
+TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
 CLAIMS = yaml.safe_load((ROOT / "configs/claims.yaml").read_text())
 
 
@@ -52,25 +55,113 @@ def test_report_of_nothing(tree, tmp_path):
     assert "nothing has been run here yet" in refused("python", "scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(tmp_path))
 
 
-def test_progress(tree, tmp_path):
-    """A task is done by its own command, with its own flags and profile, or by a tick."""
-    environment = {"cwd": tree, "PYTHONPATH": str(tree), "RECORDS": str(tmp_path / "records")}
+def progress(tree, *stage, **environment) -> str:
+    environment = {"RECORDS": str(tree / "runs/records"), "PYTHONPATH": str(tree)} | environment
+    return python("scripts/progress.py", *stage, cwd=tree, check=0, **environment).stdout
 
-    def done(stage: str) -> list[str]:
-        out = python("scripts/progress.py", stage, check=0, **environment).stdout
-        return re.findall(r"(?m)^    \[x\] .*: (.+)$", out)
 
+def done(tree, stage: str) -> list[str]:
+    """Commands of the stage's tasks that are done."""
+    return re.findall(r"(?m)^    \[x\] .*?: ((?:PROFILE|make|python|curl|diff|cd|accelerate).*)$", progress(tree, stage))
+
+
+def following(tree, *stage, **environment) -> list[str]:
+    return re.findall(r"(?m)^next: (.+)$", progress(tree, *stage, **environment))
+
+
+def ran(tree, command: str, make: str = "", profile: str = "cpu") -> None:
+    """As a script of ours notes that it has done its work."""
+    file = tree / "runs/records/history.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as f:
+        f.write(json.dumps({"profile": profile, "command": command, "make": make}) + "\n")
+
+
+def test_progress(tree):
+    """A task is done by its own command, with its own flags and profile, by the file it writes, or by a tick."""
     tasks = {f.parent.name: f.read_text().count("- [ ] ") for f in tree.glob("modules/*/PLAN.md")}
-    out = python("scripts/progress.py", check=0, **environment).stdout
-    assert all(re.search(rf"(?m)^{stage} .* 0/{count} ", out) for stage, count in tasks.items()), "a task that is not read, or done for nothing"
-    python("modules/05_DeepSpeed/01_state_bytes.py", "--parameters", "1e9", check=0, **environment)
-    assert done("05_DeepSpeed") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
-    run("make", "-f", ROOT / "Makefile", "-C", ROOT, "zero-theory", "ARGS=--processes 64", check=0, RECORDS=str(tmp_path / "records"))
-    assert done("05_DeepSpeed")[1:] == ["python modules/05_DeepSpeed/01_state_bytes.py --processes 64"]
+    out = progress(tree)
+    assert all(re.search(rf"(?m)^{stage} .* 0/{count}$", out) for stage, count in tasks.items()), "a task that is not read, or done for nothing"
+    records = {"RECORDS": str(tree / "runs/records")}
+    python("modules/05_DeepSpeed/01_state_bytes.py", "--parameters", "1e9", cwd=tree, check=0, PYTHONPATH=str(tree), **records)
+    assert done(tree, "05_DeepSpeed") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
+    run("make", "-f", ROOT / "Makefile", "-C", ROOT, "zero-theory", "ARGS=--processes 64", check=0, **records)
+    assert done(tree, "05_DeepSpeed")[1:] == ["python modules/05_DeepSpeed/01_state_bytes.py --processes 64"]
+    ran(tree, "modules/05_DeepSpeed/train.py --local_rank=0 --deepspeed ds_config.json")
+    assert done(tree, "05_DeepSpeed")[2:] == ["cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json"]
+    (tree / "runs/my_config.yaml").touch()
+    assert not done(tree, "04_Accelerate"), "an empty file"
+    (tree / "runs/my_config.yaml").write_text("distributed_type: MULTI_CPU\n")
+    assert done(tree, "04_Accelerate") == ["accelerate config --config_file runs/my_config.yaml"]
     plan = tree / "modules/01_single_gpu_smoke/PLAN.md"
-    plan.write_text(plan.read_text().replace("- [ ] 装好", "- [x] 装好"))
-    assert done("01_single_gpu_smoke") == ["make setup"]
-    assert "unknown stage 09" in refused("python", "scripts/progress.py", "09", **environment)
+    plan.write_text(plan.read_text().replace("- [ ] 跑通", "- [x] 跑通"))
+    assert done(tree, "01_single_gpu_smoke") == ["make smoke"]
+    assert "unknown stage 09" in refused("python", "scripts/progress.py", "09", cwd=tree, PYTHONPATH=str(tree), **records)
+
+
+def test_a_dry_run_is_not_the_run(tree):
+    dry = "modules/03_vllm/01_serve.py --recipe 32b-awq-tp2 --dry-run"
+    ran(tree, dry, profile="4090x2")
+    ran(tree, "modules/03_vllm/01_serve.py --dry-run", "vllm-serve ARGS=--dry-run", "4090x2")
+    assert done(tree, "03_vllm") == [f"PROFILE=4090x2 python {dry}"]
+
+
+def test_progress_names_one_next_step(tree):
+    """After set-up, after a quickstart, and on a machine that cannot do what is left."""
+    assert following(tree) == ["make setup"]
+    (tree / ".venv").mkdir()
+    (tree / ".venv/.videofen-setup").touch()
+    assert following(tree) == ["make setup"], "an interrupted set-up"
+    (tree / ".venv/.videofen-setup").write_text("cpu 0123456789abcdef\n")
+    assert following(tree) == ["make doctor"]
+    for stage in runpy.run_path(str(ROOT / "scripts/quickstart.py"), run_name="imported")["STAGES"].values():
+        ran(tree, "modules/xx.py", shlex.join(stage.target))
+    assert following(tree) == ["make doctor"]
+    assert following(tree, "04_Accelerate") == ["python modules/04_Accelerate/01_train_ddp.py --micro-batch 4"]
+    assert [len(done(tree, f.parent.name)) for f in sorted(tree.glob("modules/*/PLAN.md"))] == [3, 1, 1, 1, 1, 1]
+    plan = tree / "modules/04_Accelerate/PLAN.md"
+    plan.write_text(re.sub(r"- \[ \] (?!（4090x2）)", "- [x] ", plan.read_text()))
+    assert following(tree, "04_Accelerate", PROFILE="cpu") == ["nothing is left to do here in 04_Accelerate"]
+    assert following(tree, "04_Accelerate", PROFILE="4090x2") == ["PROFILE=4090x2 make train-accelerate"]
+
+
+def test_tasks_that_want_two_cards(tree):
+    """On one card the next step is never one that has to be refused; the Makefile says which targets start two processes."""
+    script = runpy.run_path(str(ROOT / "scripts/progress.py"), run_name="imported")
+    makefile = (ROOT / "Makefile").read_text()
+    two = re.findall(r"(?m)^([a-z0-9-]+): env .*\n\t(?:.*\\\n)*.*(?:PROCESSES\),2|\$\(DEEPSPEED\)|--zero2)", makefile)
+    two += re.findall(r"(?m)^(train-accelerate):", makefile) + ["vllm-tp"]
+    assert {"train-ddp", "train-z0", "train-z2-offload", "lf-train-z2", "mini-tp", "vllm-tp"} <= set(two)
+    for target in re.findall(r"(?m)^([a-z0-9-]+): env", makefile):
+        assert bool(script["DIVIDED"].search(f"make {target}")) == (target in two), target
+    one = tree / "configs/profiles/one.yaml"
+    one.write_text((tree / "configs/profiles/cpu.yaml").read_text() + "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n")
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
+    for name in ("05_DeepSpeed", "04_Accelerate"):
+        for line in re.findall(r"`(python modules/.*?)`", (tree / f"modules/{name}/PLAN.md").read_text()):
+            ran(tree, line.removeprefix("python "), profile="one")
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["nothing is left to do here in 05_DeepSpeed"]
+    assert following(tree, "04_Accelerate", PROFILE="one")[0].startswith("diff ")
+    assert "PROFILE=two" in refused("python", "scripts/progress.py", cwd=tree, PYTHONPATH=str(tree), PROFILE="two")
+
+
+def tasks() -> list[str]:
+    found = []
+    for plan in sorted(ROOT.glob("modules/*/PLAN.md")):
+        found += [pytest.param(m[3], id=f"{plan.parent.name}-{m[3][:60]}") for m in TASK.finditer(plan.read_text())]
+    return found
+
+
+@pytest.mark.parametrize("command", tasks())
+def test_every_task_leaves_a_trace(command):
+    """What PLAN.md asks to run ends in a note of ours, or in a file under runs/."""
+    parts = [word for word in shlex.split(command) if not word.startswith("PROFILE=")]
+    if command == "make setup" or parts[-1].startswith("runs/"):
+        return
+    if parts[0] == "make":
+        command = run("make", "-n", *parts[1:], check=0).stdout
+    scripts = re.findall(r"[\w/.-]+\.py", command.replace("cd modules/05_DeepSpeed && ", "").replace(" train.py", " modules/05_DeepSpeed/train.py"))
+    assert scripts and re.search(r"results\.(note|finish)\(", (ROOT / scripts[-1]).read_text()), scripts
 
 
 @pytest.mark.parametrize("readme, language", [("README.md", "zh"), ("README.en.md", "en")])

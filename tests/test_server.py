@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+import psutil
 import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, refused, run
@@ -20,6 +22,8 @@ from conftest import ENVIRONMENT, ROOT, refused, run
 from lab import jobs, memory, models
 
 SERVE = "modules/03_vllm/01_serve.py"
+PRODUCTION = ROOT / "modules/03_vllm/production.md"
+KEY = {"Authorization": "Bearer secret"}
 
 
 def ask(address: str, **request) -> dict:
@@ -36,9 +40,8 @@ def test_it_answers_under_both_names(server):
 
 
 def test_it_listens_on_loopback_only(server):
-    listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
-    addresses = [line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(":8000")]
-    assert addresses == ["127.0.0.1:8000"]
+    listening = [s.laddr for s in psutil.net_connections("tcp") if s.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == 8000] == ["127.0.0.1"]
 
 
 def test_the_planner_predicts_the_cache(server):
@@ -73,6 +76,7 @@ def test_watch_sees_the_load(server):
     assert 0 < result["itl_p50_ms"] <= result["itl_p99_ms"]
 
 
+@pytest.mark.needs("prometheus", "promtool")
 def test_monitoring(server):
     """`make monitor`: the real Prometheus scrapes the live server; every panel of the dashboard and every recording rule then finds data."""
     monitoring = ROOT / "modules/03_vllm/configs/monitoring"
@@ -142,6 +146,80 @@ def test_stop_ends_ours_and_nothing_else(server):
         assert stranger.poll() is None
     finally:
         stranger.kill()
+
+
+# -----------------------------------------------------------------------------
+# A server with a key: what production.md says of it
+
+
+@pytest.fixture(scope="module")
+def guarded_server():
+    run("make", "stop", check=0)
+    run("make", "vllm-serve", check=0, VLLM_API_KEY="secret")
+    yield "http://127.0.0.1:8000"
+    run("make", "stop", check=0)
+
+
+def status(address: str, method: str = "GET", headers: dict | None = None) -> int:
+    """The HTTP status of that request, its body an empty JSON object."""
+    body = b"{}" if method == "POST" else None
+    call = urllib.request.Request(address, body, {"Content-Type": "application/json"} | (headers or {}), method=method)
+    no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
+    try:
+        return no_proxy.open(call, timeout=30).status
+    except urllib.error.HTTPError as e:
+        return e.code
+
+
+def test_what_the_key_does_not_guard(guarded_server):
+    """Every path of the live server, asked without the key: refused or answered as the table in production.md says; one of them generates."""
+    table = re.search(r"<!-- paths -->(.*?)<!-- /paths -->", PRODUCTION.read_text(encoding="utf-8"), re.S)[1]
+    rows = [line.split("|")[1:3] for line in table.strip().splitlines()[2:]]
+    guarded = {path.removesuffix("...") for paths, answer in rows if "401" in answer for path in re.findall(r"`([^`]+)`", paths)}
+    listed = {path for paths, answer in rows if "401" not in answer for path in re.findall(r"`([^`]+)`", paths)}
+
+    described = json.load(urllib.request.urlopen(f"{guarded_server}/openapi.json", timeout=10))["paths"]
+    routes = {(path, method.upper()) for path, methods in described.items() for method in methods}
+    routes |= {(path, "GET") for path in ("/docs", "/redoc", "/openapi.json")}
+    answers = {(path, method): status(f"{guarded_server}{re.sub('{.*?}', 'x', path)}", method) for path, method in routes}
+    opened = {path for (path, _), code in answers.items() if code != 401}
+    assert len(routes) >= 20 and opened == listed
+    assert {path for path, _ in answers} - opened == {path for path, _ in answers if path.startswith(tuple(guarded))}
+
+    question = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 8})
+    call = urllib.request.Request(f"{guarded_server}/invocations", question.encode(), {"Content-Type": "application/json"})
+    assert "Paris" in json.load(urllib.request.urlopen(call, timeout=60))["choices"][0]["message"]["content"]
+    assert status(f"{guarded_server}/v1/models", headers=KEY) == 200
+
+
+@pytest.mark.needs("nginx", "openssl")
+def test_nginx_lets_only_the_allowlist_through(guarded_server, tmp_path):
+    """The real nginx with production.md's configuration before the live server."""
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=llm.example.com"]
+    run(*certificate, "-keyout", tmp_path / "llm.key", "-out", tmp_path / "llm.crt", check=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = re.search(r"```nginx\n(.*?)```", PRODUCTION.read_text(encoding="utf-8"), re.S)[1]
+    site = page.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/nginx/", f"{tmp_path}/")
+    folders = "".join(f"{name}_temp_path {tmp_path}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(f"pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\nhttp {{\naccess_log off;\n{folders}{site}}}\n")
+    nginx = subprocess.Popen(["nginx", "-c", configuration, "-g", "daemon off;"], env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 10
+        while not jobs.port_taken(port) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        proxy = f"https://127.0.0.1:{port}"
+        assert status(f"{proxy}/v1/models") == 401 and status(f"{proxy}/v1/models", headers=KEY) == 200
+        assert status(f"{proxy}/v1/chat/completions", "POST", KEY) == 400, "it reaches vLLM, which finds the request incomplete"
+        for path in ("/invocations", "/v1/../invocations", "/v1/models/../../invocations", "//invocations", "/v1%2f..%2finvocations", "/tokenize"):
+            assert status(f"{proxy}{path}", "POST", KEY) == 404, path
+        for path in ("/metrics", "/docs", "/openapi.json", "/health"):
+            assert status(f"{proxy}{path}", headers=KEY) == 404, path
+    finally:
+        nginx.terminate()
+        nginx.wait(timeout=10)
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ SCRIPT = MODULE / "14_two_nodes.py"
 def test_refusals(tmp_path):
     assert "--tokens must be 2 to 256" in refused(sys.executable, SCRIPT, "--tokens", "1", PROFILE="cpu")
     assert "the program ip is not installed" in refused(sys.executable, SCRIPT, PROFILE="cpu", PATH=str(tmp_path))
-    (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare: unshare failed: Operation not permitted >&2\nexit 1\n")
-    (tmp_path / "unshare").chmod(0o755)
+    for program in ("ip", "unshare"):
+        (tmp_path / program).write_text("#!/bin/sh\necho unshare: unshare failed: Operation not permitted >&2\nexit 1\n")
+        (tmp_path / program).chmod(0o755)
     said = refused(sys.executable, SCRIPT, PROFILE="cpu", PATH=f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
     assert "no network namespaces can be made here (unshare: unshare failed: Operation not permitted)" in said
 
@@ -52,6 +53,7 @@ def test_heads_of_zeros_change_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.needs("ip")
 def test_interrupted_start_leaves_nothing(two_machines):
     """Ctrl+C while both machines start: afterwards no process, and nobody who would keep a namespace alive."""
 

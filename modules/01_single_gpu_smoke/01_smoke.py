@@ -13,7 +13,7 @@ Exit code 1 when a product is wrong or the model does not know the capital of Fr
 import argparse
 import time
 
-from lab import fail, machine, models, results
+from lab import fail, jobs, machine, models, results
 from lab.profile import load_profile
 
 # Largest accepted ||C - C64|| / ||C64|| of a product of random matrices: rounding of the inputs' format, with room to spare.
@@ -31,6 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.matmul_size, args.copy_mib, args.new_tokens) < 1:
         fail("--matmul-size, --copy-mib and --new-tokens must be at least 1")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     # -----------------------------------------------------------------------------

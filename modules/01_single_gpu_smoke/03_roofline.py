@@ -10,7 +10,7 @@ are read once for all; prefill and training lie right. FLOPs are counted as 2 fo
 
 import argparse
 
-from lab import fail, machine, models, results, speed
+from lab import fail, jobs, machine, models, results, speed
 from lab.profile import load_profile
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.batches, args.prompt) < 1:
         fail("--batches and --prompt must be at least 1")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     import torch
@@ -124,9 +125,10 @@ def main() -> None:
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     x = np.logspace(-1, 4, 200)
     ax.loglog(x, np.minimum(roof, x * bandwidth) / 1e12, color="black", label=f"{machine.name()}, measured ({profile.dtype})")
-    if device != "cpu":
-        card = speed.Machine()
-        ax.loglog(x, np.minimum(card.flops, x * card.bandwidth) / 1e12, "--", color="gray", label="RTX 4090, nominal (a prediction)")
+    name = machine.short(machine.gpus()[0]["name"]) if device != "cpu" else ""
+    if card := speed.nominal(1, (name,)):
+        nominal = np.minimum(card.flops, x * card.bandwidth) / 1e12
+        ax.loglog(x, nominal, "--", color="gray", label=f"{name}, nominal (a prediction)")
     for name, (flops, size, took) in work.items():
         ax.plot(flops / size, flops / took / 1e12, "o")
         ax.annotate(name, (flops / size, flops / took / 1e12), textcoords="offset points", xytext=(7, -9), fontsize=8)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lab import fail, memory, models, results
+from lab import fail, jobs, memory, models, results
 from lab.profile import load_profile
 
 GIB = 2**30
@@ -111,6 +111,7 @@ def main() -> None:
         return
     if min(args.batch, args.tokens) < 1:
         fail("--batch and --tokens must be at least 1")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     import torch

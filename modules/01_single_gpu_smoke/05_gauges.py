@@ -12,7 +12,7 @@ import argparse
 import threading
 import time
 
-from lab import fail, machine, results
+from lab import fail, jobs, machine, results
 from lab.profile import load_profile
 
 
@@ -25,7 +25,7 @@ def read_gauges(device: str) -> dict[str, float]:
         return {"util_pct": psutil.cpu_percent(), "memory_gib": psutil.virtual_memory().used / 2**30, "clock_mhz": clock.current if clock else 0}
     import pynvml
 
-    card = pynvml.nvmlDeviceGetHandleByIndex(0)
+    card = machine.handles()[0]
     return {
         "util_pct": pynvml.nvmlDeviceGetUtilizationRates(card).gpu,  # of the last sixth of a second to second
         "memory_gib": pynvml.nvmlDeviceGetMemoryInfo(card).used / 2**30,
@@ -41,12 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds < 2:
         fail("--seconds must be at least 2: the gauges need a second to follow")
+    jobs.refuse_taken_cards()
 
     import torch
 
     device = "cuda:0" if profile.device == "cuda" else "cpu"
     dtype = getattr(torch, profile.dtype)
-    machine.gpus()  # starts NVML
 
     # -----------------------------------------------------------------------------
     # 1. The loads: each does its work once and returns (FLOPs, bytes moved)

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import RUNS, fail, models, results, shown
+from lab import RUNS, fail, jobs, models, results, shown
 from lab.profile import load_profile
 
 # -----------------------------------------------------------------------------
@@ -134,6 +134,7 @@ def main() -> None:
         fail("the prompt is empty: say what to change, such as --prompt 'make the circle green'")
     if args.steps < 2 or not 64 <= args.size <= 2048 or args.true_cfg_scale < 1:
         fail("--steps must be at least 2 (the first one warms up and is not timed), --size 64 to 2048, --true-cfg-scale at least 1")
+    jobs.refuse_taken_cards()
     picture = input_picture(args.image, args.size)
     try:
         args.output.mkdir(parents=True, exist_ok=True)

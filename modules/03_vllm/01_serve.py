@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from lab import RUNS, engine, fail, jobs, models, results, shown
-from lab.profile import load_profile, read_yaml
+from lab.profile import load_profile, need_cards, need_vllm, read_yaml
 
 RECIPES = Path(__file__).parent / "configs" / "recipes"
 
@@ -45,18 +45,23 @@ def main() -> None:
         recipe = read_yaml(file)
     recipe_model = recipe.pop("model", profile.serve.model)
     args.model = args.model or recipe_model
+    settings = dict(profile.serve.args) | recipe
     if not args.dry_run:
+        need_vllm()
+        cards = settings.get("tensor-parallel-size", 1)
+        need_cards(f"tensor-parallel-size {cards}", cards, "take another recipe")
         if "vllm" in (running := jobs.running()):
             fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
+        jobs.refuse_taken_cards()
         jobs.refuse_taken_port(args.port, "take another one with --port (make vllm-serve PORT=8001)")
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
-    command += engine.words(dict(profile.serve.args) | recipe)
+    command += engine.words(settings)
     command += engine_args  # argparse lets the last one win
     print(shlex.join(["python", *command[1:]]), flush=True)
     if args.dry_run:
-        return
+        return results.note(results.name_of(__file__))
 
     # -----------------------------------------------------------------------------
     # 2. Start it in a session of its own, so that it and its workers can be ended whole
@@ -64,7 +69,8 @@ def main() -> None:
     address, log = f"http://127.0.0.1:{args.port}", RUNS / "03_vllm" / "serve.log"
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
-    process = jobs.start("vllm", command, None if args.foreground else log, address=address)
+    cards = jobs.cards()[: engine.cards_filled(command)]  # what else may not run on them meanwhile
+    process = jobs.start("vllm", command, None if args.foreground else log, address=address, cards=cards)
     try:
         if args.foreground:
             code, asked = process.wait(), jobs.asked_to_end("vllm")

@@ -27,7 +27,7 @@ def gpu_columns() -> tuple[str, dict[str, float]]:
         return "n/a", {}
     from nvitop import Device
 
-    devices = Device.cuda.all()
+    devices = [Device(uuid=gpu["uuid"]) for gpu in machine.gpus()]
     columns = [f"{d.gpu_utilization()}% {d.memory_used() / 2**30:.1f}G {d.power_usage() / 1000:.0f}W" for d in devices]
     return "  ".join(columns), {
         "gpu_util_pct": sum(d.gpu_utilization() for d in devices) / len(devices),

@@ -16,7 +16,7 @@ import argparse
 import itertools
 import time
 
-from lab import data, fail, models, results
+from lab import data, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -98,6 +98,7 @@ def main() -> None:
     if min(args.batch_size) < 1:
         fail("--batch-size must be at least 1")
     requests = data.trace_of(args)
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     tokens = sum(length for _, length in requests)

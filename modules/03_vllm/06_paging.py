@@ -15,7 +15,7 @@ paper's 2-4x. Plot: runs/03_vllm/paging.png.
 
 import argparse
 
-from lab import data, engine, fail, models, results
+from lab import data, engine, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     if args.slots < 1:
         fail("--slots must be at least 1")
     trace = data.trace_of(args)
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import argparse
 import random
 import statistics
 
-from lab import engine, fail, models, results
+from lab import engine, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -35,6 +35,7 @@ def main() -> None:
     whole = args.shared_tokens + args.own_tokens + args.answer_tokens
     if whole > p.args["max-model-len"]:
         fail(f"beginning, end and answer are {whole} tokens, the profile's max-model-len is {p.args['max-model-len']}: shorten one")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     from vllm import SamplingParams

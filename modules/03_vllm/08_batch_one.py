@@ -12,7 +12,7 @@ tokens/s, which grow with the batch while a step hardly takes longer. Plot: runs
 import argparse
 import time
 
-from lab import engine, fail, memory, models, results
+from lab import engine, fail, jobs, memory, models, results
 from lab.profile import load_profile
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if min(*args.batches, args.prompt_tokens, args.answer_tokens - 1) < 1:
         fail("--batches and --prompt-tokens must be at least 1, --answer-tokens at least 2")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
     device = "cuda:0" if profile.device == "cuda" else "cpu"
 

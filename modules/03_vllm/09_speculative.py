@@ -15,7 +15,7 @@ Requests run one at a time: a full batch has no idle arithmetic to guess with.
 import argparse
 import json
 
-from lab import data, engine, fail, models, results
+from lab import data, engine, fail, jobs, models, results
 from lab.profile import load_profile
 
 PARAGRAPH = (
@@ -34,6 +34,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if min(args.guesses, args.answer_tokens) < 1:
         fail("--guesses and --answer-tokens must be at least 1")
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
 
     from vllm import SamplingParams

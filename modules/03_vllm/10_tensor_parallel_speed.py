@@ -14,8 +14,8 @@ import argparse
 import json
 import os
 
-from lab import RUNS, engine, fail, models, results
-from lab.profile import load_profile
+from lab import RUNS, engine, fail, jobs, models, results
+from lab.profile import load_profile, need_cards
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if min(*args.batches, args.prompt_tokens, args.answer_tokens - 1) < 1:
         fail("--batches and --prompt-tokens must be at least 1, --answer-tokens at least 2")
+    need_cards("vllm-tp", 2, "see it on a CPU after make setup LOCK=cpu")
+    jobs.refuse_taken_cards()
     config = models.config(args.shape)
     for name in ("num_attention_heads", "num_key_value_heads"):
         if config.get(name, 2) % 2:

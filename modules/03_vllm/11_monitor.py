@@ -109,7 +109,7 @@ def main() -> None:
             print(f"  {rule['name']:46} {f'{values[0]:.4g}' if values else 'no data yet'}")
     for rule in rules():
         if rule["type"] == "alerting":
-            print(f"  {rule['name']:18} {rule['state']:9} {'<- ' + rule['annotations']['summary'] if rule['state'] != 'inactive' else ''}")
+            print(f"  {rule['name']:19} {rule['state']:9} {'<- ' + rule['annotations']['summary'] if rule['state'] != 'inactive' else ''}")
     if any(t["labels"]["job"] == "vllm" and t["health"] != "up" for t in targets()):
         print("no server answers: start one with 'make vllm-serve'; make monitor shows the state again")
     results.note(results.name_of(__file__))

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import time
 
-from lab import data, fail, models, results
+from lab import data, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -75,6 +75,7 @@ def main() -> None:
     if min(args.repeat, args.batched_tokens, 1 if args.blocks is None else args.blocks) < 1:
         fail("--repeat, --blocks and --batched-tokens must be at least 1")
     requests = data.trace_of(args)
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
     engine_args = {flag.replace("-", "_"): value for flag, value in p.args.items() if flag != "enforce-eager"}  # its default is to compile
     tokens = sum(length for _, length in requests)

@@ -15,7 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from lab import fail, models, results
+from lab import fail, jobs, models, results
 from lab.profile import load_profile
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -57,6 +57,7 @@ def main() -> None:
         fail("--tokens must be positive")
     if "RANK" not in os.environ:
         fail("this script runs as several processes, which torchrun starts: use 'make mini-tp'")
+    jobs.refuse_taken_cards()
 
     import torch
     import torch.distributed as dist

@@ -16,7 +16,7 @@ import resource
 import time
 from pathlib import Path
 
-from lab import data, fail, models, results
+from lab import data, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.steps, args.micro_batch, args.accumulate) < 1 or args.seq_len < 2 or args.learning_rate <= 0:
         fail("--steps, --micro-batch, --accumulate and --learning-rate must be positive, --seq-len at least 2")
+    jobs.refuse_taken_cards()
     try:
         if args.save:
             Path(args.save).mkdir(parents=True, exist_ok=True)  # now, not when the training is done
@@ -62,7 +63,7 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if world < args.min_world:
-        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start {p.processes}, or use python")
+        fail(f"{world} process is running, where at least {args.min_world} were to share the work: leave PROCESSES out to start 2, or use python")
     if args.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail(f"{torch.cuda.get_device_name()} does not compute in bf16: run with --mixed-precision no")
 

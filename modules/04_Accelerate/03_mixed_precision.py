@@ -13,7 +13,7 @@ Whether bf16 is faster depends on the machine: a 4090 has tensor cores for it, o
 import argparse
 import time
 
-from lab import data, fail, models, results
+from lab import data, fail, jobs, models, results
 from lab.profile import load_profile
 
 
@@ -100,6 +100,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
+    jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
     blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
     if len(blocks) < (args.steps + 1) * args.micro_batch:

@@ -16,7 +16,7 @@ import resource
 import time
 from pathlib import Path
 
-from lab import data, fail, machine, models, results
+from lab import data, fail, jobs, machine, models, results
 from lab.profile import load_profile
 
 
@@ -99,6 +99,7 @@ def main() -> None:
         fail(f"ZeRO divides states over the processes and needs at least 2, here is {world}: make train-z2, or deepspeed --num_gpus=2 train.py ...")
     if profile.device == "cuda" and local_rank >= len(machine.gpus()):
         fail(f"{os.environ.get('LOCAL_SIZE', world)} processes need as many GPUs, {len(machine.gpus())} found: lower --num_gpus")
+    jobs.refuse_taken_cards()
     config = read_config(args.deepspeed)
     settle(args.deepspeed, config, "train_micro_batch_size_per_gpu", args.micro_batch, p.micro_batch)
     settle(args.deepspeed, config, "gradient_accumulation_steps", args.accumulate, p.accumulate)

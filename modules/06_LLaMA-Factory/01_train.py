@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from lab import ROOT, data, fail, models, results, shown
-from lab.profile import load_profile
+from lab import ROOT, data, fail, jobs, models, results, shown
+from lab.profile import load_profile, need_cards
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,6 +81,8 @@ def main() -> None:
     for key, value in OmegaConf.from_cli(args.overrides).items():
         if type(default := OmegaConf.load(source).get(key)) in (int, float) and not isinstance(value, int | float):
             fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
+    if args.zero2 and not args.dry_run:
+        need_cards("lf-train-z2", max(2, args.processes))
     if args.zero2 and args.processes < 2:
         fail("ZeRO-2 divides gradients and optimizer states between processes: it needs at least 2, set --processes 2")
     if profile.device == "cpu" and (settings.get("bf16") or settings.get("fp16") or settings.get("pure_bf16")):
@@ -91,6 +93,7 @@ def main() -> None:
     # 2. The template: training must say what the model's own chat template, and so every server later, says before the user
 
     if not args.dry_run:
+        jobs.refuse_taken_cards()
         folder = models.model_folder(settings.model_name_or_path)
         settings.model_name_or_path = shown(folder)
         if settings.template and "default_system" not in settings and (system := own_system_message(folder)) is not None:
@@ -107,7 +110,7 @@ def main() -> None:
     config = factory.FOLDER / f"{name}.yaml" if args.dry_run else factory.write(settings, name, f"{source.name} and profile {profile.name}")
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:
-        return
+        return results.note(results.name_of(__file__))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training is ended with us
     output, began = ROOT / settings.output_dir, time.time()
     factory.run(name, command)

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import ROOT, RUNS, data, fail, results, shown
+from lab import ROOT, RUNS, data, fail, jobs, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +42,7 @@ def main() -> None:
     rows = data.rows(args.test)[: args.limit or None]
     if args.batch_size < 1:
         fail("--batch-size must be at least 1")
+    jobs.refuse_taken_cards()
     if args.train:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training is ended with us
         process = subprocess.Popen([sys.executable, str(HERE / "01_train.py")])

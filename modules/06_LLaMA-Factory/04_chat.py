@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lab import fail, results, shown
+from lab import fail, jobs, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=f"runs/{HERE.name}/lora", help="folder that training wrote (default: %(default)s)")
     args = parser.parse_args()
+    jobs.refuse_taken_cards()
 
     import factory
 

@@ -41,6 +41,7 @@ def main() -> None:
     if name in (running := jobs.running()):
         fail(f"it already runs at {running[name]['address']}: end it with 'make stop' first")
     if args.what == "api":
+        jobs.refuse_taken_cards()
         settings = factory.settings_for(HERE / "configs" / "infer.yaml", args.adapter, profile.finetune.dtype)
         config = factory.write(settings, "api", f"infer.yaml and {settings.adapter_name_or_path}/config.yaml")
         words = ["api", shown(config)]
@@ -64,7 +65,8 @@ def main() -> None:
         os.environ["BROWSER"] = "true"  # the program of that name: do not open a browser on a machine that may have no screen
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that wait_healthy ends the job
-    process = jobs.start(name, command, log, address=address)
+    cards = jobs.cards() if args.what == "api" else []
+    process = jobs.start(name, command, log, address=address, cards=cards)
     url = f"{address}/v1/models" if args.what == "api" else f"{address}/"
     try:
         seconds = jobs.wait_healthy(name, process, url, log, lambda: factory.cause(log))

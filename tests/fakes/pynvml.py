@@ -23,6 +23,10 @@ nvmlClocksThrottleReasonSwThermalSlowdown = 0x20
 nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
 nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 0x80
 NVML_TEMPERATURE_GPU = 0
+nvmlMemory_v2 = 0x2000028
+
+
+MEMORY = {"memory": 24, "used": 0, "reserved": 0.35}  # GiB of a card that FAKE_CARDS says nothing else of
 
 
 def _cards() -> list[dict]:
@@ -69,11 +73,10 @@ def nvmlDeviceGetName(handle):
     return _cards()[handle]["name"]
 
 
-def nvmlDeviceGetMemoryInfo(handle):
+def nvmlDeviceGetMemoryInfo(handle, version=None):
     card = _cards()[handle]
-    total = int(card["memory_gib"] * 2**30)
-    used = int(card.get("used_gib", 0) * 2**30)
-    return SimpleNamespace(total=total, used=used, free=total - used)
+    total, used, reserved = (int(card.get(f"{kind}_gib", default) * 2**30) for kind, default in MEMORY.items())
+    return SimpleNamespace(version=version, total=total, used=used, free=total - used - reserved, reserved=reserved)
 
 
 def nvmlDeviceGetCudaComputeCapability(handle):

@@ -27,7 +27,7 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def __init__(self, runner, longest: int, max_num_seqs: int):
-        self.runner, self.graphs, pool = runner, {}, torch.cuda.graph_pool_handle()
+        self.graphs, pool = {}, torch.cuda.graph_pool_handle()  # the runner has us: did we keep it, neither would be freed
         self.padding = Sequence([0], 1, num_scheduled_tokens=1, block_table=[runner.num_blocks])  # one token in the block of nobody
         for size in sorted({1, 2, 4, *range(8, max_num_seqs + 8, 8)}, reverse=True):  # the largest first: the others share its memory
             inputs = *_, batch = runner.batch([self.padding] * size)
@@ -37,10 +37,10 @@ class CudaGraphs:
                 logits = runner.forward(*inputs)
             self.graphs[size] = graph, inputs, logits  # the inputs stay where the graph reads them
 
-    def forward(self, seqs: list[Sequence]) -> torch.Tensor:
+    def forward(self, runner, seqs: list[Sequence]) -> torch.Tensor:
         """Logits [S, vocabulary] of a step in which every sequence computes its last token."""
         graph, (tokens, positions, _, batch), logits = self.graphs[min(size for size in self.graphs if size >= len(seqs))]
-        new_tokens, new_positions, _, new = self.runner.batch(seqs + [self.padding] * (len(logits) - len(seqs)))
+        new_tokens, new_positions, _, new = runner.batch(seqs + [self.padding] * (len(logits) - len(seqs)))
         tokens[:], positions[:], batch.slots[:], batch.seq_lens[:] = new_tokens, new_positions, new.slots, new.seq_lens
         batch.block_table[:, : new.block_table.shape[1]] = new.block_table
         graph.replay()

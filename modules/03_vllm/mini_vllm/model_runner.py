@@ -55,4 +55,4 @@ class ModelRunner:
         """Compute the scheduled tokens of `seqs`. Returns the next token of each that is now computed to its end."""
         ending = [s for s in seqs if s.num_computed_tokens + s.num_scheduled_tokens == len(s)]
         decode = len(ending) == len(seqs) == sum(s.num_scheduled_tokens for s in seqs)
-        return sample(self.graphs.forward(seqs) if self.graphs and decode else self.forward(*self.batch(seqs)), ending)
+        return sample(self.graphs.forward(self, seqs) if self.graphs and decode else self.forward(*self.batch(seqs)), ending)

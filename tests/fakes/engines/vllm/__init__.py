@@ -1,0 +1,30 @@
+"""Stand-in for vLLM in a script's own process: the engine's arguments are checked, its start is where the script ends."""
+
+import road
+
+
+class SamplingParams:
+    def __init__(self, **_):
+        pass
+
+
+class EngineArgs:
+    @staticmethod
+    def add_cli_args(parser):
+        return parser
+
+    @staticmethod
+    def from_cli_args(args):
+        return args
+
+
+class LLMEngine:
+    @staticmethod
+    def from_engine_args(_):
+        road.reached("vLLM's engine")
+
+
+def __getattr__(name: str):
+    if not name.startswith("__"):
+        road.reached(f"vllm.{name}")
+    raise AttributeError(name)
