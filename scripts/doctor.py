@@ -1,4 +1,4 @@
-"""Is this machine fit for the six stages? Every check does the thing and compares the result: `make doctor`.
+"""Is this machine fit for the six stages? Every check does the thing and compares: `make doctor`.
 
     make doctor                              # three minutes the first time, which compiles
     make doctor ARGS="--only ports all-reduce"
@@ -111,7 +111,6 @@ def main() -> None:
         fail(f"there is no check {', '.join(sorted(unknown))}: choose from {names}")
 
     profile = load_profile(check=False)
-    machine.gpus.cache_clear()  # detection saw all cards, the profile may use fewer
     findings = {}
     for name in CHECKS:
         if args.only and name not in args.only:

@@ -17,9 +17,6 @@ Finding = tuple[str, str]  # verdict, what was found
 
 FOLDER = Path(__file__).resolve().parent
 PROGRAMS = FOLDER / "programs.py"
-SHELL_ENVIRONMENT = dict(os.environ)  # as the reader's shell has it: the profile adds to os.environ
-# The environment's programs (ninja) come first, as in make and in the profile, activated or not.
-PATH = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def start(command: list, environment: dict) -> subprocess.Popen:
@@ -29,13 +26,13 @@ def start(command: list, environment: dict) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment | {"PATH": PATH},
+        env=environment,
         start_new_session=True,
     )
 
 
 def end_of(process: subprocess.Popen, timeout_s: float) -> tuple[int, str]:
-    """(exit code, last line); 124 and the process ended when it ran out of time: a hang is a finding."""
+    """(exit code, last line); 124, and the process ended, where it ran out of time."""
     try:
         lines = process.communicate(timeout=timeout_s)[0].strip().splitlines()
     except subprocess.TimeoutExpired:
@@ -51,42 +48,18 @@ def program(name: str, *arguments, timeout_s: float) -> tuple[int, str]:
 
 
 def installed_lock() -> str:
-    """Which lock this environment was filled from: set-up's mark, else the kind of its torch."""
-    mark = Path(sys.prefix) / ".videofen-setup"
-    words = mark.read_text().split() if mark.exists() else []
-    if words:
-        return words[0]
-    return "cpu" if metadata.version("torch").endswith("+cpu") else "gpu"
+    """The lock of this environment: set-up's mark, else by the kind of its torch."""
+    by_torch = "cpu" if metadata.version("torch").endswith("+cpu") else "gpu"
+    return machine.lock() or by_torch
 
 
 def used_cards() -> list[dict]:
     """The cards that this environment and profile compute on, in CUDA's order."""
-    if installed_lock() == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
-    return machine.gpus()
-
-
-def driver_lists() -> int:
-    """Cards that the driver lists, used or not; 0 without a working driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
-        return 0
+    return [] if installed_lock() == "cpu" else machine.gpus()
 
 
 def no_cards() -> str:
     """Why `used_cards` is empty, in words."""
-    if count := driver_lists():
+    if count := len(machine.cards()):
         return f"{count} NVIDIA GPU(s), not used by the {installed_lock()} lock and this profile"
     return "no NVIDIA GPU"
-
-
-def handle(card: dict):
-    """NVML's handle of a card: by UUID, since CUDA_VISIBLE_DEVICES changes the numbers."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetHandleByUUID(card["uuid"])

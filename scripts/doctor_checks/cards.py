@@ -1,4 +1,4 @@
-"""The cards: their driver, their way to each other, who else holds them, what they say under load."""
+"""The cards: their driver, their way to each other, who holds them, how they are under load."""
 
 import os
 import re
@@ -17,14 +17,13 @@ from doctor_checks import (
     WARNING,
     Finding,
     end_of,
-    handle,
     installed_lock,
     no_cards,
     program,
     start,
     used_cards,
 )
-from lab import jobs
+from lab import jobs, machine
 
 SYS, PROC, DEV = Path("/sys"), Path("/proc"), Path("/dev")
 WSL_LIBRARIES = Path("/usr/lib/wsl/lib")  # put there by the NVIDIA driver of Windows
@@ -89,7 +88,7 @@ def why_no_driver() -> str:
 
 
 def driver(profile) -> Finding:
-    """The driver runs, is new enough for torch, and a kernel on every card gives the right numbers."""
+    """The driver runs, is new enough for torch, and a kernel computes right on every card."""
     if not used_cards():
         if not (problem := why_no_driver()):
             return ABSENT, no_cards()
@@ -143,7 +142,7 @@ def pair(backend: str, first: int, second: int, **environment) -> str:
 
 
 def all_reduce(profile) -> Finding:
-    """The sum of two processes' numbers, every value compared, under a timeout: gloo on the host."""
+    """The sum of two processes' numbers, every value compared, in limited time: gloo."""
     if problem := pair("gloo", 0, 0, CUDA_VISIBLE_DEVICES=""):
         return FAILED, f"gloo: {problem}"
     return OK, "gloo: 4 million numbers of two processes summed, all right"
@@ -195,8 +194,8 @@ def iommu(profile) -> Finding:
     import pynvml
 
     translated, redirected, unreadable = [], [], False
-    for index, card in enumerate(used_cards()):
-        address = pynvml.nvmlDeviceGetPciInfo(handle(card)).busId
+    for index, card in enumerate(machine.handles()):
+        address = pynvml.nvmlDeviceGetPciInfo(card).busId
         address = address.decode() if isinstance(address, bytes) else address
         device = (SYS / "bus/pci/devices" / address.lower()[-12:]).resolve()
         kind = device / "iommu_group/type"
@@ -236,15 +235,19 @@ def desktop(profile) -> Finding:
     ours = {process.pid for job in jobs.running().values() for process in jobs.members(job)}
     share = float(profile.serve.args.get("gpu-memory-utilization", 0.9))
     descriptions, short = [], False
-    for index, card in enumerate(used_cards()):
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle(card), version=pynvml.nvmlMemory_v2)
+    for index, card in enumerate(machine.handles()):
+        memory = pynvml.nvmlDeviceGetMemoryInfo(card, version=pynvml.nvmlMemory_v2)
+        processes = {
+            process.pid: process
+            for kind in ("Graphics", "Compute")
+            for process in getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses")(card)
+        }
         held, names = memory.used, []
-        for kind in ("Graphics", "Compute"):
-            for process in getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses")(handle(card)):
-                if process.pid in ours:
-                    held -= process.usedGpuMemory or 0
-                elif psutil.pid_exists(process.pid):
-                    names.append(psutil.Process(process.pid).name())
+        for pid, process in processes.items():
+            if pid in ours:
+                held -= process.usedGpuMemory or 0
+            elif psutil.pid_exists(pid):
+                names.append(psutil.Process(pid).name())
         if held < 0.3 * 2**30:  # a driver that nobody uses keeps a little
             continue
         total = (memory.total - memory.reserved) / 2**30
@@ -309,7 +312,7 @@ def pinned(profile) -> Finding:
 
 
 def load(profile) -> Finding:
-    """Two seconds into matrix products on every card: PCIe link, power limit, reasons of throttling."""
+    """Two seconds into matrix products on every card: PCIe link, power, throttling."""
     if not used_cards():
         return ABSENT, no_cards()
     import pynvml
@@ -321,8 +324,8 @@ def load(profile) -> Finding:
         return FAILED, "no matrix product could be started on the cards"
     time.sleep(2)
     seen, bad = [], []
-    for index, card in enumerate(used_cards()):
-        words, problems = under_load(pynvml, handle(card))
+    for index, card in enumerate(machine.handles()):
+        words, problems = under_load(pynvml, card)
         seen.append(f"card {index}: {words}")
         bad += [f"card {index} {problem}" for problem in problems]
     process.wait()

@@ -16,15 +16,12 @@ from doctor_checks import (
     FAILED,
     OK,
     PROGRAMS,
-    SHELL_ENVIRONMENT,
     WARNING,
     Finding,
     end_of,
-    handle,
     start,
-    used_cards,
 )
-from lab import ROOT, jobs, models
+from lab import ROOT, jobs, machine, models
 
 
 def ram(profile) -> Finding:
@@ -82,7 +79,7 @@ def limits(profile) -> Finding:
 
 
 def ports(profile) -> Finding:
-    """Each port that a stage listens on can be bound now, or is held by this repository's own job."""
+    """Each port that a stage listens on can be bound now, or is held by a job of ours."""
     wanted = {
         profile.serve.port: "make vllm-serve",
         profile.finetune.api_port: "make lf-api",
@@ -116,15 +113,18 @@ class Greeter(BaseHTTPRequestHandler):
 
 def proxy(profile) -> Finding:
     """What a program in the reader's shell gets from 127.0.0.1 and localhost: us, or a proxy."""
-    names = [name for name in SHELL_ENVIRONMENT if re.fullmatch("(https?|all)_proxy", name, re.I)]
-    if not any(SHELL_ENVIRONMENT[name] for name in names):
+    import psutil
+
+    shell = psutil.Process().environ()  # as we were started; lab keeps its own requests local
+    names = [n for n in shell if re.fullmatch("(https?|all)_proxy", n, re.I) and shell[n]]
+    if not names:
         return ABSENT, "no proxy is set"
     astray = []
     with HTTPServer(("127.0.0.1", 0), Greeter) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for host in ("127.0.0.1", "localhost"):
             command = [PROGRAMS, "ask", f"http://{host}:{server.server_port}"]
-            _, last_line = end_of(start(command, SHELL_ENVIRONMENT), 15)
+            _, last_line = end_of(start(command, shell), 15)
             if last_line != "the doctor himself":
                 astray.append(host)
         server.shutdown()
@@ -170,10 +170,10 @@ def orphans(profile) -> Finding:
                 left.append(f"{process.pid} ({words[:40]}, {gib:.1f} GiB)")
         except psutil.Error:
             continue
-    for index, card in enumerate(used_cards()):
+    for index, card in enumerate(machine.handles()):
         import pynvml
 
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle(card)):
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card):
             if process.pid not in ours and not psutil.pid_exists(process.pid):
                 gib = (process.usedGpuMemory or 0) / 2**30
                 left.append(f"{process.pid} (gone, but holds {gib:.1f} GiB of card {index})")

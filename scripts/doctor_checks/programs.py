@@ -1,4 +1,6 @@
-"""What the doctor runs in processes of their own: `python scripts/doctor_checks/programs.py NAME [ARG ...]`.
+"""What the doctor runs in processes of their own.
+
+    python scripts/doctor_checks/programs.py NAME [ARG ...]
 
 Each function is one program. Its last line is what the doctor reports; an exception, a crash and
 a hang are findings, too.
@@ -27,7 +29,7 @@ def cuda_kernel():
 
 
 def cpu_adam():
-    """DeepSpeed's CPUAdam, built where it is not yet, takes the two steps that torch's Adam takes."""
+    """DeepSpeed's CPUAdam, built where it is not yet, steps twice as torch's Adam does."""
     import torch
 
     began = time.time()
@@ -63,7 +65,7 @@ def torch_compile():
 
 
 def all_reduce(rank, backend, first, second, folder):
-    """One of two processes that add their numbers up and compare every sum; "right" where all are."""
+    """One of two processes that add their numbers up; "right" where every sum is."""
     from datetime import timedelta
 
     import torch

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -15,11 +16,9 @@ from doctor_checks import (
     FAILED,
     FOLDER,
     OK,
-    PATH,
     WARNING,
     Finding,
     end_of,
-    handle,
     installed_lock,
     no_cards,
     program,
@@ -57,16 +56,16 @@ def path(profile) -> Finding:
     """No blank in the paths that PyTorch hands to compilers unquoted: its own, and its caches."""
     torch = Path(importlib.util.find_spec("torch").origin).parent
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    temporary = tempfile.gettempdir()
     places = {
         "the environment": torch,
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        or tempfile.gettempdir(),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or temporary,
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or cache / "vllm",
     }
     for name, place in places.items():
-        if re.search(r"\s", str(place)):
-            return FAILED, f"a blank in the path of {name}, {place}: CPUAdam, torch.compile break"
-    return OK, "no blank in the paths of the environment and of the compilers' caches"
+        if re.search(r"[^\w./@+~=-]", str(place)):
+            return FAILED, f"compilers cannot cope with the path of {name}: {place}"
+    return OK, "no blank or special character in what compilers are given"
 
 
 def headers(profile) -> Finding:
@@ -95,13 +94,25 @@ def headers(profile) -> Finding:
     return (OK if answer == 42 else FAILED), f"{compiler} and Python.h: a C module built, imported"
 
 
+def stale_lock() -> Path | None:
+    """The lock file of a build of CPUAdam that began more than ten minutes ago and never ended."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    for lock in root.glob("**/cpu_adam/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            return lock
+    return None
+
+
 def compiler(profile) -> Finding:
     """DeepSpeed's CPUAdam is built (kept for the next time) and steps as torch's Adam does."""
     users = "DeepSpeed cannot build CPUAdam (train-z2-offload)"
     if not shutil.which(os.environ.get("CXX") or "c++"):
         return FAILED, f"no C++ compiler on PATH ({os.environ.get('CXX') or 'c++'}): {users}"
-    if not shutil.which("ninja", path=PATH):
+    if not shutil.which("ninja"):
         return FAILED, f"no ninja in the environment or on PATH: {users}"
+    if lock := stale_lock():
+        return FAILED, f"a build that was killed left its lock, others wait for ever: rm {lock}"
     returncode, last_line = program("cpu_adam", timeout_s=COMPILE_S)
     return (OK if returncode == 0 else FAILED), last_line[:150]
 
@@ -128,15 +139,13 @@ def nvcc(profile) -> Finding:
     """No stage needs the CUDA compiler; where one is, it must be of torch's CUDA and work."""
     if not used_cards():
         return ABSENT, no_cards()
-    import pynvml
-
     callers = []
     if os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") != "0":
         callers.append(
             "FlashInfer's sampler, vLLM's default (VLLM_USE_FLASHINFER_SAMPLER=0 avoids it)"
         )
-    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle(used_cards()[0]))
-    if major > 8 and os.environ.get("VLLM_USE_DEEP_GEMM") != "0":
+    newer = used_cards()[0]["capability"] >= [9, 0]
+    if newer and os.environ.get("VLLM_USE_DEEP_GEMM") != "0":
         callers.append("DeepGEMM for block-FP8 models (VLLM_USE_DEEP_GEMM=0 avoids it)")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     compiler = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")

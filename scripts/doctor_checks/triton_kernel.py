@@ -1,6 +1,8 @@
-"""A Triton kernel on each device given, its numbers compared: what vLLM and torch.compile do on a GPU.
+"""A Triton kernel on each device given, its numbers compared: vLLM samples by such kernels.
 
-Its first launch compiles C against Python.h. `python scripts/doctor_checks/triton_kernel.py cuda:0 cuda:1`
+    python scripts/doctor_checks/triton_kernel.py cuda:0 cuda:1
+
+The first launch compiles C against Python.h.
 """
 
 import sys
