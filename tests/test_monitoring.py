@@ -137,6 +137,10 @@ def test_every_engine_alert_fires_and_clears(prometheus):
         command = ["curl", "-sN", "http://127.0.0.1:8000/v1/completions", "-H", "Content-Type: application/json", "-d", body]
         clients.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT))
 
+    def running() -> float:
+        metrics = urllib.request.urlopen("http://127.0.0.1:8000/metrics").read().decode()
+        return float(re.search(r"^vllm:num_requests_running\S* (\S+)$", metrics, re.M)[1])
+
     def hang_up() -> None:
         for client in clients:
             client.kill()
@@ -153,8 +157,8 @@ def test_every_engine_alert_fires_and_clears(prometheus):
         hang_up()
         wait_until(lambda: not alerts_firing(), 30)
 
-        # 250 tokens are two blocks of 128: three requests fit, and outgrow the eight blocks at once.
-        wait_until(lambda: "VllmPreemptions" in alerts_firing(), 60, meanwhile=lambda: ask(prompt=250))
+        # 255 tokens are two blocks of 128: three requests fit, and outgrow the eight blocks at their second token.
+        wait_until(lambda: "VllmPreemptions" in alerts_firing(), 60, meanwhile=lambda: ask(tokens=8, prompt=255))
         hang_up()
         wait_until(lambda: not alerts_firing(), 30)
 
@@ -164,18 +168,18 @@ def test_every_engine_alert_fires_and_clears(prometheus):
         engine = next(p for p in jobs.members(jobs.running()["vllm"]) if "EngineCore" in p.name())
 
         def stop_for_a_moment() -> None:
-            ask()
+            ask(prompt=10)  # quickly read, so that there are tokens to wait for
             engine.suspend()
             time.sleep(0.3)
             engine.resume()
 
-        wait_until(lambda: "VllmSlowTokens" in alerts_firing(), 30, meanwhile=stop_for_a_moment)
+        wait_until(lambda: "VllmSlowTokens" in alerts_firing(), 60, meanwhile=stop_for_a_moment)
         hang_up()
         wait_until(lambda: not alerts_firing(), 30)
 
         for _ in range(4):
             ask()
-        time.sleep(2)
+        wait_until(lambda: running() > 0, 60)
         engine.suspend()
         wait_until(lambda: "VllmStalled" in alerts_firing(), 30)
         engine.resume()
