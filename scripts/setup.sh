@@ -2,22 +2,25 @@
 # Choose or create the environment and fill it with the hashed lock: `make setup`.
 #
 #   make setup                the active or existing conda environment `videofen`, one made from environment.yml
-#                             where conda or mamba is installed, else .venv; the gpu lock where an NVIDIA GPU is visible
+#                             where conda or mamba is installed, else .venv; the gpu lock where an NVIDIA card is
 #   make setup LOCK=cpu|gpu   take this lock whatever the machine; the environment then keeps it
 #   make setup ENV=venv       take .venv even where conda is installed
 #   make setup YES=1          let it change a `videofen` that it did not create
 #   scripts/setup.sh --check  is the environment there and up to date? (every make target asks)
+#
+# It needs bash, any python3 from 3.8 on (without pip or venv) and a C++ compiler. uv, fetched by the lock's hash,
+# brings Python 3.11 where none is complete, makes .venv and fills it.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 root=$PWD
+. scripts/machine.sh
 
 fail() { echo "error: $*" >&2; exit 2; }
 say() { echo "setup: $*"; }
 
 # -----------------------------------------------------------------------------
-# 1. Which lock, which environment
+# 1. Which environment, which lock
 
-gpu_visible() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 case ${LOCK:-} in ""|cpu|gpu) ;; *) fail "LOCK=$LOCK is unknown: say LOCK=cpu or LOCK=gpu" ;; esac
 case ${ENV:-} in ""|venv|conda) ;; *) fail "ENV=$ENV is unknown: say ENV=venv or ENV=conda" ;; esac
 
@@ -27,40 +30,104 @@ for c in mamba conda "${CONDA_EXE:-}"; do [ -n "$c" ] && command -v "$c" >/dev/n
 # conda prints `videofen  *  /path`, mamba 2 indents that and pads it with blanks.
 conda_prefix() { { "$conda" env list 2>/dev/null || true; } | sed -n 's/ *$//; s/^ *videofen[ *+]\{1,\}//p' | head -n 1; }
 
-prefix=$root/.venv          # .venv is the environment, or a link to the conda one: make finds Python there
+# torch and DeepSpeed hand paths to the compiler unquoted: no blanks, no characters that mean something to a shell.
+compilable() { local LC_ALL=C; [[ $1 != *[!A-Za-z0-9_./@+~=$'\x80'-$'\xff'-]* ]]; }
+
+# The marker says that set-up made this environment, and, once it is filled, from what: lock, hash of what was installed,
+# whether LOCK `asked` for the lock or it was `found`, this folder. An interrupted run leaves it empty.
+marker=.videofen-setup
+made_for() { [ ! -e "$1/$marker" ] || sed -nE 's/^[cg]pu [0-9a-f]* ((asked|found) )?//p' "$1/$marker"; }
+
+linked=""
+[ ! -L .venv ] || [ ! -e .venv ] || linked=$(readlink .venv)
+own=$root/.venv             # the environment that set-up makes without conda
+if ! compilable "$root"; then
+  data=${XDG_DATA_HOME:-${HOME:-/proc}/.local/share}/videofen
+  own=$data/$(sha256sum <<< "$root" | cut -c1-12)
+  [ -z "$linked" ] || [ -e "$linked/conda-meta" ] || [ "$(made_for "$linked")" != "$root" ] || own=$linked
+fi
+# A link to an environment that set-up made where this folder stood before: it is made anew.
+old=""
+[ -z "$linked" ] || [ "$linked" = "$own" ] || [ -e "$linked/conda-meta" ] || [ ! -e "$linked/$marker" ] || { old=$linked; linked=""; }
+
+prefix=$own                 # .venv is the environment, or a link to it: make finds Python there
 if [ "${ENV:-}" != venv ]; then
   if [ "${CONDA_DEFAULT_ENV:-}" = videofen ] && [ -n "${CONDA_PREFIX:-}" ]; then prefix=$CONDA_PREFIX
-  elif [ -L .venv ] && [ -e .venv ]; then prefix=$(readlink .venv)
+  elif [ -n "$linked" ]; then prefix=$linked
   elif [ -n "$conda" ] && [ ! -d .venv ]; then prefix=$(conda_prefix); prefix=${prefix:-new}; fi
 fi
-[ "$prefix" = "$root/.venv" ] || [ -L .venv ] || [ ! -e .venv ] ||
+[ "$prefix" = "$own" ] || [ -L .venv ] || [ ! -e .venv ] ||
   fail "the conda environment videofen is active, and .venv is here too: remove one of them (rm -r .venv, or conda deactivate)"
-[ "${ENV:-}" != venv ] || [ ! -L .venv ] || fail ".venv is a link to $(readlink .venv): remove the link (rm .venv), then repeat make setup ENV=venv"
+[ "${ENV:-}" != venv ] || [ -z "$linked" ] || [ "$linked" = "$own" ] ||
+  fail ".venv is a link to $linked: remove the link (rm .venv), then repeat make setup ENV=venv"
 
-# The marker says that set-up made this environment, and, once it is filled, from what: an interrupted run leaves it empty.
-marker=.videofen-setup
-made=$(cat "$prefix/$marker" 2>/dev/null || echo none)
-lock=${LOCK:-$(echo "$made" | sed -n 's/^\([cg]pu\) .*/\1/p')}
-if [ -z "$lock" ]; then if gpu_visible; then lock=gpu; else lock=cpu; fi; fi
-wanted="$lock $(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16) $root"
-if [ "$prefix" != new ] && [ -x "$prefix/bin/python" ] && [ "$made" = "$wanted" ] && [ .venv/bin -ef "$prefix/bin" ]; then
-  [ "${1:-}" = --check ] || say "up to date ($lock lock, $prefix)"
-  exit 0
-fi
+made=""
+[ ! -e "$prefix/$marker" ] || IFS= read -r made < "$prefix/$marker" || true
+read -r installed _ how _ <<< "$made"
+if [ "${1:-}" = --check ]; then lock=${installed:-cpu}
+elif [ -n "${LOCK:-}" ]; then lock=$LOCK; how=asked
+elif [ "$how" = asked ]; then lock=$installed           # a lock is kept only if it was asked for
+elif nvidia_card; then lock=gpu; how=found
+else lock=cpu; how=found; fi
+contents="$lock $(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16)"
+current=""
+[ "$prefix" = new ] || [ ! -x "$prefix/bin/python" ] || [ ! .venv/bin -ef "$prefix/bin" ] ||
+  [[ $made != "$contents "@(asked|found)" $root" ]] || current=1
+
 if [ "${1:-}" = --check ]; then
-  [ -x .venv/bin/python ] && fail "the environment is not up to date: run 'make setup'"
-  fail "no environment yet: run 'make setup' first"
+  if [ -z "$current" ]; then
+    [ -x .venv/bin/python ] && fail "the environment is not up to date: run 'make setup'"
+    fail "no environment yet: run 'make setup' first"
+  fi
+  [ "$installed $how" != "cpu found" ] || ! nvidia_card || [ -n "$(driver_problem)$(card_too_old)" ] ||
+    fail "an NVIDIA GPU is usable now, the environment has the cpu lock: run 'make setup' (or keep it: make setup LOCK=cpu)"
+  exit 0
 fi
 
 # -----------------------------------------------------------------------------
 # 2. What would fail later is said now
 
-if [ "$lock" = gpu ] && gpu_visible; then   # torch 2.11 carries CUDA 13
-  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-  [ "${driver%%.*}" -ge 580 ] 2>/dev/null ||
-    fail "NVIDIA driver $driver is too old for the gpu lock (CUDA 13): install driver 580 or newer (Ubuntu: sudo apt install nvidia-driver-580) and reboot, or take LOCK=cpu"
-fi
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "the locks are for Linux on x86-64, this is $(uname -sm)"
+if [ "$lock" = gpu ] && nvidia_card; then
+  problem=$(driver_problem)
+  [ -z "$problem" ] || fail "$problem; then repeat make setup, or $without_card"
+  problem=$(card_too_old)
+  [ -z "$problem" ] || fail "$problem; or $without_card"
+elif [ "$lock" = gpu ]; then say "no NVIDIA card is seen here: the gpu lock because LOCK=gpu asked for it"
+elif nvidia_card; then say "the NVIDIA card here is not used: the cpu lock because LOCK=cpu asked for it (make setup LOCK=gpu takes the other)"
+elif wsl2 && [ "$how" = found ]; then say "no NVIDIA driver of Windows is seen from WSL2: the cpu lock (if this machine has an NVIDIA card, $(driver_command), and repeat make setup)"
+fi
+
+base=""                     # any Python, to fetch uv and to read pip's settings with
+for candidate in python3 python /usr/bin/python3 $(compgen -c python3. || true); do
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null && { base=$candidate; break; }
+done
+[ -n "$base" ] || fail "no Python 3.8 or newer on PATH: $(install_command python3), then repeat make setup"
+[ "$prefix" = new ] || command -v g++ >/dev/null || compgen -G "$prefix/bin/*-g++" >/dev/null ||
+  fail "no C++ compiler, which DeepSpeed and torch.compile need: $(install_command g++), or install Miniforge, whose environment brings one; then repeat make setup"
+
+# Python.h: Triton, torch.compile and DeepSpeed build extensions.
+header='import os, sysconfig; print(os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h"))'
+complete() { local path; path=$("$1" -c "$header" 2>/dev/null) && [ -e "$path" ] && compilable "$path"; }
+no_headers="the Python of $prefix has no headers (Python.h), which Triton and DeepSpeed need: remove that environment (rm -r $prefix) and repeat make setup, which makes it from a complete Python"
+
+if [ -n "$current" ]; then
+  complete "$prefix/bin/python" || fail "$no_headers"
+  echo "$contents $how $root" > "$prefix/$marker"
+  say "up to date ($lock lock, $prefix)"
+  exit 0
+fi
+
+if [ "$prefix" != "$own" ]; then
+  compilable "$root" || fail "compilers cannot cope with the blank or special character in the path of this folder, which conda's programs get through .venv: take a plain environment with make setup ENV=venv, or move this folder"
+  compilable "$prefix" || fail "compilers cannot cope with the blank or special character in $prefix: take a plain environment with make setup ENV=venv, or move conda's"
+elif ! compilable "$own"; then
+  fail "compilers cannot cope with the blank or special character in the path of this folder, and also in $data, where its environment would stand: set XDG_DATA_HOME to another folder, then repeat make setup"
+elif [ "$own" != "$root/.venv" ]; then
+  mkdir -p "$own" 2>/dev/null && [ -w "$own" ] ||
+    fail "compilers cannot cope with the blank or special character in the path of this folder, and $data, where its environment would stand, cannot be written: set XDG_DATA_HOME to another folder, then repeat make setup"
+  say "compilers cannot cope with the blank or special character in this path: the environment stands in $own, .venv is a link to it"
+fi
 
 need=6; [ "$lock" = cpu ] || need=18        # GiB: the environment and uv's cache of wheels
 target=$root; [ "$prefix" = new ] || target=$(dirname "$prefix")
@@ -69,16 +136,42 @@ free=$(df -Pk "$target" | awk 'NR==2 {print int($4 / 1048576)}')
   fail "$free GiB free on the disk of $target, the $lock lock needs $need GiB: free some space, then repeat make setup"
 
 # -----------------------------------------------------------------------------
-# 3. The environment
+# 3. uv, of the version in the lock
 
-python_for_venv() {
+# A hash pins each file, so a mirror is as good as PyPI; uv does not read pip's settings by itself.
+index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$({ "$base" -m pip config get global.index-url || pip config get global.index-url; } 2>/dev/null || true)}}
+[ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+cache=${XDG_CACHE_HOME:-${HOME:-/proc}/.cache}
+{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_CACHE_DIR=${UV_CACHE_DIR:-$root/runs/cache/uv}   # HOME is read-only
+
+requirement() { awk -v pattern="$1" '/^[^ #]/ {on = $0 ~ pattern} on' "locks/$lock.txt"; }   # the lock's entries whose first line matches
+uv=""
+for candidate in "$prefix/bin/uv" uv; do
+  version=$("$candidate" --version 2>/dev/null | cut -d' ' -f2) && [[ $(requirement '^uv==') = "uv==$version "* ]] && { uv=$(command -v "$candidate"); break; }
+done
+[ -n "$uv" ] || uv=$("$base" scripts/get_uv.py "locks/$lock.txt" "$work") || exit 2
+
+# -----------------------------------------------------------------------------
+# 4. The environment
+
+# A complete Python for this lock that is here already.
+python_here() {
   local tried minor
-  for tried in python3.11 python3 python "$(uv python find 3.11 2>/dev/null || true)" $([ "$lock" = cpu ] || echo python3.12); do
+  for tried in python3.11 python3 python "$("$uv" python find 3.11 2>/dev/null || true)" $([ "$lock" = cpu ] || echo python3.12); do
     [ -n "$tried" ] && command -v "$tried" >/dev/null || continue
-    minor=$("$tried" -c 'import sys, ensurepip, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
-    if [ "$minor" = 3.11 ] || { [ "$minor" = 3.12 ] && [ "$lock" = gpu ]; }; then echo "$tried"; return; fi
+    minor=$("$tried" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    if [ "$minor" = 3.11 ] || { [ "$minor" = 3.12 ] && [ "$lock" = gpu ]; }; then complete "$tried" && { command -v "$tried"; return; }; fi
   done
   return 1
+}
+
+# ... or one that uv brings, into the environment's own folder.
+python_fetched() {
+  say "no complete Python 3.11 (with Python.h) is here: uv fetches one" >&2
+  export UV_PYTHON_INSTALL_DIR=${UV_PYTHON_INSTALL_DIR:-$prefix/python}
+  "$uv" python install --no-bin 3.11 >&2 && "$uv" python find --managed-python 3.11
 }
 
 if [ "$prefix" = new ]; then
@@ -87,43 +180,39 @@ if [ "$prefix" = new ]; then
   prefix=$(conda_prefix)
   { [ -n "$prefix" ] && [ -x "$prefix/bin/python" ]; } || fail "$conda created videofen, but it holds no Python: remove it (conda env remove -n videofen), then repeat make setup"
   : > "$prefix/$marker"
-elif [ "$prefix" = "$root/.venv" ] && [[ $made != *" $root" ]]; then   # none yet, interrupted half-way, or made in another folder
-  [ ! -e .venv ] || [ "$made" != none ] || [ "${YES:-}" = 1 ] || fail ".venv is here and was not made by make setup: remove it, or let set-up replace it with YES=1"
-  python=$(python_for_venv) || fail "no Python 3.11 with its venv module found: install it (Ubuntu: sudo apt install python3.11 python3.11-venv; anywhere: uv python install 3.11, or Miniforge), then repeat make setup"
-  say "creating .venv with $("$python" --version)"
-  rm -rf .venv && mkdir .venv && : > "$prefix/$marker"
-  "$python" -m venv .venv || fail "could not create .venv (see above): check that the disk has space and that this folder can be written, then repeat make setup"
-elif [ -z "$made" ]; then
-  # Interrupted: uv takes what it left half-installed for installed (INSTALLER is written last), and pip, to get uv with, may be gone.
+elif [ "$prefix" = "$own" ] && [ "$(made_for "$own")" != "$root" ]; then   # none yet, interrupted half-way, or made in another folder
+  [ ! -e .venv ] || [ -L .venv ] || [ -e ".venv/$marker" ] || [ "${YES:-}" = 1 ] ||
+    fail ".venv is here and was not made by make setup: remove it, or let set-up replace it with YES=1"
+  case $uv in "$root"/.venv/*|"$own"/*) cp "$uv" "$work/uv"; uv=$work/uv ;; esac
+  [ -z "$old" ] || [ -e "$(made_for "$old")" ] || rm -rf "$old"      # nobody else's: its folder is gone
+  rm -rf .venv "$own"
+  { mkdir "$own" && : > "$own/$marker"; } || fail "could not make $own (see above)"
+  python=$(python_here) || python=$(python_fetched) ||
+    fail "Python 3.11 could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone's releases, or install it: $(python_command "$lock"); then repeat make setup"
+  say "creating $own with $("$python" --version)"
+  "$uv" venv --quiet --allow-existing --python "$python" "$own" || fail "could not create $own (see above): check that the disk has space and that this folder can be written, then repeat make setup"
+  if [ "$own" != "$root/.venv" ]; then
+    # Python takes the path by which it is called for its own, and through the link that one has the blank again.
+    minor=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    rm -f "$own/bin/python3" "$own/bin/python$minor"
+    mv "$own/bin/python" "$own/bin/python$minor"
+    printf '#!/bin/sh\nexec "%s/bin/python%s" "$@"\n' "$own" "$minor" > "$own/bin/python"
+    chmod +x "$own/bin/python"
+    ln -s python "$own/bin/python3"
+  fi
+elif [ -z "$made" ] && [ -e "$prefix/$marker" ]; then
+  # Interrupted: uv takes what it left half-installed for installed (INSTALLER is written last).
   for info in "$prefix"/lib/python3.*/site-packages/*.dist-info; do [ -e "$info/INSTALLER" ] || rm -rf "$info"; done
-  "$prefix/bin/python" -m ensurepip >/dev/null 2>&1 || true
 fi
 [ -x "$prefix/bin/python" ] || fail "$prefix has no Python: conda install -n videofen python=3.11, or remove it, then repeat make setup"
 minor=$("$prefix/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$minor" = 3.11 ] || { [ "$minor" = 3.12 ] && [ "$lock" = gpu ]; } ||
   fail "$prefix has Python $minor, the $lock lock needs 3.11: remove that environment and repeat make setup"
-command -v g++ >/dev/null || compgen -G "$prefix/bin/*-g++" >/dev/null ||
-  fail "no C++ compiler, which DeepSpeed and torch.compile need: install g++ (Ubuntu: sudo apt install build-essential), then repeat make setup"
+complete "$prefix/bin/python" || fail "$no_headers"
 
 # -----------------------------------------------------------------------------
-# 4. Fill it with the lock
+# 5. Fill it with the lock
 
-# A hash pins each file, so a mirror is as good as PyPI; uv does not read pip's settings by itself.
-index=${PIP_INDEX_URL:-$("$prefix/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
-[ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
-export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-cache=${XDG_CACHE_HOME:-${HOME:-/proc}/.cache}
-{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_CACHE_DIR=${UV_CACHE_DIR:-$root/runs/cache/uv}   # HOME is read-only
-
-requirement() { awk -v pattern="$1" '/^[^ #]/ {on = $0 ~ pattern} on' "locks/$lock.txt"; }   # the lock's entries whose first line matches
-requirement '^uv==' > "$work/uv.txt"
-if [ -x "$prefix/bin/uv" ] && grep -q "^uv==$("$prefix/bin/uv" --version | cut -d' ' -f2) " "$work/uv.txt"; then uv=$prefix/bin/uv
-else
-  "$prefix/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target "$work/uv" -r "$work/uv.txt" ||
-    fail "could not install uv from PyPI (see above): check the network or set PIP_INDEX_URL to a mirror, then repeat make setup"
-  uv=$work/uv/bin/uv
-fi
 pip=("$uv" pip)
 on=(--python "$prefix/bin/python")
 
@@ -151,5 +240,5 @@ if [ "$lock" = cpu ] && ! grep -q '^torchaudio==.*[+]cpu' locks/cpu.txt; then
   # PyPI's torchaudio is linked to CUDA, which torch+cpu lacks; without its extension it imports and works.
   rm -f "$prefix"/lib/python3.*/site-packages/torchaudio/lib/*.so
 fi
-echo "$wanted" > "$prefix/$marker"
+echo "$contents $how $root" > "$prefix/$marker"
 say "done. To use it in your shell: $([ -e "$prefix/conda-meta" ] && echo 'conda activate videofen' || echo 'source .venv/bin/activate')"

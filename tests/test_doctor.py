@@ -5,18 +5,22 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
-from conftest import ROOT, python, refused, run
+from conftest import ENVIRONMENT, ROOT, python, refused, run
 
 DOCTOR = "scripts/doctor.py"
-README = (ROOT / "modules/01_single_gpu_smoke/readme.md").read_text()
-ON_GPU = {"driver", "nvcc", "nccl", "pinned", "load"}
+FAQ = (ROOT / "modules/01_single_gpu_smoke/faq.md").read_text()
+ON_GPU = {"driver", "triton", "nvcc", "nccl", "iommu", "pinned", "desktop", "load", "xid"}
+CARD = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24, "reserved_gib": 0.4}
 CPU = {"PROFILE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -27,12 +31,51 @@ def doctor():
     sys.path.remove(str(ROOT / "scripts"))
 
 
+@pytest.fixture
+def cards(doctor, monkeypatch):
+    """The checks of cards, on a machine that is described: cards, the lock, CUDA_VISIBLE_DEVICES."""
+    from lab import machine
+
+    monkeypatch.syspath_prepend(ROOT / "tests/fakes")
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+    def describe(*descriptions, lock="gpu", visible=None):
+        monkeypatch.setenv("FAKE_CARDS", json.dumps(descriptions))
+        monkeypatch.setattr(machine, "lock", lambda: lock)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        machine.cards.cache_clear()
+        return doctor.cards
+
+    yield describe
+    machine.cards.cache_clear()
+
+
+def program(folder, name: str, script: str):
+    """An executable shell script of this name in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return folder
+
+
+def serve(utilization: float):
+    """A profile of which the check reads only vLLM's share of the memory."""
+    return types.SimpleNamespace(
+        serve=types.SimpleNamespace(args={"gpu-memory-utilization": utilization})
+    )
+
+
 def checked(*names, before="", **env) -> dict:
     """Findings of these checks; `before` is shell that breaks something first. A failure exits with 2, all else with 0."""
     command = shlex.join([sys.executable, DOCTOR, "--only", *names, "--json"])
     done = run("bash", "-c", f"{before}\n{command}", **CPU | env)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == (2 if any(f["verdict"] == "failed" for f in found.values()) else 0), done.stderr
+    assert done.returncode == (2 if any(f["verdict"] == "failed" for f in found.values()) else 0), (
+        done.stderr
+    )
     assert all(("faq" in f) == (f["verdict"] in ("warning", "failed")) for f in found.values())
     return found
 
@@ -40,7 +83,12 @@ def checked(*names, before="", **env) -> dict:
 def test_all_checks_on_this_machine(doctor):
     """Nothing fails here; what this machine does not have is never ok."""
     done = run("make", "doctor", check=0)
-    lines = {name: verdict for verdict, name in re.findall(r"^(ok|warning|failed|not applicable) +([\w-]+) ", done.stdout, re.M)}
+    lines = {
+        name: verdict
+        for verdict, name in re.findall(
+            r"^(ok|warning|failed|not applicable) +([\w-]+) ", done.stdout, re.M
+        )
+    }
     assert lines.keys() == doctor.CHECKS.keys() and "failed" not in lines.values()
     if not os.path.exists("/proc/driver/nvidia/version"):
         assert {name for name, verdict in lines.items() if verdict == "not applicable"} >= ON_GPU
@@ -48,26 +96,331 @@ def test_all_checks_on_this_machine(doctor):
 
 def test_every_check_has_its_entry_in_the_faq(doctor):
     for name, (_, anchor) in doctor.CHECKS.items():
-        assert f'<a id="{anchor}"></a>' in README, name
+        assert f'<a id="{anchor}"></a>' in FAQ, name
 
 
 def test_versions_that_differ_from_the_lock(tree):
     lock = tree / "locks/cpu.txt"
     lock.write_text(re.sub(r"^accelerate==\S+", "accelerate==0.0.1", lock.read_text(), flags=re.M))
-    done = run(sys.executable, tree / DOCTOR, "--only", "versions", cwd=tree, PYTHONPATH=str(tree), check=2, **CPU)
+    done = run(
+        sys.executable,
+        tree / DOCTOR,
+        "--only",
+        "versions",
+        cwd=tree,
+        PYTHONPATH=str(tree),
+        check=2,
+        **CPU,
+    )
     assert "accelerate 1.11.0 instead of 0.0.1" in done.stdout and "#faq-versions" in done.stdout
 
 
-def test_no_compiler_no_ninja(tmp_path):
-    """PATH holds a compiler and no ninja, then the other way round; then both are there, and no place to build in."""
-    for name in ("c++", "ninja"):
-        other = {"c++": "ninja", "ninja": "c++"}[name]
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / name).symlink_to(subprocess.run(["which", name], capture_output=True, text=True, check=True, env=os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}).stdout.strip())
-        found = checked("compiler", before=f"export PATH={folder}")["compiler"]
-        assert found["verdict"] == "failed" and ("compiler" if other == "c++" else other) in found["found"]
-    assert checked("compiler", TORCH_EXTENSIONS_DIR="/dev/null/nowhere")["compiler"]["verdict"] == "failed"
+def test_versions_go_by_the_lock_not_by_the_cards(cards, doctor):
+    cards(CARD, lock="cpu")
+    assert doctor.software.versions(None)[0] == "ok"
+    cards(lock="gpu")
+    verdict, words = doctor.software.versions(None)
+    assert verdict == "failed" and "locks/gpu.txt" in words
+
+
+def test_a_path_that_compilers_cannot_cope_with(tmp_path):
+    """A cache with a blank; then the environment, called through a link in such a folder."""
+    found = checked("path", TORCHINDUCTOR_CACHE_DIR="/tmp/a b")["path"]
+    assert found["verdict"] == "failed" and "TORCHINDUCTOR_CACHE_DIR: /tmp/a b" in found["found"]
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/venv").symlink_to(sys.prefix)
+    done = run(tmp_path / "a b/venv/bin/python", DOCTOR, "--only", "path", check=2, **CPU)
+    assert "the environment" in done.stdout and "a b/venv" in done.stdout
+
+
+def test_no_c_compiler_no_headers(doctor, monkeypatch, tmp_path):
+    """The C compiler away, broken, absent; the headers away, as in a Python of the distribution."""
+    assert doctor.software.headers(None)[0] == "ok"
+    monkeypatch.setattr(doctor.software.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    verdict, words = doctor.software.headers(None)
+    assert verdict == "failed" and "no Python.h" in words and "Triton" in words
+    monkeypatch.undo()
+    monkeypatch.setenv("CC", str(program(tmp_path, "cc", "echo broken >&2; exit 1") / "cc"))
+    assert "cannot compile against Python.h: broken" in doctor.software.headers(None)[1]
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert "does not run" in doctor.software.headers(None)[1]
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert "no C compiler" in doctor.software.headers(None)[1]
+
+
+def test_no_compiler_no_ninja(doctor, monkeypatch, tmp_path):
+    """Each of them away; with ninja in the environment only, it is found; then no place to build in."""
+    bare = program(tmp_path, "c++", "exit 1")
+    monkeypatch.setenv("PATH", str(bare))
+    assert "no ninja" in doctor.software.compiler(None)[1]
+    (bare / "c++").unlink()
+    assert "no C++ compiler" in doctor.software.compiler(None)[1]
+    program(tmp_path, "c++", f'exec {shutil.which("c++", path=ENVIRONMENT["PATH"])} "$@"')
+    before = f"export PATH={bare}"
+    found = checked("compiler", before=before, TORCH_EXTENSIONS_DIR="/dev/null/nowhere")["compiler"]
+    assert found["verdict"] == "failed" and "ninja" not in found["found"]
+
+
+def test_the_lock_of_a_killed_build(tmp_path):
+    folder = tmp_path / "py311_cpu/cpu_adam"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    os.utime(folder / "lock", (time.time() - 700,) * 2)
+    found = checked("compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))["compiler"]
+    assert found["verdict"] == "failed" and f"rm {folder / 'lock'}" in found["found"]
+
+
+def test_torch_compile_without_a_compiler(tmp_path):
+    broken = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = checked("torch-compile", **broken)["torch-compile"]
+    assert found["verdict"] == "failed" and "torch.compile" in found["found"]
+
+
+def test_triton_without_a_card(cards, doctor):
+    """Here no card is behind the description: the kernel cannot run, and that is said."""
+    cards(CARD)
+    assert doctor.software.triton(None)[0] == "failed"
+
+
+def test_nvcc(cards, doctor, monkeypatch, tmp_path):
+    """Absent and not needed, absent and called, of another CUDA, broken, and right."""
+    nvcc, cuda = doctor.software.nvcc, "exit 0"
+    cards(CARD)
+    monkeypatch.setattr(doctor.software, "program", lambda *name, timeout_s: (0, "13.0"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    assert nvcc(None)[0] == "not applicable" and "no stage needs it" in nvcc(None)[1]
+    cards(CARD | {"capability": [9, 0]})
+    assert nvcc(None)[0] == "warning" and "DeepGEMM" in nvcc(None)[1]
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "0")
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+    assert nvcc(None)[0] == "warning" and "FlashInfer's sampler" in nvcc(None)[1]
+    for release, cuda, expected in (
+        ("12.4", "exit 0", ("warning", "take it off PATH")),
+        ("13.0", "exit 1", ("warning", "compiles nothing")),
+        ("13.0", "exit 0", ("ok", "compiles a kernel")),
+    ):
+        script = f'[ "$1" = --version ] && echo release {release}, && exit 0; {cuda}'
+        program(tmp_path, "nvcc", script)
+        verdict, words = nvcc(None)
+        assert verdict == expected[0] and expected[1] in words
+    cards(CARD, lock="cpu")
+    assert nvcc(None) == (
+        "not applicable",
+        "1 NVIDIA GPU(s), not used by the cpu lock and this profile",
+    )
+
+
+# -----------------------------------------------------------------------------
+# Cards: described by tests/fakes/pynvml.py and a /sys of their own
+
+
+def pci(root, *, driver="nvidia", vendor="0x10de", kind="0x030000"):
+    """A /sys with one display device, bound to `driver`."""
+    device = root / "bus/pci/devices/0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(f"{vendor}\n")
+    (device / "class").write_text(f"{kind}\n")
+    if driver:
+        (root / "drivers" / driver).mkdir(parents=True)
+        (device / "driver").symlink_to(root / "drivers" / driver)
+    return root
+
+
+MISMATCH = "RM has detected an NVML/RM version mismatch."
+
+
+@pytest.mark.parametrize(
+    ("bound", "error", "container", "remedy"),
+    [
+        (None, "NVML Shared Library Not Found", False, "no driver drives the card"),
+        ("nouveau", "NVML Shared Library Not Found", False, "nouveau drives the card"),
+        ("vfio-pci", "Driver Not Loaded", False, "give it back to the host"),
+        ("nvidia", MISMATCH, False, "reboot"),
+        ("nvidia", "NVML Shared Library Not Found", False, "its libraries do not"),
+        ("nvidia", "NVML Shared Library Not Found", True, "--gpus all"),
+    ],
+)
+def test_a_card_without_a_working_driver(
+    cards, monkeypatch, tmp_path, bound, error, container, remedy
+):
+    """Failed under the gpu lock, a warning under the cpu lock, each with the remedy of its cause."""
+    monkeypatch.setenv("FAKE_NVML_ERROR", error)
+    for lock, expected in (("gpu", "failed"), ("cpu", "warning")):
+        checks = cards(lock=lock)
+        monkeypatch.setattr(checks, "SYS", pci(tmp_path / lock, driver=bound))
+        monkeypatch.setattr(checks, "in_container", lambda: container)
+        verdict, words = checks.driver(None)
+        assert verdict == expected and remedy in words
+
+
+def test_no_nvidia_card_is_no_failure(cards, monkeypatch, tmp_path):
+    """Another maker's card, an NVIDIA card's sound, and a working card that the cpu lock leaves alone."""
+    for number, other in enumerate(({"vendor": "0x1002"}, {"kind": "0x040300"})):
+        checks = cards(lock="gpu")
+        monkeypatch.setattr(checks, "SYS", pci(tmp_path / str(number), **other))
+        assert checks.driver(None) == ("not applicable", "no NVIDIA GPU")
+    checks = cards(CARD, lock="cpu")
+    monkeypatch.setattr(checks, "SYS", pci(tmp_path / "own"))
+    assert (
+        checks.driver(None)[0] == "not applicable"
+        and "not used by the cpu lock" in checks.driver(None)[1]
+    )
+
+
+def test_windows_has_the_driver(cards, monkeypatch, tmp_path):
+    checks = cards(lock="gpu")
+    monkeypatch.setattr(checks, "SYS", tmp_path)
+    for name in ("DEV", "WSL_LIBRARIES"):
+        monkeypatch.setattr(checks, name, tmp_path)
+    (tmp_path / "dxg").touch()
+    assert checks.driver(None)[0] == "not applicable", "another maker's card"
+    (tmp_path / "libcuda.so.1").touch()
+    verdict, words = checks.driver(None)
+    assert verdict == "failed" and "driver of Windows" in words
+    (tmp_path / "version").write_text("Linux version 6.6.87.2-microsoft-standard-WSL2")
+    monkeypatch.setattr(checks, "PROC", tmp_path)
+    assert checks.wsl(None)[0] == "warning"
+
+
+def test_driver_and_torch(cards, monkeypatch):
+    """Too old, wrong numbers, another count; right with one card and with four, of which two are used."""
+    checks = cards(CARD)
+    for answer, driver_cuda, verdict, part in (
+        ((0, "13.0 1"), "13000", "ok", "on 1 card(s)"),
+        ((0, "13.0 1"), "12080", "failed", "too old"),
+        ((0, "13.0 2"), "13000", "failed", "torch sees 2 cards of 1"),
+        ((1, "cuda:0 computes wrong numbers"), "13000", "failed", "wrong numbers"),
+    ):
+        monkeypatch.setattr(checks, "program", lambda name, timeout_s, answer=answer: answer)
+        monkeypatch.setenv("FAKE_CUDA", driver_cuda)
+        found = checks.driver(None)
+        assert found[0] == verdict and part in found[1]
+    monkeypatch.setenv("FAKE_CUDA", "13000")
+    monkeypatch.setattr(checks, "program", lambda name, timeout_s: (0, "13.0 2"))
+    assert cards(*[CARD] * 4, visible="2,3").driver(None)[0] == "ok"
+
+
+def test_one_card_is_no_failure(cards):
+    checks = cards(CARD)
+    assert checks.nccl(None) == checks.iommu(None) == ("not applicable", "one NVIDIA GPU")
+
+
+def test_p2p_that_hangs(cards, monkeypatch):
+    """A warning where only P2P is at fault, a failure where the way without it is, for the pair of cards."""
+    checks = cards(*[CARD] * 2)
+    monkeypatch.setattr(
+        checks, "pair", lambda *a, NCCL_P2P_DISABLE: "hangs" if NCCL_P2P_DISABLE == "0" else ""
+    )
+    assert checks.nccl(None) == (
+        "warning",
+        "cards 0 and 1, P2P on: hangs; the profile keeps P2P off",
+    )
+    monkeypatch.setattr(checks, "pair", lambda *a, NCCL_P2P_DISABLE: "hangs")
+    assert checks.nccl(None) == ("failed", "cards 0 and 1, P2P off: hangs")
+
+
+def test_memory_that_others_hold(cards, monkeypatch):
+    """On the third and fourth of four cards: the right one is named, its owner, and what still starts."""
+    from lab import jobs
+
+    owner = {"pid": os.getpid(), "gib": 3}
+    held = CARD | {"used_gib": 3, "processes": [owner]}
+    checks = cards(CARD, CARD, CARD, held, visible="2,3")
+    verdict, words = checks.desktop(serve(0.9))
+    assert verdict == "warning" and "card 1: 3.0 of 23.6 GiB held by py" in words
+    assert "up to 0.85 starts" in words and "0.9 is refused" in words
+    assert "0.85 starts" in checks.desktop(serve(0.85))[1]
+    assert cards(CARD, CARD, CARD, held, visible="0,1").desktop(serve(0.9))[0] == "ok"
+    monkeypatch.setattr(jobs, "running", lambda: {"vllm": {}})
+    monkeypatch.setattr(jobs, "members", lambda job: [types.SimpleNamespace(pid=os.getpid())])
+    assert cards(held).desktop(serve(0.9))[0] == "ok", "a job of ours"
+
+
+def bridge_config(control: int) -> bytes:
+    """4096 bytes of PCIe configuration: at 0x100 another capability, at 0x148 ACS with this control word."""
+    content = bytearray(4096)
+    struct.pack_into("<I", content, 0x100, 0x0001 | 0x148 << 20)
+    struct.pack_into("<IHH", content, 0x148, 0x000D, 0, control)
+    return bytes(content)
+
+
+def test_iommu_and_acs(cards, monkeypatch, tmp_path):
+    """Nothing on; an IOMMU that translates; ACS at the bridge above; both harmless while P2P is off."""
+    checks = cards(*[CARD] * 2)
+    monkeypatch.setattr(checks, "SYS", tmp_path)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    (tmp_path / "bus/pci/devices").mkdir(parents=True)
+    for number in (1, 2):
+        bridge = tmp_path / f"devices/pci0000:00/0000:00:0{number}.0"
+        card = bridge / f"0000:0{number}:00.0"
+        (card / "iommu_group").mkdir(parents=True)
+        (card / "iommu_group/type").write_text("identity\n")
+        (bridge / "config").write_bytes(bridge_config(0b1))
+        (tmp_path / "bus/pci/devices" / card.name).symlink_to(card)
+    assert checks.iommu(None) == ("ok", "no IOMMU translates for the cards, ACS redirects nothing")
+    (card / "iommu_group/type").write_text("DMA-FQ\n")
+    (bridge / "config").write_bytes(bridge_config(0b11101))
+    verdict, words = checks.iommu(None)
+    assert (
+        verdict == "warning"
+        and "translates for card 1" in words
+        and "ACS redirects at 0000:00:02.0" in words
+    )
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert checks.iommu(None)[0] == "ok" and "no harm" in checks.iommu(None)[1]
+    (card / "iommu_group/type").write_text("identity\n")
+    (bridge / "config").write_bytes(bytes(64))
+    assert "root only" in checks.iommu(None)[1], "what a user may read ends at byte 64"
+
+
+def test_xid(cards, monkeypatch, tmp_path):
+    checks = cards(CARD)
+    line = "[  9.1] NVRM: Xid (PCI:0000:01:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    folder = program(tmp_path, "dmesg", f"cat <<'END'\n{line}\nEND")
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    verdict, words = checks.xid(None)
+    assert verdict == "warning" and words.startswith(
+        "Xid 79 at 0000:01:00: the card fell off the bus"
+    )
+    program(tmp_path, "dmesg", "echo '[ 0.0] Linux version'")
+    assert checks.xid(None)[0] == "ok"
+    program(
+        tmp_path,
+        "dmesg",
+        "echo dmesg: read kernel buffer failed: Operation not permitted >&2; exit 1",
+    )
+    program(tmp_path, "journalctl", "exit 0")
+    assert checks.xid(None) == (
+        "not applicable",
+        "the kernel log cannot be read: sudo dmesg | grep Xid",
+    )
+
+
+@pytest.mark.parametrize(
+    ("busy", "problem"),
+    [
+        ({}, None),
+        ({"lanes": 4}, "runs at PCIe 4 x4, it could PCIe 4 x16"),
+        ({"generation": 3, "lanes": 16}, "runs at PCIe 3 x16"),
+        ({"limit": 300}, "is limited to 300 of 450 W"),
+        ({"reasons": 0x20, "celsius": 88}, "is throttled by heat (88 C)"),
+        ({"reasons": 0x80}, "is throttled by its power supply"),
+    ],
+)
+def test_under_load(cards, busy, problem):
+    """x8 and clocks held by the power limit are what healthy cards show; the others are not."""
+    import pynvml
+
+    checks = cards(CARD | {"busy": busy})
+    problems = checks.under_load(pynvml, 0)[1]
+    assert problems == [] if problem is None else problem in problems[0]
+
+
+# -----------------------------------------------------------------------------
+# The host
 
 
 def test_processes_that_cannot_meet():
@@ -75,24 +428,46 @@ def test_processes_that_cannot_meet():
     assert found["verdict"] == "failed" and "gloo" in found["found"]
 
 
-def test_wrong_sums_and_hangs_are_found(doctor, monkeypatch):
+def test_wrong_sums_and_hangs_are_found(doctor, monkeypatch, tmp_path):
     """The program that both processes run, made to lie and to hang."""
-    program = doctor.ALL_REDUCE
-    monkeypatch.setattr(doctor, "ALL_REDUCE", program.replace("dist.all_reduce(numbers)", "dist.all_reduce(numbers); numbers[-1] += size > 1000"))
-    assert doctor.all_reduce(None) == ("failed", "gloo: 1 of 4000000 numbers are wrong")
-    monkeypatch.setattr(doctor, "ALL_REDUCE", program.replace("dist.barrier()", "import time; time.sleep(60 * rank)"))
-    monkeypatch.setattr(doctor, "PATIENCE_S", 12)
-    assert doctor.all_reduce(None) == ("failed", "gloo: hangs")
+    programs = doctor.cards.PROGRAMS.read_text()
+    other = tmp_path / "programs.py"
+    monkeypatch.setattr(doctor.cards, "PROGRAMS", other)
+    lie = "dist.all_reduce(numbers)\n        numbers[-1] += size > 1000"
+    other.write_text(programs.replace("dist.all_reduce(numbers)", lie))
+    assert doctor.cards.all_reduce(None) == ("failed", "gloo: 1 of 4000000 numbers are wrong")
+    other.write_text(programs.replace("dist.barrier()", "time.sleep(60 * int(rank))"))
+    monkeypatch.setattr(doctor.cards, "PATIENCE_S", 12)
+    assert doctor.cards.all_reduce(None) == ("failed", "gloo: hangs")
 
 
 def test_little_room(tmp_path):
     """A /dev/shm of 8 MiB, a home of 8 MiB for models, few files: in a mount namespace of its own."""
     inside = f"mount -t tmpfs -o size=8m tmpfs /dev/shm && mount -t tmpfs -o size=8m tmpfs {tmp_path} && ulimit -n 512 && exec "
-    command = shlex.join([sys.executable, DOCTOR, "--only", "shared-memory", "disk", "limits", "--json"])
-    done = run("unshare", "--mount", "--map-root-user", "bash", "-c", inside + command, check=2, HF_HOME=str(tmp_path), **CPU)
+    command = shlex.join(
+        [sys.executable, DOCTOR, "--only", "shared-memory", "disk", "limits", "--json"]
+    )
+    done = run(
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "bash",
+        "-c",
+        inside + command,
+        check=2,
+        HF_HOME=str(tmp_path),
+        **CPU,
+    )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {name: f["verdict"] for name, f in found.items()} == {"shared-memory": "failed", "disk": "warning", "limits": "warning"}
-    assert "512 open files" in found["limits"]["found"] and "0 GB free for models" in found["disk"]["found"]
+    assert {name: f["verdict"] for name, f in found.items()} == {
+        "shared-memory": "failed",
+        "disk": "warning",
+        "limits": "warning",
+    }
+    assert (
+        "512 open files" in found["limits"]["found"]
+        and "0 GB free for models" in found["disk"]["found"]
+    )
 
 
 def test_little_memory(doctor, monkeypatch):
@@ -100,22 +475,40 @@ def test_little_memory(doctor, monkeypatch):
 
     real = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=3 * 2**30))
-    verdict, words = doctor.ram(load_profile("cpu"))
+    verdict, words = doctor.host.ram(load_profile("cpu"))
     assert verdict == "warning" and words.startswith("3.0 GiB free")
 
 
 def test_a_taken_port():
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 7860))
+        other.bind(("127.0.0.1", 5050))
         other.listen()
         found = checked("ports")["ports"]
-    assert found["verdict"] == "warning" and "7860 (make lf-webui)" in found["found"]
-    assert "7860 (" not in checked("ports")["ports"]["found"]
+    assert found["verdict"] == "warning" and "5050 (make monitor's exporter)" in found["found"]
+    assert "5050 (" not in checked("ports")["ports"]["found"]
+
+
+def test_a_proxy():
+    """A proxy that nobody answers at: 127.0.0.1 goes to it, unless the shell says otherwise."""
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    found = checked("proxy", **proxy)["proxy"]
+    assert found["verdict"] == "warning" and "export no_proxy=127.0.0.1,localhost" in found["found"]
+    assert "127.0.0.1 and localhost go to the proxy" in found["found"]
+    found = checked("proxy", **proxy | {"no_proxy": "127.0.0.1"})["proxy"]
+    assert found["verdict"] == "warning" and "to localhost go" in found["found"]
+    assert (
+        checked("proxy", **proxy | {"no_proxy": "127.0.0.1,localhost"})["proxy"]["verdict"] == "ok"
+    )
+    assert checked("proxy", http_proxy="")["proxy"]["verdict"] == "not applicable"
 
 
 def test_the_hub(tmp_path):
     assert checked("hub", HF_ENDPOINT="http://127.0.0.1:9")["hub"]["verdict"] == "warning"
-    with subprocess.Popen([sys.executable, "-m", "http.server", "18099", "--bind", "127.0.0.1"], cwd=tmp_path, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", "18099", "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    ) as server:
         time.sleep(1)
         assert checked("hub", HF_ENDPOINT="http://127.0.0.1:18099")["hub"]["verdict"] == "ok"
         server.terminate()
@@ -123,7 +516,12 @@ def test_the_hub(tmp_path):
 
 def test_an_orphan():
     """A process that looks like vLLM's worker and whose parent is gone."""
-    run("bash", "-c", "(setsid bash -c 'exec -a VLLM::EngineCore-test sleep 120' >/dev/null 2>&1 &); sleep 0.5", check=0)
+    run(
+        "bash",
+        "-c",
+        "(setsid bash -c 'exec -a VLLM::EngineCore-test sleep 120' >/dev/null 2>&1 &); sleep 0.5",
+        check=0,
+    )
     try:
         found = checked("orphans")["orphans"]
         assert found["verdict"] == "warning" and "VLLM::EngineCore-test" in found["found"]
@@ -135,15 +533,45 @@ def test_an_orphan():
 
 def test_exit_codes_and_bad_input():
     flags = ["--only", "hub", "--strict"]
-    assert python(DOCTOR, *flags, check=1, HF_ENDPOINT="http://127.0.0.1:9", **CPU).stdout.count("warning") == 2
+    assert (
+        python(DOCTOR, *flags, check=1, HF_ENDPOINT="http://127.0.0.1:9", **CPU).stdout.count(
+            "warning"
+        )
+        == 2
+    )
     assert "there is no check magic" in refused("python", DOCTOR, "--only", "magic")
 
 
 def test_snapshot(tree):
     """What the doctor finds stands in .CLAUDE.md, once, however often it is written."""
     for _ in range(2):
-        run(sys.executable, tree / DOCTOR, "--snapshot", "--only", "limits", "ports", cwd=tree, PYTHONPATH=str(tree), **CPU)
+        run(
+            sys.executable,
+            tree / DOCTOR,
+            "--snapshot",
+            "--only",
+            "limits",
+            "ports",
+            cwd=tree,
+            PYTHONPATH=str(tree),
+            **CPU,
+        )
     text = (tree / ".CLAUDE.md").read_text()
-    assert text.count("- limits: ok") == 1 and "profile cpu" in text and "transformers 5.6.0" in text
+    assert (
+        text.count("- limits: ok") == 1 and "profile cpu" in text and "transformers 5.6.0" in text
+    )
     (tree / ".CLAUDE.md").write_text(text.replace("<!-- snapshot -->", ""))
-    assert "no place for a snapshot" in run(sys.executable, tree / DOCTOR, "--snapshot", "--only", "limits", cwd=tree, PYTHONPATH=str(tree), check=2, **CPU).stderr
+    assert (
+        "no place for a snapshot"
+        in run(
+            sys.executable,
+            tree / DOCTOR,
+            "--snapshot",
+            "--only",
+            "limits",
+            cwd=tree,
+            PYTHONPATH=str(tree),
+            check=2,
+            **CPU,
+        ).stderr
+    )

@@ -34,6 +34,8 @@ def _cards() -> list[dict]:
 
 
 def nvmlInit():
+    if problem := os.environ.get("FAKE_NVML_ERROR"):
+        raise NVMLError(problem)
     if not _cards():
         raise NVMLError("Driver Not Loaded")
 
@@ -97,3 +99,51 @@ def nvmlDeviceGetComputeRunningProcesses(handle):
 
 
 nvmlDeviceGetGraphicsRunningProcesses = nvmlDeviceGetComputeRunningProcesses
+
+
+def nvmlDeviceGetPciInfo(handle):
+    return SimpleNamespace(busId=f"00000000:{handle + 1:02X}:00.0")
+
+
+# Of a busy card that FAKE_CARDS says nothing else of: x8 of PCIe 4 x16, at its power limit.
+BUSY = {"generation": 4, "lanes": 8, "watts": 449, "limit": 450, "celsius": 70, "reasons": 4}
+
+
+def _busy(handle, key):
+    return (BUSY | _cards()[handle].get("busy", {}))[key]
+
+
+def nvmlDeviceGetCurrPcieLinkGeneration(handle):
+    return _busy(handle, "generation")
+
+
+def nvmlDeviceGetCurrPcieLinkWidth(handle):
+    return _busy(handle, "lanes")
+
+
+def nvmlDeviceGetMaxPcieLinkGeneration(handle):
+    return 4
+
+
+def nvmlDeviceGetMaxPcieLinkWidth(handle):
+    return 16
+
+
+def nvmlDeviceGetPowerUsage(handle):
+    return 1000 * _busy(handle, "watts")
+
+
+def nvmlDeviceGetEnforcedPowerLimit(handle):
+    return 1000 * _busy(handle, "limit")
+
+
+def nvmlDeviceGetPowerManagementDefaultLimit(handle):
+    return 450_000
+
+
+def nvmlDeviceGetTemperature(handle, sensor):
+    return _busy(handle, "celsius")
+
+
+def nvmlDeviceGetCurrentClocksThrottleReasons(handle):
+    return _busy(handle, "reasons")
