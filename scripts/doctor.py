@@ -18,7 +18,7 @@ import re
 import sys
 import time
 
-from doctor_checks import ABSENT, FAILED, OK, WARNING, cards, host, software
+from doctor_checks import ABSENT, FAILED, OK, WARNING, cards, host, links, software
 
 from lab import ROOT, fail, machine, results
 from lab.profile import load_profile
@@ -35,9 +35,9 @@ CHECKS = {
     "torch-compile": (software.torch_compile, "faq-torch-compile"),
     "triton": (software.triton, "faq-triton"),
     "nvcc": (software.nvcc, "faq-nvcc"),
-    "all-reduce": (cards.all_reduce, "faq-gloo"),
-    "nccl": (cards.nccl, "faq-p2p"),
-    "iommu": (cards.iommu, "faq-iommu"),
+    "all-reduce": (links.all_reduce, "faq-gloo"),
+    "nccl": (links.nccl, "faq-p2p"),
+    "iommu": (links.iommu, "faq-iommu"),
     "ram": (host.ram, "faq-ram"),
     "pinned": (cards.pinned, "faq-pinned"),
     "shared-memory": (host.shared_memory, "faq-shm"),

@@ -1,12 +1,9 @@
-"""The cards: their driver, their way to each other, who holds them, how they are under load."""
+"""The cards: their driver, who holds them, their past errors, how they are under load."""
 
-import os
 import re
-import struct
 import subprocess
 import sys
 import time
-from itertools import combinations
 from pathlib import Path
 
 from doctor_checks import (
@@ -16,85 +13,33 @@ from doctor_checks import (
     PROGRAMS,
     WARNING,
     Finding,
-    end_of,
     installed_lock,
     no_cards,
     program,
-    start,
     used_cards,
 )
-from lab import jobs, machine
+from lab import ROOT, jobs, machine
 
-SYS, PROC, DEV = Path("/sys"), Path("/proc"), Path("/dev")
-WSL_LIBRARIES = Path("/usr/lib/wsl/lib")  # put there by the NVIDIA driver of Windows
-REINSTALL = "reinstall the driver (Ubuntu: sudo apt install nvidia-driver-580), then reboot"
+PROC = Path("/proc")
 
 
 # -----------------------------------------------------------------------------
 # The driver
 
 
-def on_wsl() -> bool:
-    return "microsoft" in (PROC / "version").read_text().lower()
-
-
-def in_container() -> bool:
-    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
-
-
-def seen_on_the_bus() -> list[Path]:
-    """NVIDIA's display devices on PCI, whatever their driver."""
-    devices = []
-    for device in sorted((SYS / "bus/pci/devices").glob("*")):
-        vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
-        if vendor.strip() == "0x10de" and kind.startswith("0x03"):
-            devices.append(device)
-    return devices
-
-
-def why_no_driver() -> str:
-    """What keeps a card that is here from being used, with the remedy; "" where no card is here."""
-    import pynvml
-
-    devices = seen_on_the_bus()
-    through_windows = (DEV / "dxg").exists() and (WSL_LIBRARIES / "libcuda.so.1").exists()
-    if not devices and not through_windows:
-        return ""
-    try:
-        pynvml.nvmlInit()
-        return "" if pynvml.nvmlDeviceGetCount() else "the driver runs and lists no card: reboot"
-    except pynvml.NVMLError as error:
-        problem = str(error)
-    if through_windows:
-        return (
-            f"WSL2 ({problem}): update the NVIDIA driver of Windows, then run wsl --shutdown there"
-        )
-    if re.search("version mismatch", problem, re.I):
-        return f"{problem}: the driver was updated while the old one runs: reboot the machine"
-    bound = {
-        os.path.basename(os.readlink(d / "driver")) for d in devices if (d / "driver").exists()
-    }
-    if "nouveau" in bound:
-        return f"nouveau drives the card: {REINSTALL} (the package blocks nouveau)"
-    if "vfio-pci" in bound:
-        return "the card is bound to vfio-pci, for a virtual machine: give it back to the host"
-    if in_container():
-        return f"a container without the cards ({problem}): start it with --gpus all"
-    if "nvidia" in bound:
-        return (
-            f"the kernel's part of the driver runs, its libraries do not ({problem}): {REINSTALL}"
-        )
-    return f"no driver drives the card ({problem}): {REINSTALL}"
+def driver_problem() -> str:
+    """What keeps a card that is here from working, with the remedy, as set-up says it."""
+    script = ". scripts/machine.sh && nvidia_card && driver_problem"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def driver(profile) -> Finding:
     """The driver runs, is new enough for torch, and a kernel computes right on every card."""
     if not used_cards():
-        if not (problem := why_no_driver()):
+        if not (problem := driver_problem()):
             return ABSENT, no_cards()
-        return (
-            FAILED if installed_lock() == "gpu" else WARNING
-        ), f"an NVIDIA card is here: {problem}"
+        return (FAILED if installed_lock() == "gpu" else WARNING), problem
     import pynvml
 
     returncode, last_line = program("cuda_kernel", timeout_s=60)
@@ -113,110 +58,9 @@ def driver(profile) -> Finding:
 
 def wsl(profile) -> Finding:
     """WSL2 keeps half of the memory to Windows and page-locks little: vllm#4411."""
-    if not on_wsl():
+    if "microsoft" not in (PROC / "version").read_text().lower():
         return ABSENT, "no WSL"
     return WARNING, "WSL2: give it memory in .wslconfig, and expect slow page-locked memory"
-
-
-# -----------------------------------------------------------------------------
-# The processes' way to each other
-
-PATIENCE_S = 50  # for two processes that should meet and add up
-
-
-def pair(backend: str, first: int, second: int, **environment) -> str:
-    """What goes wrong when two processes add their numbers up, "" when nothing does."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in (0, 1):
-            command = [PROGRAMS, "all_reduce", rank, backend, first, second, folder]
-            processes.append(start(command, os.environ | environment))
-        deadline = time.monotonic() + PATIENCE_S
-        ends = [end_of(process, max(1, deadline - time.monotonic())) for process in processes]
-    for returncode, last_line in ends:
-        if last_line != "right":
-            return "hangs" if returncode == 124 else last_line[:120]
-    return ""
-
-
-def all_reduce(profile) -> Finding:
-    """The sum of two processes' numbers, every value compared, in limited time: gloo."""
-    if problem := pair("gloo", 0, 0, CUDA_VISIBLE_DEVICES=""):
-        return FAILED, f"gloo: {problem}"
-    return OK, "gloo: 4 million numbers of two processes summed, all right"
-
-
-def nccl(profile) -> Finding:
-    """The same between every two cards, P2P off and on: it must not hang, and not lie."""
-    if len(used_cards()) < 2:
-        return ABSENT, "one NVIDIA GPU" if used_cards() else no_cards()
-    problems = {}
-    for first, second in combinations(range(len(used_cards())), 2):
-        for disable in ("1", "0"):
-            if problem := pair("nccl", first, second, NCCL_P2P_DISABLE=disable):
-                state = "off" if disable == "1" else "on"
-                problems[disable] = f"cards {first} and {second}, P2P {state}: {problem}"
-    if "1" in problems:
-        return FAILED, problems["1"]
-    if problems:
-        return WARNING, problems["0"] + "; the profile keeps P2P off"
-    return OK, "every pair right, with P2P off and on"
-
-
-def redirects(bridge: Path) -> bool | None:
-    """Whether ACS on this PCI bridge sends card-to-card traffic up to the CPU; None: not readable.
-
-    PCIe extended capabilities begin at 0x100 (16 bits id, 4 version, 12 the next one's offset);
-    ACS is id 0x0D, its control word at +6, request and completion redirect its bits 2 and 3.
-    Only root may read beyond byte 64.
-    """
-    try:
-        content = (bridge / "config").read_bytes()
-    except OSError:
-        return None
-    if len(content) < 0x104:
-        return None
-    offset = 0x100
-    while offset:
-        (header,) = struct.unpack_from("<I", content, offset)
-        if header & 0xFFFF == 0x0D:
-            return bool(struct.unpack_from("<H", content, offset + 6)[0] & 0b1100)
-        offset = header >> 20
-    return False
-
-
-def iommu(profile) -> Finding:
-    """Whether an IOMMU translates the cards' addresses, or ACS sends P2P through the CPU."""
-    if len(used_cards()) < 2:
-        return ABSENT, "one NVIDIA GPU" if used_cards() else no_cards()
-    import pynvml
-
-    translated, redirected, unreadable = [], [], False
-    for index, card in enumerate(machine.handles()):
-        address = pynvml.nvmlDeviceGetPciInfo(card).busId
-        address = address.decode() if isinstance(address, bytes) else address
-        device = (SYS / "bus/pci/devices" / address.lower()[-12:]).resolve()
-        kind = device / "iommu_group/type"
-        if kind.exists() and kind.read_text().startswith("DMA"):
-            translated.append(str(index))
-        for bridge in device.parents:
-            if re.fullmatch(r"[\da-f]{4}:[\da-f]{2}:[\da-f]{2}\.\d", bridge.name):
-                state = redirects(bridge)
-                unreadable |= state is None
-                redirected += [bridge.name] if state else []
-    sightings = []
-    if translated:
-        sightings.append(f"an IOMMU translates for card {', '.join(translated)}")
-    if redirected:
-        sightings.append(f"ACS redirects at {', '.join(sorted(set(redirected)))}")
-    if not sightings:
-        unknown = "; ACS can be read by root only" if unreadable else ", ACS redirects nothing"
-        return OK, f"no IOMMU translates for the cards{unknown}"
-    if os.environ.get("NCCL_P2P_DISABLE") == "1":
-        return OK, f"{' and '.join(sightings)}: no harm while NCCL_P2P_DISABLE is 1"
-    return WARNING, f"{' and '.join(sightings)}: P2P can hang; boot with iommu=pt, ACS off"
 
 
 # -----------------------------------------------------------------------------
@@ -280,7 +124,7 @@ XIDS = {
 
 def xid(profile) -> Finding:
     """Errors that the driver wrote to the kernel log since the start of the machine."""
-    if not used_cards() and not seen_on_the_bus():
+    if not machine.cards() and not driver_problem():
         return ABSENT, "no NVIDIA GPU"
     for command in (["dmesg"], ["journalctl", "-k", "-b", "-q", "--no-pager"]):
         try:

@@ -1,4 +1,4 @@
-/* The smallest Python module in C: answer() gives 42. The doctor builds it as Triton builds its launcher. */
+/* The smallest Python module in C, answer() gives 42: built as Triton builds its launcher. */
 #include <Python.h>
 static PyObject *answer(PyObject *self, PyObject *none) { return PyLong_FromLong(42); }
 static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {0}};
