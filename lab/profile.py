@@ -7,9 +7,12 @@ Command line, for launchers that are not Python:
     python -m lab.profile COMMAND [ARG ...]    run a command in it
 """
 
+import hashlib
 import os
+import re
 import shlex
 import sys
+import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -124,19 +127,30 @@ def need_vllm() -> None:
 
 
 def writable_home() -> dict[str, str]:
-    """Cache folders under runs/cache for every library that would write to HOME; {} where HOME can be written."""
+    """Cache folders under runs/cache for every library that would write to HOME; {} where HOME can be written.
+
+    What is compiled there is handed to compilers, which cannot cope with a blank in a path: it then lies in the system's temporary folder.
+    """
     probe = Path.home() / ".cache"
     try:
         probe.mkdir(parents=True, exist_ok=True)
-        if os.access(probe, os.W_OK):
-            return {}
+        writable = os.access(probe, os.W_OK)
     except OSError:
-        pass
+        writable = False
+    compilable = re.compile(r"[\w./@+~=-]+").fullmatch  # the rule of scripts/setup.sh
+    if writable and compilable(str(probe)):
+        return {}
     cache_ = RUNS / "cache"
+    compiled = cache_
+    if not compilable(str(cache_)):
+        mark = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
+        compiled = Path(tempfile.gettempdir(), f"videofen-cache-{os.getuid()}-{mark}")
     names = {"XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "config", "HF_HOME": "huggingface", "MODELSCOPE_CACHE": "modelscope"}
-    names |= {"VLLM_CACHE_ROOT": "vllm", "VLLM_CONFIG_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
-    names |= {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    return {variable: str(cache_ / folder) for variable, folder in names.items()}
+    names |= {"VLLM_CONFIG_ROOT": "vllm", "MPLCONFIGDIR": "matplotlib"}
+    compilers = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "FLASHINFER_WORKSPACE_BASE": ""}
+    compilers |= {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    places = {} if writable else {variable: str(cache_ / folder) for variable, folder in names.items()}
+    return places | {variable: str(compiled / folder) for variable, folder in compilers.items()}
 
 
 def capped(environment: dict) -> dict:

@@ -62,12 +62,12 @@ def fetch_or_fail(address):
         reason = getattr(e, "reason", e)
         if isinstance(reason, ssl.SSLCertVerificationError):
             fail(
-                "the certificate of %s cannot be verified (%s): install ca-certificates, or name the certificate "
-                "of your proxy in SSL_CERT_FILE, then repeat make setup" % (host, reason.verify_message)
+                f"the certificate of {host} cannot be verified ({reason.verify_message}): install ca-certificates, or name the certificate "
+                "of your proxy in SSL_CERT_FILE, then repeat make setup"
             )
         fail(
-            "could not fetch uv from %s (%s): check the network, the variable https_proxy, or set PIP_INDEX_URL "
-            "to a mirror of PyPI, then repeat make setup" % (host, str(reason) or type(reason).__name__)
+            f"could not fetch uv from {host} ({str(reason) or type(reason).__name__}): check the network, the variable https_proxy, or set PIP_INDEX_URL "
+            "to a mirror of PyPI, then repeat make setup"
         )
 
 
@@ -82,19 +82,19 @@ def main():
     wheels = [
         address
         for address in Links(page.decode("utf-8", "replace")).addresses
-        if re.match("uv-%s-.*%s" % (re.escape(version), PLATFORM), urllib.parse.urlsplit(address).path.rpartition("/")[2])
+        if re.match(f"uv-{re.escape(version)}-.*{PLATFORM}", urllib.parse.urlsplit(address).path.rpartition("/")[2])
     ]
     host = urllib.parse.urlsplit(base).netloc
     if not wheels:
-        fail("%s has no uv %s for Linux on x86-64: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup" % (host, version))
+        fail(f"{host} has no uv {version} for Linux on x86-64: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup")
     wheel, _ = fetch_or_fail(urllib.parse.urljoin(base, wheels[0].partition("#")[0]))
     if hashlib.sha256(wheel).hexdigest() not in hashes:
-        fail("what %s gave for uv %s has none of the hashes in %s: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup" % (host, version, lock))
+        fail(f"what {host} gave for uv {version} has none of the hashes in {lock}: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup")
 
     os.makedirs(folder, exist_ok=True)
     program = os.path.join(folder, "uv")
     with open(program, "wb") as file:
-        file.write(zipfile.ZipFile(io.BytesIO(wheel)).read("uv-%s.data/scripts/uv" % version))
+        file.write(zipfile.ZipFile(io.BytesIO(wheel)).read(f"uv-{version}.data/scripts/uv"))
     os.chmod(program, 0o755)
     print(program)
 

@@ -12,4 +12,7 @@ if [ -n "${PIP_FIND_LINKS:-}" ]; then torch=(--find-links "$PIP_FIND_LINKS"); el
 
 echo "locks/gpu.txt (Python 3.11, checked against 3.12)"
 "${uv[@]}" --python-version 3.11 gpu.in -o gpu.txt
-"${uv[@]}" --python-version 3.12 --constraint gpu.txt gpu.in > /dev/null
+again=$(mktemp); trap 'rm -f "$again"' EXIT
+"${uv[@]}" --python-version 3.12 --constraint gpu.txt gpu.in > "$again"
+missing=$(comm -13 <(grep -o '^[a-z0-9][^ ;]*' gpu.txt | sort) <(grep -o '^[a-z0-9][^ ;]*' "$again" | sort))
+[ -z "$missing" ] || { echo "error: on Python 3.12 gpu.in needs what locks/gpu.txt lacks:" $missing >&2; exit 2; }

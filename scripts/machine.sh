@@ -93,7 +93,7 @@ driver_problem() {
   local smi report="" status=0 first major
   if smi=$(nvidia_smi); then
     report=$(timeout 60 "$smi" -L 2>&1) || status=$?
-    ! grep -q '^GPU ' <<< "$report" || return 0
+    ! grep -q '^GPU [0-9]' <<< "$report" || return 0
     [ "$status" != 124 ] || report="it gave no answer in 60 s"
   fi
   first=$(head -n 1 <<< "$report")

@@ -99,7 +99,7 @@ elif wsl2 && [ "$how" = found ]; then say "no NVIDIA driver of Windows is seen f
 fi
 
 base=""                     # any Python, to fetch uv and to read pip's settings with
-for candidate in python3 python /usr/bin/python3 $(compgen -c python3. || true); do
+for candidate in python3 python "$at/usr/bin/python3" $(compgen -c python3. || true); do
   "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null && { base=$candidate; break; }
 done
 [ -n "$base" ] || fail "no Python 3.8 or newer on PATH: $(install_command python3), then repeat make setup"
@@ -184,7 +184,8 @@ elif [ "$prefix" = "$own" ] && [ "$(made_for "$own")" != "$root" ]; then   # non
   [ ! -e .venv ] || [ -L .venv ] || [ -e ".venv/$marker" ] || [ "${YES:-}" = 1 ] ||
     fail ".venv is here and was not made by make setup: remove it, or let set-up replace it with YES=1"
   case $uv in "$root"/.venv/*|"$own"/*) cp "$uv" "$work/uv"; uv=$work/uv ;; esac
-  [ -z "$old" ] || [ -e "$(made_for "$old")" ] || rm -rf "$old"      # nobody else's: its folder is gone
+  stood=""; [ -z "$old" ] || stood=$(made_for "$old")
+  [ -z "$stood" ] || [ -e "$stood" ] || rm -rf "$old"       # its folder is gone
   rm -rf .venv "$own"
   { mkdir "$own" && : > "$own/$marker"; } || fail "could not make $own (see above)"
   python=$(python_here) || python=$(python_fetched) ||

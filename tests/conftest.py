@@ -151,6 +151,21 @@ def tree(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def filled(tmp_path_factory):
+    """filled("gpu"): the python of an environment that set-up filled from the gpu lock, by its marker; the packages are ours."""
+
+    def python_of(lock: str) -> Path:
+        folder = tmp_path_factory.mktemp("filled") / lock
+        folder.mkdir()
+        for name in ("bin", "lib", "pyvenv.cfg"):
+            (folder / name).symlink_to(Path(sys.prefix, name))
+        (folder / ".videofen-setup").write_text(f"{lock} 0123456789abcdef /somewhere\n")
+        return folder / "bin" / "python"
+
+    return functools.cache(python_of)
+
+
+@pytest.fixture(scope="session")
 def small_model() -> Path:
     """Folder of the cpu profile's model, converted at most once."""
     from lab.models import model_folder

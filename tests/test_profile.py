@@ -1,6 +1,5 @@
 """Profiles and models: detection, overriding, and one clear sentence for everything a user may get wrong."""
 
-import functools
 import http.server
 import json
 import os
@@ -9,7 +8,6 @@ import shlex
 import socket
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -60,21 +58,6 @@ SHOW = (
     "import json, os; from lab import machine; from lab.profile import load_profile; profile = load_profile()\n"
     "print(json.dumps([profile.name, os.environ.get('CUDA_VISIBLE_DEVICES'), machine.name(), machine.handles(), [g['cuda_gib'] for g in machine.gpus()]]))"
 )
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory):
-    """filled("gpu"): the python of an environment that set-up filled from the gpu lock, as far as its marker says; the packages are ours."""
-
-    def python_of(lock: str) -> Path:
-        folder = tmp_path_factory.mktemp("filled") / lock
-        folder.mkdir()
-        for name in ("bin", "lib", "pyvenv.cfg"):
-            (folder / name).symlink_to(Path(sys.prefix, name))
-        (folder / ".videofen-setup").write_text(f"{lock} 0123456789abcdef /somewhere\n")
-        return folder / "bin" / "python"
-
-    return functools.cache(python_of)
 
 
 def described(cards: list[dict], **env) -> dict:

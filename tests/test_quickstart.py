@@ -113,9 +113,11 @@ def test_arguments_are_not_the_stages(stages):
     assert "1 of 1 stages done" in out
 
 
-def test_one_card(stages):
+def test_one_card(stages, filled):
     """What divides work over two cards has a stand-in on one: no stage asks for what the machine does not have."""
     tree, _ = stages
+    (tree / ".venv").unlink()
+    (tree / ".venv").symlink_to(filled("gpu").parent.parent)
     requires = "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n"
     values = re.sub(r"(?m)^ +CUDA_VISIBLE_DEVICES:.*\n", "", (tree / "configs/profiles/cpu.yaml").read_text())
     (tree / "configs/profiles/one.yaml").write_text(values + requires)
@@ -123,7 +125,8 @@ def test_one_card(stages):
     cards = json.dumps([{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}])
     path = f"{ROOT / 'tests/fakes'}{os.pathsep}{tree}"
     command = ["scripts/quickstart.py", "--only", "04_Accelerate", "05_DeepSpeed"]
-    out = python(*command, cwd=tree, check=0, PROFILE="one", FAKE_CARDS=cards, PYTHONPATH=path).stdout
+    here = {"PROFILE": "one", "FAKE_CARDS": cards, "PYTHONPATH": path}
+    out = run(filled("gpu"), *command, cwd=tree, check=0, **here).stdout
     assert "make train-one;" in out and "make zero-theory;" in out and "2 of 2 stages done" in out, out
     assert re.search(r"(?m)^  GB a card of two, 7B, ZeRO-3 +56.0$", out)
 

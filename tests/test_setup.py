@@ -1,9 +1,13 @@
 """scripts/setup.sh, run for real in a small copy of the tree: each way to an environment, each refusal, what a kill leaves.
 
 The copy's locks hold a few small packages, cut with their hashes out of the real ones. PATH is one folder of links to the tools that
-the script calls, so that no conda, uv or GPU of this machine shows through; stubs in that folder play conda, nvidia-smi, df and Python.
+the scripts call, so that no conda or GPU of this machine shows through; stubs in that folder play conda, nvidia-smi, df and Python, and
+a folder of files plays /sys, /dev and /etc. Python has neither pip nor venv, as on a bare Debian or Ubuntu.
 """
 
+import hashlib
+import http.server
+import io
 import json
 import os
 import re
@@ -11,18 +15,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = "awk bash cat cp cut df dirname env grep head ln mkdir mktemp readlink rm sed sha256sum uname".split()
-STEERING = ("CONDA", "MAMBA", "LOCK", "ENV", "YES", "VIRTUAL_ENV", "PYTHON")  # variables that must not come from outside
+TOOLS = "awk bash cat chmod cp cut df dirname env grep head id ln mkdir mktemp mv readlink rm sed sha256sum sort timeout uname".split()
+STEERING = ("CONDA", "MAMBA", "LOCK", "ENV", "YES", "VIRTUAL_ENV", "PYTHON", "UV_PYTHON", "XDG_DATA", "KUBERNETES")  # variables that must not come from outside
 ENTRY = r"(?m)^(?:idna|iniconfig|pip|setuptools|uv)==.*\n(?: .*\n)*"
 LOCKS = {name: "".join(re.findall(ENTRY, (ROOT / f"locks/{name}.txt").read_text())) for name in ("cpu", "gpu")}
 FILLED = {name: {"lab": "0.1.0", **dict(re.findall(r"(?m)^(\S+)==(\S+)", lock))} for name, lock in LOCKS.items()}  # {package: version}
 REAL_PYTHON = f'exec "{sys._base_executable}" "$@"'
+BARE_PYTHON = f'case "$*" in *"-m pip"*|*"-m venv"*|*ensurepip*) echo "No module named $2" >&2; exit 1 ;; esac\n{REAL_PYTHON}'
+NEWER_PYTHON = f'case "$2" in *version_info[[]*) echo 3.13; exit ;; esac\n{BARE_PYTHON}'
 
 pytestmark = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the cpu lock needs Python 3.11")
 
@@ -31,9 +39,10 @@ class Tree:
     """A small copy of the repository, and the machine on which it is set up."""
 
     def __init__(self, base, empty):
-        self.root, self.bin, self.log, self.empty = base / "路径 with space", base / "bin", base / "conda.log", empty
-        self.venv, self.conda_prefix = self.root / ".venv", base / "mini forge/envs/videofen"
-        for name in ("scripts/setup.sh", "pyproject.toml", "environment.yml", "lab/__init__.py", "locks/cpu.txt", "locks/gpu.txt"):
+        self.root, self.bin, self.log, self.empty = base / "路径", base / "bin", base / "conda.log", empty
+        self.conda_prefix, self.machine = base / "miniforge/envs/videofen", base / "machine"
+        scripts = ("scripts/setup.sh", "scripts/machine.sh", "scripts/get_uv.py")
+        for name in (*scripts, "pyproject.toml", "environment.yml", "lab/__init__.py", "locks/cpu.txt", "locks/gpu.txt"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for name, lock in LOCKS.items():
@@ -42,9 +51,21 @@ class Tree:
         self.log.touch()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(STEERING)} | {"PATH": str(self.bin)}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(STEERING)}
+        self.environment |= {"PATH": str(self.bin), "MACHINE_ROOT": str(self.machine), "XDG_DATA_HOME": str(base / "data")}
+        self.file("etc/os-release", 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"')
         self.stub("g++", "")
-        self.stub("python3.11", f'[ "$2" != venv ] || exec cp -a "{empty}/." .venv\n{REAL_PYTHON}')  # in no time
+        self.stub("python3", BARE_PYTHON)
+        (self.bin / "uv").symlink_to(empty / "bin/uv")
+
+    @property
+    def venv(self):
+        return self.root / ".venv"
+
+    def file(self, name, text=""):
+        """A file of the machine, such as dev/dxg."""
+        (self.machine / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.machine / name).write_text(text + "\n")
 
     def stub(self, name, script):
         (self.bin / name).unlink(missing_ok=True)
@@ -61,8 +82,17 @@ case "$*" in
 *) exit 9 ;;
 esac""")
 
-    def gpu(self, driver):
-        self.stub("nvidia-smi", f'[ "$1" = -L ] && echo "GPU 0: NVIDIA GeForce RTX 4090" || echo {driver}')
+    def card(self):
+        self.file("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de")
+        self.file("sys/bus/pci/devices/0000:01:00.0/class", "0x030000")
+
+    def gpu(self, driver, capability="8.9"):
+        self.card()
+        self.stub("nvidia-smi", f"""case $1 in
+-L) echo "GPU 0: NVIDIA GeForce RTX 4090" ;;
+--query-gpu=driver_version) echo {driver} ;;
+--query-gpu=compute_cap) echo {capability} ;;
+esac""")
         self.stub("df", "echo Filesystem; echo /dev/sda 0 0 104857600")
 
     def setup(self, *args, kill_at=None, **variables):
@@ -96,9 +126,10 @@ def installed(prefix):
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """A venv to copy, with pip, setuptools and uv: what a conda environment made from environment.yml has."""
+    """An environment to copy, with pip, setuptools and uv: what conda makes from environment.yml."""
     prefix = tmp_path_factory.mktemp("empty")
     subprocess.run([sys._base_executable, "-m", "venv", prefix], check=True)
+    (prefix / "conda-meta").mkdir()
     (prefix / "uv.txt").write_text(LOCKS["cpu"][LOCKS["cpu"].index("uv=="):])
     subprocess.run([prefix / "bin/python", "-m", "pip", "install", "--quiet", "-r", prefix / "uv.txt"], check=True)
     return prefix
@@ -112,7 +143,8 @@ def tree(tmp_path, empty):
 # ---- .venv
 
 def test_venv_is_made_checked_and_repaired(tree):
-    tree.stub("python3.11", REAL_PYTHON)
+    """uv too comes from the package index."""
+    (tree.bin / "uv").unlink()
     tree.refuses("no environment yet: run 'make setup' first", "--check")
     tree.works()
     assert installed(tree.venv) == FILLED["cpu"]
@@ -131,10 +163,8 @@ def test_venv_is_made_checked_and_repaired(tree):
     tree.works("--check")
 
 
-def test_killed_while_python_makes_venv(tree):
-    tree.stub("python3.11", REAL_PYTHON)
+def test_killed_while_venv_is_made(tree):
     assert tree.setup(kill_at=tree.venv / "bin/python")[0] == -signal.SIGKILL
-    assert installed(tree.venv) == {}
     tree.refuses("not up to date: run 'make setup'", "--check")
     tree.works()
     assert installed(tree.venv) == FILLED["cpu"]
@@ -142,7 +172,7 @@ def test_killed_while_python_makes_venv(tree):
 
 @pytest.mark.parametrize("conda", [False, True], ids=["venv", "conda"])
 def test_killed_while_uv_installs(tree, conda):
-    """uv takes what it left half-installed for installed, and pip, with which set-up gets uv, may be gone."""
+    """uv takes what it left half-installed for installed."""
     if conda:
         tree.conda()
     prefix = tree.conda_prefix if conda else tree.venv
@@ -168,13 +198,12 @@ def test_moved_tree(tree):
 
 
 def test_home_that_is_read_only_or_unset(tree):
-    tree.stub("python3.11", REAL_PYTHON)  # without uv: pip too needs no home
-    for variable in ("HOME", "UV_CACHE_DIR", "XDG_CACHE_HOME"):
+    for variable in ("HOME", "UV_CACHE_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         tree.environment.pop(variable, None)
     tree.works(HOME="/proc")
     assert installed(tree.venv) == FILLED["cpu"] and (tree.root / "runs/cache/uv").is_dir()
-    (tree.venv / ".videofen-setup").write_text(f"cpu old {tree.root}")
-    tree.works()
+    (tree.venv / ".videofen-setup").write_text(f"cpu 01d {tree.root}")  # as set-up once wrote it
+    assert "creating" not in tree.works()
 
 
 # ---- conda
@@ -233,35 +262,104 @@ def test_conda_that_creates_nothing(tree, create, sentence):
 
 def test_gpu_lock(tree):
     tree.gpu(driver="550.54.14")
-    tree.refuses("install driver 580 or newer")
+    tree.refuses("NVIDIA driver 550.54.14 is too old for the gpu lock (CUDA 13, driver 580 or newer)")
     assert not tree.venv.exists()
+    tree.gpu(driver="580.95.05", capability="6.1")
+    tree.refuses("older than CUDA 13 supports")
     tree.gpu(driver="580.95.05")
     tree.works()
     assert installed(tree.venv) == FILLED["gpu"] != FILLED["cpu"]
+    assert "gpu lock" in tree.works()
 
 
-def test_cpu_lock_on_a_gpu_machine_stays(tree):
+def test_asked_lock_is_kept(tree):
     tree.gpu(driver="550.54.14")
     tree.works(LOCK="cpu")
     assert installed(tree.venv) == FILLED["cpu"]
+    tree.gpu(driver="580.95.05")
     tree.works("--check")
     assert "up to date (cpu lock" in tree.works()
-    tree.refuses("install driver 580 or newer", LOCK="gpu")
+
+
+def test_found_lock_is_not_kept(tree):
+    """The card comes, or its driver works, after the set-up."""
+    tree.works()
+    tree.card()
+    tree.works("--check")  # no driver yet: the cpu lock is all that runs
+    tree.refuses("not its driver")
+    tree.gpu(driver="580.95.05")
+    tree.refuses("an NVIDIA GPU is usable now, the environment has the cpu lock", "--check")
+    tree.works(LOCK="cpu")
+    tree.works("--check")
+    tree.works(LOCK="gpu")
+    assert installed(tree.venv) == FILLED["gpu"]
+
+
+WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
+
+
+@pytest.mark.parametrize("sentence, files, smi", [  # nvidia-smi stubbed with None is missing
+    ("install -y nvidia-driver-580-open', then reboot", {}, None),
+    ("install nvidia-open from NVIDIA's own repository", {"etc/os-release": "ID=debian\nVERSION_ID=13"}, None),
+    ("akmod-nvidia", {"etc/os-release": "ID=fedora"}, None),
+    ("nouveau, which cannot compute, holds the card", {"sys/module/nouveau/version": ""}, None),
+    ("nvidia-smi, which belongs to it, is missing", {"sys/module/nvidia/version": "580.95.05"}, None),
+    ("Driver/library version mismatch): reboot", {}, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"),
+    ("installed, but not loaded", {}, "echo \"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\"; exit 9"),
+    ("finds no card that it can use", {}, "echo 'No devices were found'; exit 6"),
+    ("nvidia-smi fails (Unknown Error)", {}, "echo Unknown Error; exit 255"),
+    ("docker run --gpus all", {".dockerenv": ""}, None),
+    ("docker run --gpus all", {"run/.containerenv": ""}, None),
+    ("restart the container from the host", {".dockerenv": ""}, "echo 'Failed to initialize NVML: Unknown Error'; exit 255"),
+    ("install the newest NVIDIA driver in Windows", {"dev/dxg": "", WSL_SMI: ""}, "echo GPU access blocked; exit 1"),
+])
+def test_card_without_a_working_driver(tree, sentence, files, smi):
+    """It is said, with what to do on this machine; LOCK=cpu goes on."""
+    tree.card()
+    for name, text in files.items():
+        tree.file(name, text)
+    if smi:
+        tree.stub("nvidia-smi", smi)
+    tree.refuses(sentence)
+    tree.refuses("then repeat make setup, or compute on the CPU: make setup LOCK=cpu")
+    assert not tree.venv.exists()
+    tree.stub("df", "echo; echo sda 0 0 1048576")
+    assert "not used" in tree.refuses("1 GiB free", LOCK="cpu")  # past the driver, stopped by the next thing
+
+
+def test_wsl2_without_an_nvidia_card(tree):
+    """Every WSL2 has /dev/dxg, whichever card Windows has."""
+    tree.file("dev/dxg")
+    tree.stub("df", "echo; echo sda 0 0 1048576")
+    assert "the cpu lock" in tree.refuses("1 GiB free")
+
+
+def test_old_driver_in_wsl2(tree):
+    tree.gpu(driver="550.54.14")
+    tree.file("dev/dxg")
+    tree.refuses("install the newest NVIDIA driver in Windows")
+
+
+def test_sound_of_the_card_is_no_card(tree):
+    tree.card()
+    tree.file("sys/bus/pci/devices/0000:01:00.0/class", "0x040300")
+    tree.stub("df", "echo; echo sda 0 0 1048576")
+    tree.refuses("the cpu lock needs")
 
 
 @pytest.mark.parametrize("sentence, stubs, variables", [  # a command stubbed with None is missing
     ("LOCK=x is unknown", {}, {"LOCK": "x"}),
     ("ENV=x is unknown", {}, {"ENV": "x"}),
     ("install Miniforge", {}, {"ENV": "conda"}),
-    ("install g++", {"g++": None}, {}),
+    ("apt-get install -y g++", {"g++": None}, {}),
     ("1 GiB free", {"df": "echo; echo sda 0 0 1048576"}, {}),
     ("needs 18 GiB", {"df": "echo; echo sda 0 0 10485760"}, {"LOCK": "gpu"}),
-    ("install it (Ubuntu", {"python3.11": "echo 3.9", "python3": "echo 3.9", "python": "exit 1"}, {}),
-    ("could not create .venv", {"python3.11": f'[ "$2" != venv ] || exit 1; {REAL_PYTHON}'}, {}),
+    ("no Python 3.8 or newer on PATH", {"python3": None}, {}),
+    ("could not create", {"uv": 'case $1 in venv) exit 1 ;; --version) exec "%s/bin/uv" --version ;; esac'}, {}),
 ])
 def test_refusal(tree, sentence, stubs, variables):
     for name, script in stubs.items():
-        tree.stub(name, script) if script else (tree.bin / name).unlink()
+        tree.stub(name, script.replace("%s", str(tree.empty))) if script else (tree.bin / name).unlink()
     tree.refuses(sentence, **variables)
 
 
@@ -270,3 +368,142 @@ def test_folder_of_others_is_left(tree):
     tree.refuses("was not made by make setup")
     tree.refuses("conda deactivate", CONDA_DEFAULT_ENV="videofen", CONDA_PREFIX="/opt/forge")
     assert (tree.venv / "bin").is_dir()
+
+
+# ---- Python and uv where neither is there
+
+def uv_stub(tree, install):
+    """The real uv, but for Python it finds none of this machine's and fetches it by the script `install`."""
+    tree.stub("uv", f"""case "$*" in
+"python find 3.11") exit 1 ;;
+"python install --no-bin 3.11") {install} ;;
+"python find --managed-python 3.11") echo {sys._base_executable} ;;
+*) exec "{tree.empty}/bin/uv" "$@" ;;
+esac""")
+
+
+@pytest.mark.parametrize("python", [NEWER_PYTHON, f'case "$2" in *Python.h*) echo /none/Python.h; exit ;; esac\n{BARE_PYTHON}'],
+                         ids=["another version", "without headers"])
+def test_python_is_fetched_by_uv(tree, python):
+    tree.stub("python3", python)
+    uv_stub(tree, "echo no route to github >&2; exit 1")
+    tree.refuses("could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone's releases")
+    tree.refuses("no environment yet", "--check")
+    uv_stub(tree, 'echo "fetched into $UV_PYTHON_INSTALL_DIR" >&2')
+    assert "uv fetches one" in tree.setup()[2]
+    tree.works("--check")
+    assert installed(tree.venv) == FILLED["cpu"]
+
+
+@pytest.mark.parametrize("release, remedy", [
+    ("ID=debian\nVERSION_ID=12", "apt-get install -y python3.11-dev"),
+    ("ID=debian\nVERSION_ID=13", "Miniforge"),
+    ('ID=linuxmint\nID_LIKE="ubuntu debian"', "ppa:deadsnakes/ppa"),
+    ("ID=fedora\nVERSION_ID=42", "dnf install -y python3.11-devel"),
+])
+def test_python_that_cannot_be_fetched(tree, release, remedy):
+    tree.file("etc/os-release", release)
+    tree.stub("python3", NEWER_PYTHON)
+    uv_stub(tree, "exit 1")
+    tree.refuses(remedy)
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index, or a proxy before one: `pages` has what it answers to a path."""
+
+    def do_GET(self):
+        content = self.server.pages.get(re.sub("^http://[^/]*", "", self.path))
+        self.send_response(200 if content else 404)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def index(tmp_path):
+    """An index with uv 1.2.3 and a lock that names its hash."""
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("uv-1.2.3.data/scripts/uv", "#!/bin/sh\necho uv 1.2.3\n")
+    names = [f"uv-{version}-py3-none-{system}.whl" for version in ("1.2.30", "1.2.3") for system in ("win32", "manylinux_2_17_x86_64")]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    server.pages = {"/simple/uv/": "".join(f'<a href="../../files/{name}#sha256=0">{name}</a>\n' for name in names).encode()}
+    server.pages[f"/files/{names[-1]}"] = wheel.getvalue()
+    server.lock = tmp_path / "lock.txt"
+    server.lock.write_text(f"uv==1.2.3 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{hashlib.sha256(wheel.getvalue()).hexdigest()}\nx==1\n")
+    server.folder, server.address = tmp_path / "uv here", f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def get_uv(index, **variables):
+    environment = {"PATH": "/usr/bin:/bin", "PIP_INDEX_URL": f"{index.address}/simple/"} | variables
+    command = [sys._base_executable, ROOT / "scripts/get_uv.py", index.lock, index.folder]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("way", ["direct", "by a proxy"])
+def test_uv_is_fetched(index, way):
+    proxy = {"PIP_INDEX_URL": "http://mirror.invalid/simple", "http_proxy": index.address} if way == "by a proxy" else {}
+    done = get_uv(index, **proxy)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert subprocess.check_output([done.stdout.strip()], text=True) == "uv 1.2.3\n"
+
+
+@pytest.mark.parametrize("what, sentence", [
+    ("another hash", "none of the hashes in"),
+    ("no such version", "has no uv 1.2.3 for Linux on x86-64"),
+    ("no page", "(Not Found): check the network, the variable https_proxy, or set PIP_INDEX_URL"),
+    ("nobody answers", "Connection refused"),
+    ("no address", "set PIP_INDEX_URL"),
+])
+def test_uv_that_cannot_be_fetched(index, what, sentence):
+    variables = {}
+    if what == "another hash":
+        index.pages = {path: page if path.endswith("/") else page + b" " for path, page in index.pages.items()}
+    elif what == "no such version":
+        index.pages["/simple/uv/"] = index.pages["/simple/uv/"].replace(b"1.2.3-", b"1.2.4-")
+    elif what == "no page":
+        index.pages = {}
+    else:
+        variables["PIP_INDEX_URL"] = "http://127.0.0.1:9/simple" if what == "nobody answers" else "mirror/simple"
+    done = get_uv(index, **variables)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (index.folder / "uv").exists()
+
+
+# ---- A path with which compilers cannot cope
+
+def test_blank_in_the_path(tree):
+    """The environment stands elsewhere, .venv is a link to it, and Python that is started by the link does not learn of the blank."""
+    tree.root = tree.root.rename(tree.root.with_name("路径 with space"))
+    tree.conda()
+    tree.refuses("make setup ENV=venv")
+    assert ".venv is a link to it" in tree.works(ENV="venv")
+    first = tree.venv.readlink()
+    assert first.parent == Path(tree.environment["XDG_DATA_HOME"], "videofen") and " " not in str(first)
+    ask = "import sys, sysconfig; print(sys.prefix, sys.executable, *sysconfig.get_paths().values(), sep='\\n')"
+    for program in ("python", "python3"):
+        paths = subprocess.check_output([tree.venv / "bin" / program, "-c", ask], text=True)
+        assert paths.startswith(f"{first}\n") and " " not in paths
+    assert installed(tree.venv) == FILLED["cpu"]
+    tree.works("--check")
+    assert "up to date" in tree.works()
+
+    tree.root = tree.root.rename(tree.root.with_name("moved place"))
+    tree.refuses("not up to date", "--check")
+    tree.works(ENV="venv")
+    assert tree.venv.readlink() != first and not first.exists()
+    tree.root = tree.root.rename(tree.root.with_name("plain"))
+    tree.works(ENV="venv")
+    assert not tree.venv.is_symlink() and installed(tree.venv) == FILLED["cpu"]
+
+
+def test_blank_everywhere(tree):
+    tree.root = tree.root.rename(tree.root.with_name("a blank"))
+    tree.refuses("set XDG_DATA_HOME to another folder", XDG_DATA_HOME=str(tree.root / "data"))
+    tree.refuses("cannot be written: set XDG_DATA_HOME to another folder", XDG_DATA_HOME="/proc/data")
