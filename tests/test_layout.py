@@ -1,5 +1,6 @@
 """The repository's own promises: every script, configuration, make target and readme block is covered by a test that runs it."""
 
+import ast
 import json
 import os
 import re
