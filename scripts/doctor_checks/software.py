@@ -85,10 +85,8 @@ def headers(profile) -> Finding:
         if not (include / "Python.h").exists():
             return FAILED, f"no Python.h in {include}: {users}"
         if done.returncode:
-            return (
-                FAILED,
-                f"{compiler} cannot compile against Python.h: {done.stderr.strip()[:100]}",
-            )
+            problem = done.stderr.strip()[:100]
+            return FAILED, f"{compiler} cannot compile against Python.h: {problem}"
         spec = importlib.util.spec_from_file_location("doctor", library)
         answer = importlib.util.module_from_spec(spec).answer()
     return (OK if answer == 42 else FAILED), f"{compiler} and Python.h: a C module built, imported"
