@@ -34,7 +34,7 @@ answers() {  # answers WORD COMMAND...: the command ends well and what it prints
   local word=$1 out
   shift
   out=$("$@" 2>&1) || { tail -n 20 <<< "$out" >&2; fail "$* failed"; }
-  grep -qF -e "$word" <<< "$out" || fail "$* did not print $word"
+  grep -qiF -e "$word" <<< "$out" || fail "$* did not print $word"
   echo "  $*"
 }
 answers --config_file accelerate launch --help

@@ -304,7 +304,7 @@ WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
     ("akmod-nvidia", {"etc/os-release": "ID=fedora"}, None),
     ("nouveau, which cannot compute, holds the card", {"sys/module/nouveau/version": ""}, None),
     ("nvidia-smi, which belongs to it, is missing", {"sys/module/nvidia/version": "580.95.05"}, None),
-    ("Driver/library version mismatch): reboot", {}, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"),
+    ("updated while its old version is still loaded", {}, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"),
     ("installed, but not loaded", {}, "echo \"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\"; exit 9"),
     ("finds no card that it can use", {}, "echo 'No devices were found'; exit 6"),
     ("nvidia-smi fails (Unknown Error)", {}, "echo Unknown Error; exit 255"),
