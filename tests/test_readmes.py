@@ -211,7 +211,7 @@ def test_more_load_more_throughput_and_less_goodput():
     """Both sweeps of `make vllm-bench`: nothing failed; what is good is part of what is served; overloaded, few are good."""
     found = record("03_vllm/13_bench")
     points = sorted({re.sub(r"_tok_per_s$", "", name) for name in found if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)})
-    assert found["failed_count"] == 0 and len(points) >= 10
+    assert found["failed_count"] == 0 and len(points) >= 8
     window_s = min(60, 10 * found["answer_alone_s"])
     for point in points:
         assert found[f"{point}_window_s"] > window_s / 5, "two answers at least, though the rate was a guess"
@@ -225,7 +225,7 @@ def test_more_load_more_throughput_and_less_goodput():
     assert found["concurrency_64_ttft_p50_ms"] > 5 * found["concurrency_1_ttft_p50_ms"]
     assert found["concurrency_64_itl_p50_ms"] > found["concurrency_1_itl_p50_ms"]
     assert found["concurrency_64_good_ratio"] <= found["concurrency_1_good_ratio"]
-    knee, loads = found["knee_concurrency_count"], (1, 4, 8, 16, 32, 64)
+    knee, loads = found["knee_concurrency_count"], (1, 4, 16, 64)
     good = [load for load in loads if found[f"concurrency_{load}_good_ratio"] >= 0.9]
     assert knee == max(good, default=0)
 
