@@ -30,9 +30,21 @@ PACKAGES = {
 }
 
 
+@functools.cache
+def settle(first: bool) -> None:
+    """Once a worker: the one whose tests go one after another measures, the other gives way to it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not first:
+        os.nice(10)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "alone: not beside tests that start servers or change the tree")
     config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
+
+
+def pytest_runtest_logstart(nodeid):
+    if settle.cache_info().currsize == 0:
+        settle(nodeid.endswith("@one after another"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
@@ -63,7 +75,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 # Files whose tests share nothing with the others: no port, no job in runs/, no file of the tree that is changed.
-# `make test` runs them beside the rest, which goes one after another on one worker.
+# `make test` runs them on a second worker, with less priority, since tests on the first one measure.
 SIDE_BY_SIDE = {
     "test_data",
     "test_equality",
