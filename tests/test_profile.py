@@ -314,3 +314,20 @@ def test_read_only_home(small_model):
     assert "Paris" in done.stdout
     exported = python("-m", "lab.profile", check=0, HOME="/proc").stdout
     assert f"HF_HOME={ROOT}" in exported.replace("'", "") and os.environ.get("HOME") != "/proc"
+
+
+def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
+    """HOME writable: nothing is moved. HOME with a blank: only what compiles. HOME read-only: everything, compiled things apart if runs/ has a blank."""
+    from lab import profile
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert profile.writable_home() == {}
+    monkeypatch.setenv("HOME", str(tmp_path / "a blank"))
+    monkeypatch.setattr(profile, "RUNS", tmp_path / "runs")
+    assert profile.writable_home()["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "runs/cache/torch_extensions")
+    assert "HF_HOME" not in profile.writable_home()
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.setattr(profile, "RUNS", tmp_path / "a blank/runs")
+    places = profile.writable_home()
+    assert places["HF_HOME"] == str(tmp_path / "a blank/runs/cache/huggingface")
+    assert " " not in places["TORCH_EXTENSIONS_DIR"] + places["TORCHINDUCTOR_CACHE_DIR"] + places["TRITON_CACHE_DIR"]

@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import threading
 import time
 import zipfile
@@ -373,26 +375,49 @@ def test_folder_of_others_is_left(tree):
 # ---- Python and uv where neither is there
 
 def uv_stub(tree, install):
-    """The real uv, but for Python it finds none of this machine's and fetches it by the script `install`."""
+    """The real uv, but it finds no Python of this machine, and fetches one by the script `install`."""
     tree.stub("uv", f"""case "$*" in
 "python find 3.11") exit 1 ;;
 "python install --no-bin 3.11") {install} ;;
-"python find --managed-python 3.11") echo {sys._base_executable} ;;
 *) exec "{tree.empty}/bin/uv" "$@" ;;
 esac""")
 
 
+@pytest.fixture(scope="module")
+def offered_python(tmp_path_factory):
+    """A list of downloads for uv that names one archive: the Python that runs this, with its library and headers."""
+    folder = tmp_path_factory.mktemp("offered")
+    archive, prefix = folder / "python.tar.gz", Path(sys.base_prefix)
+    parts = [prefix / "bin/python3.11", *map(Path, map(sysconfig.get_path, ("stdlib", "include"))), *prefix.glob("lib/libpython3.11.so*")]
+    with tarfile.open(archive, "w:gz", compresslevel=1) as file:
+        for part in parts:
+            skip = {part / name for name in ("test", "site-packages", "ensurepip", "idlelib")}
+            for path in [part, *part.rglob("*")]:
+                if not skip & {path, *path.parents} and "__pycache__" not in path.parts and path.suffix not in (".a", ".o"):
+                    file.add(path, f"python/{path.relative_to(prefix)}", recursive=False)
+    key = f"cpython-3.11.{sys.version_info.micro}-linux-x86_64-gnu"
+    build = {"name": "cpython", "arch": {"family": "x86_64", "variant": None}, "os": "linux", "libc": "gnu", "major": 3, "minor": 11}
+    build |= {"patch": sys.version_info.micro, "prerelease": "", "variant": None, "build": None, "url": archive.as_uri()}
+    build["sha256"] = hashlib.sha256(archive.read_bytes()).hexdigest()
+    (folder / "downloads.json").write_text(json.dumps({key: build}))
+    return folder / "downloads.json"
+
+
 @pytest.mark.parametrize("python", [NEWER_PYTHON, f'case "$2" in *Python.h*) echo /none/Python.h; exit ;; esac\n{BARE_PYTHON}'],
                          ids=["another version", "without headers"])
-def test_python_is_fetched_by_uv(tree, python):
+def test_python_is_fetched_by_uv(tree, offered_python, python):
+    """uv downloads, verifies and unpacks a real 3.11, as it would one of python-build-standalone."""
     tree.stub("python3", python)
     uv_stub(tree, "echo no route to github >&2; exit 1")
     tree.refuses("could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone's releases")
     tree.refuses("no environment yet", "--check")
-    uv_stub(tree, 'echo "fetched into $UV_PYTHON_INSTALL_DIR" >&2')
-    assert "uv fetches one" in tree.setup()[2]
+    uv_stub(tree, f'exec "{tree.empty}/bin/uv" "$@"')
+    tree.works(UV_PYTHON_DOWNLOADS_JSON_URL=str(offered_python))
     tree.works("--check")
     assert installed(tree.venv) == FILLED["cpu"]
+    ask = "import sys, sysconfig; print(sys.base_prefix, sysconfig.get_path('include'), sep='\\n')"
+    prefix, include = subprocess.check_output([tree.venv / "bin/python", "-c", ask], text=True).splitlines()
+    assert Path(prefix).parent == tree.venv / "python" and (Path(include) / "Python.h").exists()
 
 
 @pytest.mark.parametrize("release, remedy", [
