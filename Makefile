@@ -5,7 +5,8 @@ PY := .venv/bin/python
 # The environment's programs (ninja, deepspeed ...) come first; only set-up wants the machine's.
 SYSTEM_PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
 export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
-SETUP := PATH="$(SYSTEM_PATH)" scripts/setup.sh
+export SYSTEM_PATH
+SETUP := PATH="$$SYSTEM_PATH" scripts/setup.sh
 export PROFILE STORE
 # Tests that share nothing run beside the rest (tests/conftest.py says which).
 TWO_WORKERS := --numprocesses 2 --dist loadgroup

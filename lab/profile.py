@@ -102,8 +102,12 @@ def remark(name: str, taken: list[dict]) -> str:
         return ""
     if machine.cards():
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"CUDA_VISIBLE_DEVICES={chosen} shows none of {len(machine.cards())} cards: {away}"
-    return f"no GPU can be used here: {away}"
+        last = len(machine.cards()) - 1
+        return (
+            f"CUDA_VISIBLE_DEVICES={chosen} shows none of {last + 1} cards, profile {name}: unset it, "
+            f"or name cards of 0 to {last}"
+        )
+    return f"no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; {away}"
 
 
 def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu") -> None:
@@ -111,10 +115,12 @@ def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with P
     profile = load_profile(check=False)
     have = len(machine.gpus())
     if profile.device == "cuda" and have < count:
-        fail(
-            f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: "
-            f"{otherwise}, or take a machine with {count}"
-        )
+        there = len(machine.cards())
+        if have < there:  # it is the profile, or CUDA_VISIBLE_DEVICES, that leaves them out
+            otherwise = f"this machine has {there}: leave PROFILE and CUDA_VISIBLE_DEVICES out, or say PROCESSES=2"
+        else:
+            otherwise += f", or take a machine with {count}"
+        fail(f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}")
 
 
 def need_vllm() -> None:
@@ -206,7 +212,7 @@ def load_profile(name: str | None = None, check: bool = True):
     requires = values.get("requires", {})
     if check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
         if lacks := missing(requires):
-            fail(f"profile {name} needs {lacks}: run with PROFILE=cpu, or on a machine that has them")
+            fail(f"profile {name} needs {lacks}: leave PROFILE out to take what fits this machine")
         if requires.get("gpus") and machine.lock() == "cpu":
             fail(
                 f"profile {name} needs the gpu lock, and this environment is the cpu lock's: "

@@ -66,11 +66,11 @@ nvidia_smi() {
   fi
 }
 
-# Is an NVIDIA card here, whatever its driver does? No process is started: every make target asks.
+# Is an NVIDIA card here, whatever its driver does? No process is started: every make target asks this.
 nvidia_card() {
   local vendor id class
   for vendor in "$at"/sys/bus/pci/devices/*/vendor; do
-    [ -r "$vendor" ] && read -r id < "$vendor" && [ "$id" = 0x10de ] || continue
+    [ -r "$vendor" ] && [ -r "${vendor%vendor}class" ] && read -r id < "$vendor" && [ "$id" = 0x10de ] || continue
     read -r class < "${vendor%vendor}class" && [[ $class = 0x03* ]] && return 0   # a display, not the card's sound
   done
   compgen -G "$at/dev/nvidia[0-9]*" >/dev/null || [ -e "$at/usr/lib/wsl/lib/nvidia-smi" ]
@@ -82,7 +82,7 @@ driver_command() {
   case $(distribution) in
     ubuntu*) echo "$(install_command nvidia-driver-580-open), then reboot" ;;
     debian*) echo "install nvidia-open from NVIDIA's own repository, since Debian's driver is older than 580 (docs.nvidia.com/datacenter/tesla/driver-installation-guide), then reboot" ;;
-    fedora*) echo "$(as_root "dnf install -y akmod-nvidia xorg-x11-drv-nvidia-cuda") (RPM Fusion), then reboot" ;;
+    fedora*) echo "$(as_root "dnf install -y akmod-nvidia xorg-x11-drv-nvidia-cuda") after enabling RPM Fusion nonfree (rpmfusion.org/Configuration), then reboot" ;;
     arch*) echo "$(as_root "pacman -S nvidia-open nvidia-utils"), then reboot" ;;
     *) echo "install driver 580 or newer (nvidia.com/drivers), then reboot" ;;
   esac
@@ -92,14 +92,14 @@ driver_command() {
 driver_problem() {
   local smi report="" status=0 first major
   if smi=$(nvidia_smi); then
-    report=$(timeout 60 "$smi" -L 2>&1) || status=$?
+    report=$(timeout -k 2 20 "$smi" -L 2>&1) || status=$?
     ! grep -q '^GPU [0-9]' <<< "$report" || return 0
-    [ "$status" != 124 ] || report="it gave no answer in 60 s"
+    case $status in 124|137) report="it gave no answer in 20 s" ;; esac
   fi
   first=$(head -n 1 <<< "$report")
 
   if wsl2; then
-    echo "nvidia-smi fails in WSL2 ($first): $(driver_command); a Linux driver inside WSL must go ($(as_root "apt-get purge '^nvidia-.*' '^libnvidia-.*'"))"
+    echo "nvidia-smi fails in WSL2 ($first): $(driver_command); a Linux driver that was installed inside WSL must be removed"
   elif in_container && [ -z "$smi" ]; then
     echo "an NVIDIA card is in this machine, but this container was not given it: start the container with the card (docker run --gpus all, with NVIDIA's Container Toolkit on the host)"
   elif in_container; then
@@ -140,12 +140,22 @@ initramfs_command() {
 card_too_old() {
   local smi driver capability
   smi=$(nvidia_smi) || return 0
-  driver=$("$smi" --query-gpu=driver_version --format=csv,noheader | head -n 1)
-  [ "${driver%%.*}" -ge 580 ] 2>/dev/null || {
+  driver=$(timeout -k 2 20 "$smi" --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  [[ $driver =~ ^[0-9]+ ]] || return 0   # it does not tell
+  [ "${driver%%.*}" -ge 580 ] || {
     echo "NVIDIA driver $driver is too old for the gpu lock (CUDA 13, driver 580 or newer), and there is no lock for older ones: $(driver_command)"
     return
   }
-  capability=$("$smi" --query-gpu=compute_cap --format=csv,noheader | sort -rn | head -n 1)
+  capability=$(timeout -k 2 20 "$smi" --query-gpu=compute_cap --format=csv,noheader | sort -rn | head -n 1)
   [[ ! $capability =~ ^[0-9]+\.[0-9]+$ ]] || [ "${capability/./}" -ge 75 ] ||
     echo "the NVIDIA card here (compute capability $capability) is older than CUDA 13 supports (7.5, the RTX 20 series)"
+}
+
+# Whether no card here has the 22 GiB that the profiles ask for (configs/profiles/4090x1.yaml).
+card_too_small() {
+  local smi largest
+  smi=$(nvidia_smi) || return 0
+  largest=$(timeout -k 2 20 "$smi" --query-gpu=memory.total --format=csv,noheader,nounits | sort -rn | head -n 1)
+  [[ ! $largest =~ ^[0-9]+$ ]] || [ "$((largest / 1024))" -ge 22 ] ||
+    echo "the largest NVIDIA card here has $((largest / 1024)) GiB, and the profiles take cards of 22 GiB and more"
 }

@@ -79,8 +79,13 @@ if [ "${1:-}" = --check ]; then
     [ -x .venv/bin/python ] && fail "the environment is not up to date: run 'make setup'"
     fail "no environment yet: run 'make setup' first"
   fi
-  [ "$installed $how" != "cpu found" ] || ! nvidia_card || [ -n "$(driver_problem)$(card_too_old)" ] ||
-    fail "an NVIDIA GPU is usable now, the environment has the cpu lock: run 'make setup' (or keep it: make setup LOCK=cpu)"
+  if [ "$installed $how" = "cpu found" ] && nvidia_card; then
+    problem=$(driver_problem)
+    [ -n "$problem" ] || problem=$(card_too_old)
+    [ -n "$problem" ] || problem=$(card_too_small)
+    [ -n "$problem" ] ||
+      fail "an NVIDIA GPU is usable now, the environment has the cpu lock: run 'make setup' (or keep it: make setup LOCK=cpu)"
+  fi
   exit 0
 fi
 
@@ -93,6 +98,8 @@ if [ "$lock" = gpu ] && nvidia_card; then
   [ -z "$problem" ] || fail "$problem; then repeat make setup, or $without_card"
   problem=$(card_too_old)
   [ -z "$problem" ] || fail "$problem; or $without_card"
+  [ "$how" = asked ] || problem=$(card_too_small)
+  [ -z "$problem" ] || fail "$problem: $without_card (or, to write a profile of your own, make setup LOCK=gpu)"
 elif [ "$lock" = gpu ]; then say "no NVIDIA card is seen here: the gpu lock because LOCK=gpu asked for it"
 elif nvidia_card; then say "the NVIDIA card here is not used: the cpu lock because LOCK=cpu asked for it (make setup LOCK=gpu takes the other)"
 elif wsl2 && [ "$how" = found ]; then say "no NVIDIA driver of Windows is seen from WSL2: the cpu lock (if this machine has an NVIDIA card, $(driver_command), and repeat make setup)"

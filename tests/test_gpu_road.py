@@ -25,6 +25,7 @@ from conftest import ENVIRONMENT, ROOT, run
 from test_readmes import BLOCKS
 
 from lab import engine, jobs
+from lab import machine as lab_machine
 
 CARD = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}
 COMMANDS = ["torchrun", "deepspeed", "accelerate", "llamafactory-cli", "prometheus", "nvitop-exporter", "nvidia-smi", "nvitop", "gpustat"]
@@ -169,8 +170,11 @@ def test_everything_that_computes_is_refused_beside_a_server(machine):
 
 
 def test_only_the_cards_that_a_server_fills_are_refused(monkeypatch):
-    monkeypatch.setattr(jobs, "running", lambda: {"vllm": {"address": "http://127.0.0.1:8000", "cards": ["0"]}, "lf-webui": {"address": ""}})
-    for visible, free in (("0,1", False), ("0", False), ("1", True), ("", True)):
+    server = {"address": "http://127.0.0.1:8000", "cards": ["GPU-a"]}
+    monkeypatch.setattr(jobs, "running", lambda: {"vllm": server, "lf-webui": {"address": ""}})
+    two = [{"index": index, "uuid": uuid} for index, uuid in enumerate(("GPU-a", "GPU-b"))]
+    monkeypatch.setattr(lab_machine, "cards", lambda: two)
+    for visible, free in (("0,1", False), ("0", False), ("GPU-a", False), ("1", True), ("GPU-b", True), ("", True)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         if free:
             jobs.refuse_taken_cards()

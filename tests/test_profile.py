@@ -67,7 +67,7 @@ def described(cards: list[dict], **env) -> dict:
 
 ROWS = {  # cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name of the machine, cards that are read; what is said
     "no card, cpu lock": ([], "cpu", {}, ["cpu", "", "cpu", []], ""),
-    "no card, gpu lock": ([], "gpu", {}, ["cpu", "", "cpu", []], "no GPU can be used here: profile cpu, but the gpu lock's vLLM computes on GPUs only"),
+    "no card, gpu lock": ([], "gpu", {}, ["cpu", "", "cpu", []], "no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; profile cpu, but the gpu lock's vLLM computes on GPUs only"),
     "two cards, cpu lock": ([RTX4090] * 2, "cpu", {}, ["cpu", "", "cpu", []], "2 x RTX 4090 here, but this environment is the cpu lock's: profile cpu; to compute on the card: make setup LOCK=gpu"),
     "one 4090": ([RTX4090], "gpu", {}, ["4090x1", None, "4090", [0]], ""),
     "two 4090s": ([RTX4090] * 2, "gpu", {}, ["4090x2", None, "4090x2", [0, 1]], ""),
@@ -76,7 +76,7 @@ ROWS = {  # cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name 
     "four 4090s, two chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "2,3"}, ["4090x2", "2,3", "4090x2", [2, 3]], ""),
     "three chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "3,1,2"}, ["4090x2", "3,1", "4090x2", [3, 1]], "takes cards 3,1 (RTX 4090) of 3 and leaves out 2"),
     "one chosen": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": "1"}, ["4090x1", "1", "4090", [1]], ""),
-    "none shown": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": ""}, ["cpu", "", "cpu", []], "CUDA_VISIBLE_DEVICES= shows none of 2 cards: profile cpu"),
+    "none shown": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": ""}, ["cpu", "", "cpu", []], "CUDA_VISIBLE_DEVICES= shows none of 2 cards, profile cpu: unset it, or name cards of 0 to 1"),
     "two 3090s": ([RTX3090] * 2, "gpu", {}, ["4090x2", None, "3090x2", [0, 1]], "2 x RTX 3090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
     "two 5090s": ([RTX5090] * 2, "gpu", {}, ["4090x2", None, "5090x2", [0, 1]], "2 x RTX 5090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
     "unlike cards": ([RTX4090, RTX3090], "gpu", {}, ["4090x2", None, "4090-3090", [0, 1]], "takes unlike cards, RTX 4090 (24 GiB) and RTX 3090 (24 GiB)"),

@@ -38,6 +38,8 @@ def driver(profile) -> Finding:
     """The driver runs, is new enough for torch, and a kernel computes right on every card."""
     if not used_cards():
         if not (problem := driver_problem()):
+            if installed_lock() == "gpu" and profile.device == "cpu":
+                return FAILED, "the gpu lock, and no profile takes a card here: make setup LOCK=cpu"
             return ABSENT, no_cards()
         return (FAILED if installed_lock() == "gpu" else WARNING), problem
     import pynvml
