@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -159,6 +160,11 @@ def writable_home() -> dict[str, str]:
     return places | {variable: str(compiled / folder) for variable, folder in compilers.items()}
 
 
+def without_openssl() -> dict[str, str]:
+    """torch.compile (C++, torch 2.13) names its precompiled headers with the program openssl: without it, none are made."""
+    return {} if shutil.which("openssl") else {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+
+
 def capped(environment: dict) -> dict:
     """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, where that stands in for a smaller one."""
     if not (machine.memory_cap_gib() and machine.gpus()):
@@ -221,7 +227,7 @@ def load_profile(name: str | None = None, check: bool = True):
     os.environ["PROFILE"] = name  # child processes run under the same one
     take_cards(name, requires)
     programs_first()
-    for variable, value in (capped(values.get("env", {})) | writable_home()).items():
+    for variable, value in (capped(values.get("env", {})) | writable_home() | without_openssl()).items():
         os.environ.setdefault(variable, str(value))
     results.began(values)
     return OmegaConf.create({"name": name, **values})
@@ -231,7 +237,7 @@ def main() -> None:
     profile = load_profile()
     if len(sys.argv) == 1:
         names = ["PROFILE", "PATH", *LOCAL_VARIABLES, "CUDA_VISIBLE_DEVICES"]
-        names += [*capped(dict(profile.env)), *writable_home()]
+        names += [*capped(dict(profile.env)), *writable_home(), *without_openssl()]
         for variable in dict.fromkeys(name for name in names if name in os.environ):
             print(f"export {variable}={shlex.quote(os.environ[variable])}")
         return

@@ -331,3 +331,11 @@ def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
     places = profile.writable_home()
     assert places["HF_HOME"] == str(tmp_path / "a blank/runs/cache/huggingface")
     assert " " not in places["TORCH_EXTENSIONS_DIR"] + places["TORCHINDUCTOR_CACHE_DIR"] + places["TRITON_CACHE_DIR"]
+
+
+def test_compiling_without_openssl(tmp_path):
+    """torch.compile's precompiled headers need the program openssl, which a small system lacks."""
+    line = "export TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0\n"
+    assert line in python("-m", "lab.profile", check=0, PATH=str(tmp_path)).stdout
+    (tmp_path / "openssl").touch(0o755)
+    assert line not in python("-m", "lab.profile", check=0, PATH=str(tmp_path)).stdout
