@@ -151,11 +151,17 @@ card_too_old() {
     echo "the NVIDIA card here (compute capability $capability) is older than CUDA 13 supports (7.5, the RTX 20 series)"
 }
 
-# Whether no card here has the 22 GiB that the profiles ask for (configs/profiles/4090x1.yaml).
+# What keeps a card from the profiles of this repository: 22 GiB (configs/profiles/4090x1.yaml) and bfloat16.
 card_too_small() {
-  local smi largest
+  local smi largest capability
   smi=$(nvidia_smi) || return 0
   largest=$(timeout -k 2 20 "$smi" --query-gpu=memory.total --format=csv,noheader,nounits | sort -rn | head -n 1)
-  [[ ! $largest =~ ^[0-9]+$ ]] || [ "$((largest / 1024))" -ge 22 ] ||
-    echo "the largest NVIDIA card here has $((largest / 1024)) GiB, and the profiles take cards of 22 GiB and more"
+  [[ ! $largest =~ ^[0-9]+$ ]] || largest=$(((largest + 512) / 1024))
+  [[ ! $largest =~ ^[0-9]+$ ]] || [ "$largest" -ge 22 ] || {
+    echo "the largest NVIDIA card here has $largest GiB, and the profiles take cards of 22 GiB and more"
+    return
+  }
+  capability=$(timeout -k 2 20 "$smi" --query-gpu=compute_cap --format=csv,noheader | sort -rn | head -n 1)
+  [[ ! $capability =~ ^[0-9]+\.[0-9]+$ ]] || [ "${capability/./}" -ge 80 ] ||
+    echo "the NVIDIA card here (compute capability $capability) has no bfloat16, in which the profiles compute (8.0 and newer, the RTX 30 series)"
 }

@@ -88,12 +88,13 @@ esac""")
         self.file("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de")
         self.file("sys/bus/pci/devices/0000:01:00.0/class", "0x030000")
 
-    def gpu(self, driver, capability="8.9"):
+    def gpu(self, driver, capability="8.9", memory_mib=24564):
         self.card()
         self.stub("nvidia-smi", f"""case $1 in
 -L) echo "GPU 0: NVIDIA GeForce RTX 4090" ;;
 --query-gpu=driver_version) echo {driver} ;;
 --query-gpu=compute_cap) echo {capability} ;;
+--query-gpu=memory.total) echo {memory_mib} ;;
 esac""")
         self.stub("df", "echo Filesystem; echo /dev/sda 0 0 104857600")
 
@@ -268,6 +269,10 @@ def test_gpu_lock(tree):
     assert not tree.venv.exists()
     tree.gpu(driver="580.95.05", capability="6.1")
     tree.refuses("older than CUDA 13 supports")
+    tree.gpu(driver="580.95.05", memory_mib=16376)
+    tree.refuses("has 16 GiB, and the profiles take cards of 22 GiB and more: compute on the CPU: make setup LOCK=cpu")
+    tree.gpu(driver="580.95.05", capability="7.5")
+    tree.refuses("(compute capability 7.5) has no bfloat16")
     tree.gpu(driver="580.95.05")
     tree.works()
     assert installed(tree.venv) == FILLED["gpu"] != FILLED["cpu"]
