@@ -11,7 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, shown
+from lab import ROOT, RUNS, fail, machine, shown
 from lab.profile import read_yaml
 
 
@@ -123,7 +123,9 @@ def _from_package(key: str, model: dict) -> Path:
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model["gguf"])
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as published; the GGUF names <|im_start|> here
-    weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=torch.bfloat16)
+    # LLaMA-Factory trains in the folder's own type.
+    dtype = torch.bfloat16 if machine.fast_bfloat16() else torch.float32
+    weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=dtype)
     partial = folder.with_name(f".{key}-{os.getpid()}")  # renamed when whole: an interrupted conversion leaves no half model
     tokenizer.save_pretrained(partial)
     weights.save_pretrained(partial)

@@ -193,6 +193,13 @@ def take_cards(name: str, requires: dict) -> None:
     )
 
 
+def in_float32(values):
+    """`values` of a profile with float32 wherever bfloat16 stands, at any depth."""
+    if isinstance(values, dict):
+        return {name: in_float32(value) for name, value in values.items()}
+    return "float32" if values == "bfloat16" else values
+
+
 def programs_first() -> None:
     """Put this environment's programs (torchrun, ninja ...) first on PATH: nobody need activate it."""
     programs = str(Path(sys.prefix, "bin"))
@@ -215,6 +222,8 @@ def load_profile(name: str | None = None, check: bool = True):
     if name not in known:
         fail(f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect")
     values = read_yaml(FOLDER / f"{name}.yaml")
+    if values["device"] == "cpu" and not machine.fast_bfloat16():
+        values = in_float32(values)
     requires = values.get("requires", {})
     if check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
         if lacks := missing(requires):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def pytest_runtest_logstart(nodeid):
 @pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
 def pytest_runtest_setup(item):
     """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is true, fail."""
+    if time.time() > float(os.environ.get("TESTS_END_AT", "inf")):
+        pytest.skip("the time of this run is used up: run it by make test-long")
     for mark in item.iter_markers("needs"):
         missing = [name for name in mark.args if not shutil.which(name, path=ENVIRONMENT["PATH"])]
         if missing:

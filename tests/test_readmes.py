@@ -20,7 +20,7 @@ import pytest
 from conftest import PACKAGES, ROOT, network_namespaces, run
 from test_llamafactory import greedy, prompts
 
-from lab import models
+from lab import machine, models
 from lab.profile import detect
 
 
@@ -33,6 +33,9 @@ def pages(readme: Path) -> list[Path]:
 MODULE_READMES = sorted(ROOT.glob("modules/*/readme.md"))
 README_FILES = [*sorted(ROOT.glob("README*.md")), *(page for readme in MODULE_READMES for page in pages(readme))]
 FENCE = re.compile(r"^ *(?:<!-- (?P<mark>long|netns|gpu|self|exit 2) -->\n *)?(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^ *(?P=fence)$", re.M | re.S)
+
+
+BF16 = re.compile(r"train-mixed|ds_config\.json|train-z2-offload")  # blocks that train in it whatever the profile says
 
 
 @dataclass
@@ -54,6 +57,13 @@ class Block:
         begins = {name: name for name in PACKAGES} | {"make monitor": "prometheus", "make two-nodes": "ip"}
         return [name for words, name in begins.items() if re.search(rf"^ *{words}\b", self.code, re.M)]
 
+    @property
+    def slow(self) -> list:
+        """Training in bf16 takes hours on a CPU that has no instructions for it."""
+        if BF16.search(self.code) and not machine.fast_bfloat16():
+            return [pytest.mark.skip("it trains in bfloat16, for which this CPU has no instructions")]
+        return []
+
 
 def blocks() -> list[Block]:
     found = []
@@ -71,7 +81,7 @@ BLOCKS = blocks()
 
 def cases(*marks: str) -> list:
     """The blocks that carry one of the marks, as parameters of a test; README.en.md's are README.md's (test_readme_en)."""
-    return [pytest.param(b, id=b.id, marks=pytest.mark.needs(*b.programs)) for b in BLOCKS if b.mark in marks and b.file != "README.en.md"]
+    return [pytest.param(b, id=b.id, marks=[pytest.mark.needs(*b.programs), *b.slow]) for b in BLOCKS if b.mark in marks and b.file != "README.en.md"]
 
 
 def test_every_block_is_seen():
@@ -251,6 +261,7 @@ def test_guesses_change_the_speed_and_not_the_answer():
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not machine.fast_bfloat16(), reason="it trains in bfloat16, for which this CPU has no instructions")
 def test_the_offloaded_optimizer():
     """Stage 2, the optimizer on the host, bf16: bytes per parameter 2 of bf16, 4 / 2 and 12 / 2 of fp32 over two processes."""
     found = record("05_DeepSpeed/train-z2-offload")
