@@ -97,13 +97,15 @@ SIDE_BY_SIDE = {
 }
 
 
+def pytest_itemcollected(item):
+    if item.module.__name__ not in SIDE_BY_SIDE or item.get_closest_marker("alone"):
+        item.add_marker(pytest.mark.xdist_group("one after another"))
+
+
 def pytest_collection_modifyitems(items):
     """Fast files first: what breaks early is said early."""
     order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
     items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
-    for item in items:
-        if item.module.__name__ not in SIDE_BY_SIDE or item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.xdist_group("one after another"))
 
 
 def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:
