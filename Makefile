@@ -8,8 +8,6 @@ export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
 export SYSTEM_PATH
 SETUP := PATH="$$SYSTEM_PATH" scripts/setup.sh
 export PROFILE STORE
-# Tests that share nothing run beside the rest (tests/conftest.py says which).
-TWO_WORKERS := --numprocesses 2 --dist loadgroup
 export MAKE_COMMAND = $(MAKECMDGOALS) $(MAKEOVERRIDES)
 .DEFAULT_GOAL := help
 
@@ -49,7 +47,7 @@ stop: env ## end every server and job that this repository started, and nothing 
 	@$(PY) scripts/stop.py
 
 test: setup ## everything a change must pass (ARGS="-m smoke": the installation, a minute)
-	@$(PY) -m pytest $(TWO_WORKERS) -m "not long" $(ARGS)
+	@$(PY) -m pytest -m "not long" $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 01 One GPU (or none): is the machine sound?
@@ -208,7 +206,7 @@ report: env ## write runs/report.html, one page with plots, from what has been r
 	@$(PY) scripts/report.py $(ARGS)
 
 test-long: setup ## the slow proofs
-	@$(PY) -m pytest $(TWO_WORKERS) -m long $(ARGS)
+	@$(PY) -m pytest -m long $(ARGS)
 
 lint: env ## ruff over all Python files
 	@$(PY) -m ruff check .

@@ -31,21 +31,8 @@ PACKAGES = {
 }
 
 
-@functools.cache
-def settle(first: bool) -> None:
-    """Once a worker: the one whose tests go one after another measures, the other gives way to it."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not first:
-        os.nice(10)
-
-
 def pytest_configure(config):
-    config.addinivalue_line("markers", "alone: not beside tests that start servers or change the tree")
     config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
-
-
-def pytest_runtest_logstart(nodeid):
-    if settle.cache_info().currsize == 0:
-        settle(nodeid.endswith("@one after another"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
@@ -75,31 +62,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"{count} skipped for missing Debian packages: sudo apt install {packages}", yellow=True
         )
-
-
-# Files whose tests share nothing with the others: no port, no job in runs/, no file of the tree that is changed.
-# `make test` runs them on a second worker, with less priority, since tests on the first one measure.
-SIDE_BY_SIDE = {
-    "test_data",
-    "test_equality",
-    "test_gpu_road",
-    "test_image_edit",
-    "test_layout",
-    "test_memory",
-    "test_mini_vllm",
-    "test_models",
-    "test_plan",
-    "test_profile",
-    "test_readme_en",
-    "test_report",
-    "test_results",
-    "test_setup",
-}
-
-
-def pytest_itemcollected(item):
-    if item.module.__name__ not in SIDE_BY_SIDE or item.get_closest_marker("alone"):
-        item.add_marker(pytest.mark.xdist_group("one after another"))
 
 
 def pytest_collection_modifyitems(items):

@@ -130,7 +130,6 @@ def test_environment_yml():
     assert all(p in (ROOT / "environment.yml").read_text() for p in PACKAGES)
 
 
-@pytest.mark.alone  # it writes the locks, which every make target reads
 def test_lock_is_reproducible(tmp_path):
     """`make lock` on unchanged inputs changes nothing."""
     before = {lock: (ROOT / "locks" / f"{lock}.txt").read_bytes() for lock in ("cpu", "gpu")}
