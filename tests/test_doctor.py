@@ -271,7 +271,10 @@ def test_a_card_without_a_working_driver(
 def test_no_nvidia_card_is_no_failure(cards, monkeypatch, tmp_path, path, other):
     """Another maker's card, and the sound of an NVIDIA card that a virtual machine has."""
     monkeypatch.setenv("MACHINE_ROOT", str(machine_root(tmp_path, **other)))
-    assert cards(lock="gpu").driver(None) == ("not applicable", "no NVIDIA GPU")
+    profile = types.SimpleNamespace(device="cpu")
+    assert cards(lock="cpu").driver(profile) == ("not applicable", "no NVIDIA GPU")
+    verdict, words = cards(lock="gpu").driver(profile)
+    assert verdict == "failed" and "make setup LOCK=cpu" in words
 
 
 def test_a_card_that_the_cpu_lock_leaves_alone(cards, monkeypatch, tmp_path, path):

@@ -55,7 +55,7 @@ class Machine:
     def __init__(self, folder: Path):
         self.tree, self.meet, self.ports = folder / "videofen", folder / "meet", {port: free_port() for port in PORTS}
         for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split("\0"):
-            if name and (ROOT / name).is_file() and not name.startswith(("results/", "locks/")):
+            if name and (ROOT / name).is_file() and not name.startswith("results/"):
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.tree / name)
         for file in [self.tree / "modules/03_vllm/11_monitor.py", *self.tree.glob("configs/profiles/*.yaml")]:
