@@ -1,10 +1,12 @@
-"""Run a command that starts processes of its own (accelerate, deepspeed, torchrun ...) so that it ends whole.
+"""Run a command that starts processes of its own (accelerate, deepspeed, torchrun ...) so that it
+ends whole.
 
     python -m lab.launch NAME COMMAND [ARG ...]
 
-The profile's environment is set; everything the command prints goes to stderr, except the script's JSON result, which is the last
-line of stdout; Ctrl+C, `make stop` and the command's own end leave no process behind. The exit code is the command's; where one of
-its processes refused its input with an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
+The profile's environment is set; everything the command prints goes to stderr, except the script's
+JSON result, which is the last line of stdout; Ctrl+C, `make stop` and the command's own end leave
+no process behind. The exit code is the command's; where one of its processes refused its input with
+an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
 """
 
 import signal
@@ -15,7 +17,11 @@ import threading
 from lab import fail, jobs, machine
 from lab.profile import load_profile, need_cards
 
-PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # of torchrun, accelerate, deepspeed
+PROCESSES = (
+    "--nproc-per-node",
+    "--num_processes",
+    "--num_gpus",
+)  # of torchrun, accelerate, deepspeed
 
 
 def processes(command: list[str]) -> int:
@@ -49,7 +55,9 @@ def main() -> None:
     if len(sys.argv) < 3:
         fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
     name, command = sys.argv[1], sys.argv[2:]
-    load_profile(check=False)  # the command's own processes check; who started it may have left them one GPU of two
+    load_profile(
+        check=False
+    )  # the command's own processes check; who started it may have left them one GPU of two
     need_cards(name, processes(command))
     command = by_card(command)
     if name in jobs.running():
@@ -73,7 +81,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except FileNotFoundError:
-        fail(f"no command {command[0]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)")
+        fail(
+            f"no command {command[0]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)"
+        )
     finally:
         end(name)
     if refusal and code != 0:

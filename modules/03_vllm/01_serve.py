@@ -7,8 +7,8 @@
     python modules/03_vllm/01_serve.py --dry-run    # only print the engine's own command
 
 Flags this script does not know go to vLLM as they are and win over the profile's.
-Look at: the printed command (it is all there is to serving), and in the log `GPU KV cache size` or its CPU twin, which says how
-many tokens of context the memory left over holds.
+Look at: the printed command (it is all there is to serving), and in the log `GPU KV cache size` or
+its CPU twin, which says how many tokens of context the memory left over holds.
 """
 
 import argparse
@@ -26,17 +26,33 @@ RECIPES = Path(__file__).parent / "configs" / "recipes"
 def main() -> None:
     profile = load_profile()
     known = ", ".join(sorted(f.stem for f in RECIPES.glob("*.yaml")))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"name in configs/models.yaml, hub id or folder (default: the recipe's, else {profile.serve.model})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        help=f"name in configs/models.yaml, hub id or folder (default: the recipe's, else {profile.serve.model})",
+    )
     parser.add_argument("--recipe", metavar="NAME", help=f"of {shown(RECIPES)}: {known}")
-    parser.add_argument("--port", type=int, default=profile.serve.port, help="on 127.0.0.1 (default: %(default)s)")
-    parser.add_argument("--foreground", action="store_true", help="stay in front, with the log on the screen")
-    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds to wait for a healthy server (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=profile.serve.port, help="on 127.0.0.1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay in front, with the log on the screen"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        metavar="S",
+        help="seconds to wait for a healthy server (default: %(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
     args, engine_args = parser.parse_known_args()
 
     # -----------------------------------------------------------------------------
-    # 1. The engine's command: the profile's arguments, the recipe's instead of them, then the user's, of which the last one counts
+    # 1. The engine's command: the profile's arguments, the recipe's instead of them, then the
+    # user's, of which the last one counts
 
     recipe = {}
     if args.recipe:
@@ -51,12 +67,23 @@ def main() -> None:
         cards = settings.get("tensor-parallel-size", 1)
         need_cards(f"tensor-parallel-size {cards}", cards, "take another recipe")
         if "vllm" in (running := jobs.running()):
-            fail(f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first")
+            fail(
+                f"a server of this repository already runs at {running['vllm']['address']}: end it with 'make stop' first"
+            )
         jobs.refuse_taken_cards()
-        jobs.refuse_taken_port(args.port, "take another one with --port (make vllm-serve PORT=8001)")
+        jobs.refuse_taken_port(
+            args.port, "take another one with --port (make vllm-serve PORT=8001)"
+        )
     folder = args.model if args.dry_run else models.model_folder(args.model)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", *models.served_names(args.model), "--host", "127.0.0.1", "--port", str(args.port)]
+    command += [
+        "--served-model-name",
+        *models.served_names(args.model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(args.port),
+    ]
     command += engine.words(settings)
     command += engine_args  # argparse lets the last one win
     print(shlex.join(["python", *command[1:]]), flush=True)
@@ -70,14 +97,23 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
     cards = jobs.cards()[: engine.cards_filled(command)]  # what else may not run on them meanwhile
-    process = jobs.start("vllm", command, None if args.foreground else log, address=address, cards=cards)
+    process = jobs.start(
+        "vllm", command, None if args.foreground else log, address=address, cards=cards
+    )
     try:
         if args.foreground:
             code, asked = process.wait(), jobs.asked_to_end("vllm")
             if not asked:
-                print(f"error: the server ended though nobody stopped it (its exit code: {code}); EngineDeadError in the log above: its engine process died", file=sys.stderr)
-            raise SystemExit(code if asked or code > 0 else 1)  # vLLM's own code is 0 even when its engine process was killed
-        seconds = jobs.wait_healthy("vllm", process, f"{address}/health", log, lambda: engine.cause(log), args.timeout)
+                print(
+                    f"error: the server ended though nobody stopped it (its exit code: {code}); EngineDeadError in the log above: its engine process died",
+                    file=sys.stderr,
+                )
+            raise SystemExit(
+                code if asked or code > 0 else 1
+            )  # vLLM's own code is 0 even when its engine process was killed
+        seconds = jobs.wait_healthy(
+            "vllm", process, f"{address}/health", log, lambda: engine.cause(log), args.timeout
+        )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
@@ -87,7 +123,9 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 3. Healthy
 
-    print(f"healthy after {seconds:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}")
+    print(
+        f"healthy after {seconds:.0f} s: {address}/v1   model: {models.served_names(args.model)[0]}"
+    )
     print(f"log: {shown(log)}   end it: make stop")
     results.note(results.name_of(__file__))
 

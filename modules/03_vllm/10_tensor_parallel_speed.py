@@ -1,13 +1,17 @@
-"""One device or two: the same model by vLLM with tensor-parallel-size 1 and 2. What gets faster, and what only gets room?
+"""One device or two: the same model by vLLM with tensor-parallel-size 1 and 2. What gets faster,
+and what only gets room?
 
-A second device halves what each of them reads and multiplies, and adds two all-reduces a layer. So a step gets less than twice as fast;
-but the weights lie there once instead of twice, and all the rest of the second device's memory holds KV cache.
+A second device halves what each of them reads and multiplies, and adds two all-reduces a layer. So
+a step gets less than twice as fast; but the weights lie there once instead of twice, and all the
+rest of the second device's memory holds KV cache.
 
     make vllm-tp
     python modules/03_vllm/10_tensor_parallel_speed.py --shape qwen2.5-1.5b-instruct --batches 1 16
 
-Only the model's shape is needed (configs/models.yaml): random weights cost the same time. On a CPU a `device` is one core.
-Look at: the ratio at batch 1 and at larger ones, of reading a prompt, and the tokens the KV cache holds.
+Only the model's shape is needed (configs/models.yaml): random weights cost the same time. On a CPU
+a `device` is one core.
+Look at: the ratio at batch 1 and at larger ones, of reading a prompt, and the tokens the KV cache
+holds.
 """
 
 import argparse
@@ -21,11 +25,27 @@ from lab.profile import load_profile, need_cards
 def main() -> None:
     profile = load_profile()
     p = profile.tensor_parallel
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=p.shape, help="name in configs/models.yaml, hub id or config.json (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=list(p.batches), help=f"requests at once (default: {' '.join(map(str, p.batches))})")
-    parser.add_argument("--prompt-tokens", type=int, default=p.prompt_tokens, help="of each (default: %(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=p.answer_tokens, help="of each (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape",
+        default=p.shape,
+        help="name in configs/models.yaml, hub id or config.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=list(p.batches),
+        help=f"requests at once (default: {' '.join(map(str, p.batches))})",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=p.prompt_tokens, help="of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=p.answer_tokens, help="of each (default: %(default)s)"
+    )
     args, flags = parser.parse_known_args()
     if min(*args.batches, args.prompt_tokens, args.answer_tokens - 1) < 1:
         fail("--batches and --prompt-tokens must be at least 1, --answer-tokens at least 2")
@@ -46,19 +66,37 @@ def main() -> None:
 
     def requests(batch: int, tokens: int, answer: int) -> list:
         params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
-        return [({"prompt_token_ids": [1000 + (17 * i + 31 * j + 7 * answer) % 9000 for j in range(tokens)]}, params) for i in range(batch)]
+        return [
+            (
+                {
+                    "prompt_token_ids": [
+                        1000 + (17 * i + 31 * j + 7 * answer) % 9000 for j in range(tokens)
+                    ]
+                },
+                params,
+            )
+            for i in range(batch)
+        ]
 
     metrics: dict[str, float] = {}
     for devices in (1, 2):
         if profile.device == "cpu":
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(devices)))  # each rank one core
-        vllm = engine.start(folder, profile.dtype, dict(p.args) | {"tensor-parallel-size": devices}, flags)
-        engine.drive(vllm, requests(2, args.prompt_tokens, 3))  # so that nothing is compiled while the clock runs
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+                map(str, range(devices))
+            )  # each rank one core
+        vllm = engine.start(
+            folder, profile.dtype, dict(p.args) | {"tensor-parallel-size": devices}, flags
+        )
+        engine.drive(
+            vllm, requests(2, args.prompt_tokens, 3)
+        )  # so that nothing is compiled while the clock runs
         _, (alone,), _ = engine.drive(vllm, requests(1, args.prompt_tokens, 2))
         metrics[f"tp{devices}_prefill_tok_per_s"] = round(args.prompt_tokens / alone.first, 1)
         for batch in args.batches:
             _, timings, _ = engine.drive(vllm, requests(batch, 16, args.answer_tokens))
-            step = (max(t.last for t in timings) - max(t.first for t in timings)) / (args.answer_tokens - 1)
+            step = (max(t.last for t in timings) - max(t.first for t in timings)) / (
+                args.answer_tokens - 1
+            )
             metrics[f"tp{devices}_batch_{batch}_step_ms"] = round(1e3 * step, 3)
         cache = vllm.vllm_config.cache_config
         metrics[f"tp{devices}_kv_cache_count"] = cache.num_gpu_blocks * cache.block_size
@@ -74,9 +112,15 @@ def main() -> None:
         return round(ratio, 2)
 
     print(f"\n{'tensor-parallel-size':32}{1:>12}{2:>12}{'gain':>10}")
-    ratios = {"prefill_gain_ratio": row(f"prefill of {args.prompt_tokens}, tokens/s", "prefill_tok_per_s", False)}
+    ratios = {
+        "prefill_gain_ratio": row(
+            f"prefill of {args.prompt_tokens}, tokens/s", "prefill_tok_per_s", False
+        )
+    }
     for batch in args.batches:
-        ratios[f"batch_{batch}_gain_ratio"] = row(f"a step of {batch}, ms", f"batch_{batch}_step_ms", True)
+        ratios[f"batch_{batch}_gain_ratio"] = row(
+            f"a step of {batch}, ms", f"batch_{batch}_step_ms", True
+        )
     ratios["kv_cache_gain_ratio"] = row("tokens the KV cache holds", "kv_cache_count", False)
 
     import matplotlib
@@ -85,11 +129,21 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    names = [f"prefill\nof {args.prompt_tokens} tokens", *(f"decode,\nbatch {b}" for b in args.batches), "KV cache"]
-    bars = ax.bar(names, ratios.values(), width=0.55, color=["tab:blue"] * (len(names) - 1) + ["tab:green"])
+    names = [
+        f"prefill\nof {args.prompt_tokens} tokens",
+        *(f"decode,\nbatch {b}" for b in args.batches),
+        "KV cache",
+    ]
+    bars = ax.bar(
+        names, ratios.values(), width=0.55, color=["tab:blue"] * (len(names) - 1) + ["tab:green"]
+    )
     ax.bar_label(bars, fmt="%.2fx")
     ax.axhline(2, color="k", ls="--", lw=1)
-    ax.set(ylabel="two devices / one", ylim=(0, max(2.3, 1.15 * max(ratios.values()))), title=f"Tensor parallelism on 2 x {'core' if profile.device == 'cpu' else 'GPU'}: {args.shape}")
+    ax.set(
+        ylabel="two devices / one",
+        ylim=(0, max(2.3, 1.15 * max(ratios.values()))),
+        title=f"Tensor parallelism on 2 x {'core' if profile.device == 'cpu' else 'GPU'}: {args.shape}",
+    )
     results.picture(__file__, "tensor_parallel", fig)
     results.finish(__file__, metrics | ratios, vars(args))
 

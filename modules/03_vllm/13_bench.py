@@ -43,39 +43,60 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
-        "--address", default=f"http://127.0.0.1:{profile.serve.port}",
+        "--address",
+        default=f"http://127.0.0.1:{profile.serve.port}",
         help="the server (default: %(default)s)",
     )
     parser.add_argument(
-        "--concurrencies", type=int, nargs="+", default=list(p.concurrencies), metavar="N",
+        "--concurrencies",
+        type=int,
+        nargs="+",
+        default=list(p.concurrencies),
+        metavar="N",
         help="closed loop (default: %(default)s)",
     )
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=list(p.rates), metavar="R",
+        "--rates",
+        type=float,
+        nargs="+",
+        default=list(p.rates),
+        metavar="R",
         help="open loop, requests/s (default: %(default)s)",
     )
     parser.add_argument(
-        "--prompts", type=int, default=p.prompts,
+        "--prompts",
+        type=int,
+        default=p.prompts,
         help="judged requests a point, at least (default: %(default)s)",
     )
     parser.add_argument(
-        "--answers", type=float, default=10,
+        "--answers",
+        type=float,
+        default=10,
         help="length of a point's window, in answers of a lone client (default: %(default)s)",
     )
     parser.add_argument(
-        "--input-tokens", type=int, default=p.input_tokens,
+        "--input-tokens",
+        type=int,
+        default=p.input_tokens,
         help="mean, 50 %% more or less (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-tokens", type=int, default=p.output_tokens,
+        "--output-tokens",
+        type=int,
+        default=p.output_tokens,
         help="mean, 50 %% more or less (default: %(default)s)",
     )
     parser.add_argument(
-        "--slo-ttft-ms", type=float, default=p.slo_ttft_ms,
+        "--slo-ttft-ms",
+        type=float,
+        default=p.slo_ttft_ms,
         help="objective: the first token within (default: %(default)s)",
     )
     parser.add_argument(
-        "--slo-tpot-ms", type=float, default=p.slo_tpot_ms,
+        "--slo-tpot-ms",
+        type=float,
+        default=p.slo_tpot_ms,
         help="objective: a request's mean time a token after it (default: %(default)s)",
     )
     args = parser.parse_args()
@@ -90,8 +111,12 @@ def main() -> None:
 
     import openai
 
-    key = os.environ["OPENAI_API_KEY"] = os.environ.get("VLLM_API_KEY", "unused")  # vLLM's benchmark takes it from the former
-    model = engine.served_model(openai.OpenAI(base_url=f"{args.address}/v1", api_key=key, max_retries=0))
+    key = os.environ["OPENAI_API_KEY"] = os.environ.get(
+        "VLLM_API_KEY", "unused"
+    )  # vLLM's benchmark takes it from the former
+    model = engine.served_model(
+        openai.OpenAI(base_url=f"{args.address}/v1", api_key=key, max_retries=0)
+    )
 
     # -----------------------------------------------------------------------------
     # 1. vLLM's benchmark, imported once; every point is one `vllm bench serve`, typed or called
@@ -105,20 +130,61 @@ def main() -> None:
         theirs = serve.FlexibleArgumentParser()
         serve.add_cli_args(theirs)
         tokenizer = serve.get_tokenizer(model.root)
-    common = ["--base-url", args.address, "--model", model.root, "--served-model-name", model.id, "--temperature", "0", "--ignore-eos"]
-    common += ["--dataset-name", "random", "--random-input-len", str(args.input_tokens), "--random-output-len", str(args.output_tokens)]
-    common += ["--random-range-ratio", "0.5"]  # were all answers of one length, all would end, and all prompts begin, at once
-    common += ["--goodput", f"ttft:{args.slo_ttft_ms:g}", f"tpot:{args.slo_tpot_ms:g}", "--percentile-metrics", "ttft,itl,e2el", "--metric-percentiles", "50,99", "--save-detailed"]
+    common = [
+        "--base-url",
+        args.address,
+        "--model",
+        model.root,
+        "--served-model-name",
+        model.id,
+        "--temperature",
+        "0",
+        "--ignore-eos",
+    ]
+    common += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(args.input_tokens),
+        "--random-output-len",
+        str(args.output_tokens),
+    ]
+    common += [
+        "--random-range-ratio",
+        "0.5",
+    ]  # were all answers of one length, all would end, and all prompts begin, at once
+    common += [
+        "--goodput",
+        f"ttft:{args.slo_ttft_ms:g}",
+        f"tpot:{args.slo_tpot_ms:g}",
+        "--percentile-metrics",
+        "ttft,itl,e2el",
+        "--metric-percentiles",
+        "50,99",
+        "--save-detailed",
+    ]
 
     def bench(prompts: int, seed: int, load: list[str]) -> dict:
-        """vLLM's result, and under `wrong` what went wrong: it counts an answer that was cut off as completed, and good."""
-        flags = theirs.parse_args(words := [*common, "--num-prompts", str(prompts), "--seed", str(seed), *load])
+        """vLLM's result, and under `wrong` what went wrong: it counts an answer that was cut off as
+        completed, and good.
+        """
+        flags = theirs.parse_args(
+            words := [*common, "--num-prompts", str(prompts), "--seed", str(seed), *load]
+        )
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             print(shlex.join(["vllm", "bench", "serve", *words]))
-            asked = [request.expected_output_len for request in serve.get_samples(flags, tokenizer)]  # the same seed, the same lengths
+            asked = [
+                request.expected_output_len for request in serve.get_samples(flags, tokenizer)
+            ]  # the same seed, the same lengths
             result = serve.main(flags)
         got = zip(result["errors"], result["output_lens"], asked, strict=True)
-        return result | {"wrong": [error or f"{n} of {length} tokens" for error, n, length in got if error or n != length]}
+        return result | {
+            "wrong": [
+                error or f"{n} of {length} tokens"
+                for error, n, length in got
+                if error or n != length
+            ]
+        }
 
     # -----------------------------------------------------------------------------
     # 2. How long an answer takes a lone client, which says how long a point must last
@@ -187,12 +253,27 @@ def main() -> None:
     knees = {kind: knee([m["good_ratio"] for m in sweep]) for kind, sweep in points.items()}
     for (kind, at), unit in zip(knees.items(), ("at once", "requests/s"), strict=True):
         best = {"load": 0, "goodput_req_per_s": 0} if at is None else points[kind][at]
-        note = " (no load here keeps the objectives)" if at is None else " (the heaviest load here: the knee may lie beyond)" if best is points[kind][-1] else ""
-        print(f"knee: {best['load']:g} {unit}, goodput {best['goodput_req_per_s']:.2f} requests/s{note}")
-        metrics |= {f"knee_{kind}_{'count' if kind == 'concurrency' else 'req_per_s'}": best["load"], f"knee_{kind}_goodput_req_per_s": best["goodput_req_per_s"]}
+        note = (
+            " (no load here keeps the objectives)"
+            if at is None
+            else " (the heaviest load here: the knee may lie beyond)"
+            if best is points[kind][-1]
+            else ""
+        )
+        print(
+            f"knee: {best['load']:g} {unit}, goodput {best['goodput_req_per_s']:.2f} requests/s{note}"
+        )
+        metrics |= {
+            f"knee_{kind}_{'count' if kind == 'concurrency' else 'req_per_s'}": best["load"],
+            f"knee_{kind}_goodput_req_per_s": best["goodput_req_per_s"],
+        }
     results.picture(__file__, "bench", draw(points, knees, args))
     results.finish(__file__, metrics | {"failed_count": wrong}, vars(args) | {"model": model.id})
-    sys.exit(f"error: {wrong} requests failed: what was measured beside them does not count" if wrong else 0)
+    sys.exit(
+        f"error: {wrong} requests failed: what was measured beside them does not count"
+        if wrong
+        else 0
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -252,35 +333,88 @@ def knee(shares: list[float]) -> int | None:
 
 
 def draw(points: dict[str, list[dict]], knees: dict[str, int | None], args):
-    """Three latencies against tokens/s, and requests served, and served well, against requests sent."""
+    """Three latencies against tokens/s, and requests served, and served well, against requests
+    sent.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7, "axes.titlesize": 10})
+    plt.rcParams.update(
+        {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 7, "axes.titlesize": 10}
+    )
     fig, axes = plt.subplots(2, 2, figsize=(8, 5.9), layout="constrained")
-    for ax, name, title in zip(axes.flat, ("ttft", "itl", "e2e"), ("first token (TTFT)", "between tokens (ITL)", "whole answer (E2E)"), strict=False):
-        for (kind, sweep), colour, words in zip(points.items(), ("C0", "C1"), ("closed loop, N at once", "open loop, N requests/s"), strict=True):
-            x, p50, p99 = ([m[key] for m in sweep] for key in ("tok_per_s", f"{name}_p50_ms", f"{name}_p99_ms"))
+    for ax, name, title in zip(
+        axes.flat,
+        ("ttft", "itl", "e2e"),
+        ("first token (TTFT)", "between tokens (ITL)", "whole answer (E2E)"),
+        strict=False,
+    ):
+        for (kind, sweep), colour, words in zip(
+            points.items(),
+            ("C0", "C1"),
+            ("closed loop, N at once", "open loop, N requests/s"),
+            strict=True,
+        ):
+            x, p50, p99 = (
+                [m[key] for m in sweep] for key in ("tok_per_s", f"{name}_p50_ms", f"{name}_p99_ms")
+            )
             ax.plot(x, p50, "o-", ms=4, color=colour, label=f"p50, {words}")
             ax.plot(x, p99, "o:", ms=4, color=colour, mfc="white", label=f"p99, {words}")
             for m, *at in zip(sweep, x, p50, strict=True):
-                ax.annotate(f"{m['load']:g}", at, (0, -11), textcoords="offset points", fontsize=7, color=colour, ha="center")
+                ax.annotate(
+                    f"{m['load']:g}",
+                    at,
+                    (0, -11),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                    ha="center",
+                )
             if (at := knees[kind]) is not None:
-                ax.plot(x[at], p50[at], "o", ms=13, mfc="none", mec=colour, mew=2, label="knee" if kind == "rate" else None)
+                ax.plot(
+                    x[at],
+                    p50[at],
+                    "o",
+                    ms=13,
+                    mfc="none",
+                    mec=colour,
+                    mew=2,
+                    label="knee" if kind == "rate" else None,
+                )
         if name != "e2e":
-            ax.axhline({"ttft": args.slo_ttft_ms, "itl": args.slo_tpot_ms}[name], color="grey", lw=1, label="objective (of ITL: a request's mean)")
+            ax.axhline(
+                {"ttft": args.slo_ttft_ms, "itl": args.slo_tpot_ms}[name],
+                color="grey",
+                lw=1,
+                label="objective (of ITL: a request's mean)",
+            )
         ax.set(yscale="log", xlabel="output tokens/s", ylabel="ms", title=title)
-        ax.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_locator=ticker.NullLocator())
+        ax.yaxis.set(
+            major_locator=ticker.LogLocator(subs=(1, 3)),
+            major_formatter="{x:g}",
+            minor_locator=ticker.NullLocator(),
+        )
     axes[0, 0].legend(loc="upper left")
-    ax, (rates, served, good) = axes[1, 1], ([m[key] for m in points["rate"]] for key in ("load", "req_per_s", "goodput_req_per_s"))
-    for y, style, words in ((rates, "k--", "sent"), (served, "C1o-", "served"), (good, "C2^-", "served within the objectives (goodput)")):
+    ax, (rates, served, good) = (
+        axes[1, 1],
+        ([m[key] for m in points["rate"]] for key in ("load", "req_per_s", "goodput_req_per_s")),
+    )
+    for y, style, words in (
+        (rates, "k--", "sent"),
+        (served, "C1o-", "served"),
+        (good, "C2^-", "served within the objectives (goodput)"),
+    ):
         ax.plot(rates, y, style, ms=4, label=words)
     if knees["rate"] is not None:
         ax.axvline(rates[knees["rate"]], color="C1", lw=1, label="knee")
-    ax.set(xlabel="requests/s sent (open loop)", ylabel="requests/s", title=f"first token in {args.slo_ttft_ms:g} ms, {args.slo_tpot_ms:g} ms a token")
+    ax.set(
+        xlabel="requests/s sent (open loop)",
+        ylabel="requests/s",
+        title=f"first token in {args.slo_ttft_ms:g} ms, {args.slo_tpot_ms:g} ms a token",
+    )
     ax.legend(loc="upper left")
     return fig
 
