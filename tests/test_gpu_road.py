@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, run
-from test_readmes import BLOCKS
+from readmes import BLOCKS
 
 from lab import engine, jobs
 from lab import machine as lab_machine

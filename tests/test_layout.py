@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, python, run
-from test_readmes import BLOCKS, README_FILES
+from readmes import BLOCKS, README_FILES
 
 TRACKED = run("git", "ls-files", "-co", "--exclude-standard", check=0).stdout.splitlines()
 MODULE_SCRIPTS = [f for f in TRACKED if re.fullmatch(r"modules/[^/]+/\d\d_\w+\.py", f)]

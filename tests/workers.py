@@ -18,7 +18,7 @@ import pytest
 
 # What these read lies where a reader's commands write it (`runs/...`), or comes from a package
 # index: the first worker's, in this order.
-FIRST_WORKER = ("test_layout", "test_setup", "test_readmes")
+FIRST_WORKER = ("test_layout", "test_setup", "test_readmes", "test_claims", "test_tuned_in_vllm")
 MEMORY_GIB = 5  # a worker's engines
 OWN_NETWORK = ["unshare", "--net"]
 if os.geteuid() != 0:  # who is not root gets the right to it in a user namespace
