@@ -230,8 +230,8 @@ tables: env ## write the tables in the readmes from the records
 lock: env ## regenerate locks/*.txt from the .in files (UPGRADE=1: newest)
 	@UPGRADE="$(UPGRADE)" scripts/lock.sh
 
-clean: ## remove what runs wrote (runs/, caches), not the environment
-	@if [ -x $(PY) ] && [ -d runs/jobs ]; then $(PY) scripts/stop.py; fi
+clean: ## remove runs/ and caches, not the environment, nor a folder that RUNS names
+	@if [ -x $(PY) ] && [ -d runs/jobs ]; then RUNS= $(PY) scripts/stop.py; fi
 	@rm -rf runs .pytest_cache .ruff_cache; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: env
