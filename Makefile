@@ -209,8 +209,10 @@ report: env ## write runs/report.html, one page with plots, from what has been r
 test-long: setup ## the slow proofs
 	@$(PY) -m pytest -n auto -m long $(ARGS)
 
-lint: env ## ruff over all Python files
+lint: env ## ruff, its format, and the measures of scripts/lint.py
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) scripts/lint.py --show
 
 snapshot: env ## write what the doctor finds into .CLAUDE.md, for an AI assistant
 	@$(PY) scripts/doctor.py --snapshot $(ARGS)

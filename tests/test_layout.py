@@ -270,6 +270,37 @@ def test_lint():
     assert done.returncode == 0, done.stdout
 
 
+def test_every_measure_of_lint_fails_where_it_is_broken(tmp_path):
+    dense = "\n".join(f"a{n}, b{n} = f(1, 2, 3, 4), g[5:6:7]" for n in range(30))
+    files = {
+        "modules/03_vllm/01_serve.py": '"""vllm.entrypoints.openai.api_server"""\n'
+        + "x = 1\n" * 301,
+        "modules/03_vllm/02_chat.py": "\n" * 110 + "client.chat.completions.create()\n",
+        "modules/03_vllm/99_new.py": dense,
+        "modules/03_vllm/mini_vllm/a.py": "y = 1\n" * 161,
+        "modules/03_vllm/mini_vllm/b.py": "y = 1\n" * 690,
+        "lab/x.py": "f(found := 1)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    problems = python("scripts/lint.py", tmp_path, check=1).stderr
+    for problem in (
+        "01_serve.py: 302 lines, at most 300",
+        "01_serve.py: no code has vllm",
+        "02_chat.py:111: the lesson, due before line 110",
+        "99_new.py: say in LESSON of scripts/lint.py",
+        "modules/01_single_gpu_smoke/01_smoke.py: in LESSON, but not here",
+        "mini_vllm/a.py: 161 lines, at most 160",
+        "mini_vllm: 851 lines in all, at most 850",
+        "modules: a median file of 161 lines, at most 160",
+        "lab/x.py:1: a walrus in arguments",
+        "lab/x.py:1: found says nothing",
+        "99_new.py has 30",
+    ):
+        assert problem in problems, problem
+
+
 def test_tracked_tree_is_small():
     sizes = {f: (ROOT / f).stat().st_size for f in TRACKED}
     assert sum(sizes.values()) < 8e6

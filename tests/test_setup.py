@@ -134,13 +134,15 @@ esac""",
 
     def gpu(self, driver, capability="8.9", memory_mib=24564):
         self.card()
+        query = f"echo {driver}, {memory_mib}, {capability}"
+        if not capability:  # a driver so old that it does not know the field
+            query = "echo Field compute_cap is not a valid field to query.; exit 2"
         self.stub(
             "nvidia-smi",
             f"""case $1 in
 -L) echo "GPU 0: NVIDIA GeForce RTX 4090" ;;
---query-gpu=driver_version) echo {driver} ;;
---query-gpu=compute_cap) echo {capability} ;;
---query-gpu=memory.total) echo {memory_mib} ;;
+--query-gpu=driver_version,memory.total,compute_cap) {query} ;;
+--query-gpu=driver_version,memory.total) echo {driver}, {memory_mib} ;;
 esac""",
         )
         self.stub("df", "echo Filesystem; echo /dev/sda 0 0 104857600")
@@ -226,6 +228,10 @@ def test_venv_is_made_checked_and_repaired(tree):
     start = time.monotonic()
     assert "up to date (cpu lock" in tree.works()
     assert time.monotonic() - start < 3
+
+    settings = tree.root / "pyproject.toml"
+    settings.write_text(settings.read_text().replace("line-length = 100", "line-length = 99"))
+    tree.works("--check")  # set-up reads nothing of ruff's or pytest's
 
     lock = tree.root / "locks/cpu.txt"
     lock.write_text(re.sub(r"(?ms)^idna==.*?^(?=[a-z])", "", lock.read_text()))
@@ -356,6 +362,8 @@ def test_gpu_lock(tree):
     tree.refuses(
         "NVIDIA driver 550.54.14 is too old for the gpu lock (CUDA 13, driver 580 or newer)"
     )
+    tree.gpu(driver="470.256.02", capability="")
+    tree.refuses("NVIDIA driver 470.256.02 is too old")
     assert not tree.venv.exists()
     tree.gpu(driver="580.95.05", capability="6.1")
     tree.refuses("older than CUDA 13 supports")
