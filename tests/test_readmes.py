@@ -320,8 +320,8 @@ def test_more_load_more_throughput_and_less_goodput():
             if re.fullmatch(r"(concurrency|rate)_\d+_tok_per_s", name)
         }
     )
-    assert found["failed_count"] == 0 and len(points) >= 8
-    window_s = min(60, 10 * found["answer_alone_s"])
+    assert found["failed_count"] == 0 and len(points) >= 7
+    window_s = min(60, 5 * found["answer_alone_s"])
     for point in points:
         assert found[f"{point}_window_s"] > window_s / 5, (
             "two answers at least, though the rate was a guess"
@@ -336,8 +336,7 @@ def test_more_load_more_throughput_and_less_goodput():
     assert found["rate_2_req_per_s"] < 4, (
         "an open loop serves what is sent, by chance a little more within a window"
     )
-    # The objectives are for people and absolute; on a busy machine none may be met. So hold the run
-    # against itself:
+    # The objectives are five times what a lone client saw: the run is held against itself, for
     # half of 64 clients wait for a place, which takes longer than what one of them alone would see
     # of any of its parts.
     assert found["concurrency_64_ttft_p50_ms"] > 5 * found["concurrency_1_ttft_p50_ms"]
