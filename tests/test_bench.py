@@ -27,14 +27,12 @@ POINTS = str(ROOT / "modules/03_vllm/bench_points.py")
     ],
 )
 def test_knee(shares, at):
-    """The last load with 90 % good requests: in the middle, nowhere, at the end, after a disturbed
-    lighter one.
-    """
+    """The last load with 90 % good requests, also after a lighter one that was disturbed."""
     assert runpy.run_path(POINTS)["knee"](shares) == at
 
 
 def answers(*rows) -> dict:
-    """What vLLM's benchmark saves of requests: (sent at, TTFT, seconds between its pieces, tokens)."""
+    """What vLLM's benchmark saves: (sent at, TTFT, seconds between its pieces, tokens)."""
     columns = ("start_times", "ttfts", "itls", "output_lens")
     return dict(zip(columns, zip(*rows, strict=True), strict=True)) | {"errors": [""] * len(rows)}
 
@@ -47,7 +45,7 @@ def steady(*arguments):
 
 
 def test_objectives_of_the_run_itself():
-    """Five times what a lone client sees, where no milliseconds are given; one slow start is none."""
+    """Five times what a lone client sees, where no milliseconds are given."""
     points = runpy.run_path(POINTS)
     alone = points["answers"](
         answers((0, 3, [0.02] * 4, 5), *[(i, 0.1, [0.04] * 4, 5) for i in (5, 6)])
