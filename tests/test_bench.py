@@ -4,6 +4,7 @@
 The run against the real server is the readme's; test_readmes.py looks at its record.
 """
 
+import argparse
 import json
 import runpy
 
@@ -12,6 +13,7 @@ from conftest import ROOT, python, refused
 from test_load import pretender
 
 BENCH = "modules/03_vllm/13_bench.py"
+POINTS = str(ROOT / "modules/03_vllm/bench_points.py")
 
 
 @pytest.mark.parametrize(
@@ -25,20 +27,34 @@ BENCH = "modules/03_vllm/13_bench.py"
     ],
 )
 def test_knee(shares, at):
-    """The last load with 90 % good requests: in the middle, nowhere, at the end, after a disturbed
-    lighter one.
-    """
-    assert runpy.run_path(str(ROOT / BENCH), run_name="imported")["knee"](shares) == at
+    """The last load with 90 % good requests, also after a lighter one that was disturbed."""
+    assert runpy.run_path(POINTS)["knee"](shares) == at
 
 
 def answers(*rows) -> dict:
-    """What vLLM's benchmark saves of requests: (sent at, TTFT, seconds between its pieces, tokens)."""
+    """What vLLM's benchmark saves: (sent at, TTFT, seconds between its pieces, tokens)."""
     columns = ("start_times", "ttfts", "itls", "output_lens")
     return dict(zip(columns, zip(*rows, strict=True), strict=True)) | {"errors": [""] * len(rows)}
 
 
 def steady(*arguments):
-    return runpy.run_path(str(ROOT / BENCH), run_name="imported")["steady"](*arguments)
+    """bench_points.steady; the last two arguments are the objectives in ms."""
+    *first, ttft_ms, tpot_ms = arguments
+    points = runpy.run_path(POINTS)
+    return points["steady"](*first, points["Objectives"](ttft_ms, tpot_ms))
+
+
+def test_objectives_of_the_run_itself():
+    """Five times what a lone client sees, where no milliseconds are given."""
+    points = runpy.run_path(POINTS)
+    alone = points["answers"](
+        answers((0, 3, [0.02] * 4, 5), *[(i, 0.1, [0.04] * 4, 5) for i in (5, 6)])
+    )
+    flags = argparse.Namespace(slack=5, slo_ttft_ms=None, slo_tpot_ms=None)
+    wanted = points["objectives"](alone, flags)
+    assert (wanted.ttft_ms, wanted.tpot_ms) == (500, 200)
+    flags.slo_ttft_ms = 1000
+    assert points["objectives"](alone, flags).ttft_ms == 1000
 
 
 def test_a_closed_loop_without_its_burst():

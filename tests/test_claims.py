@@ -71,8 +71,8 @@ def test_every_point_of_the_sweeps_is_whole(sweep):
     assert sweep["failed_count"] == 0
     throughput = re.compile(r"((?:concurrency|rate)_\d+)_tok_per_s")
     points = [match[1] for match in map(throughput.fullmatch, sweep) if match]
-    assert len(points) >= 8
-    window_s = min(60, 10 * sweep["answer_alone_s"])
+    assert len(points) >= 7
+    window_s = min(60, 5 * sweep["answer_alone_s"])
     for point in points:
         # Two answers at least, though the rate was a guess.
         assert sweep[f"{point}_window_s"] > window_s / 5
@@ -83,7 +83,7 @@ def test_every_point_of_the_sweeps_is_whole(sweep):
 
 
 def test_more_load_more_throughput_and_less_goodput(sweep):
-    """The objectives are absolute, and a busy machine may meet none: the run is held to itself."""
+    """The objectives are five times what a lone client saw: the run is held against itself."""
     assert sweep["concurrency_16_tok_per_s"] > 1.5 * sweep["concurrency_1_tok_per_s"]
     # An open loop serves what is sent, by chance a little more within a window.
     assert sweep["rate_2_req_per_s"] < 4

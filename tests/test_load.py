@@ -34,7 +34,9 @@ def pretender(
     cache afterwards is `kv` full; `root` is its model's folder, `key` what it wants to be told
     before it says which.
     """
-    metrics = f"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc {kv}\n# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total 9\n"
+    metrics = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
+    metrics += f"vllm:kv_cache_usage_perc {kv}\n"
+    metrics += "# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total 9\n"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -108,7 +110,7 @@ def pretender(
     "trouble, failed", [({}, 0), ({"finish_reason": "abort"}, 6), ({"missing": 1}, 6)]
 )
 def test_what_counts_as_failed(trouble, failed):
-    """A cut answer has status 200; it is a failure all the same, and so is one that lacks a token."""
+    """A cut answer has status 200 and is a failure all the same; so is one that lacks a token."""
     with pretender(**trouble) as address:
         done = python(
             LOAD,
@@ -238,11 +240,13 @@ def test_killed_engine():
     lines: list[str] = []
     threading.Thread(target=lambda: lines.extend(front.stdout), daemon=True).start()
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        healthy = False
+        deadline = time.monotonic() + 600  # a busy machine starts it slowly
+        while not healthy:
+            assert front.poll() is None, "".join(lines)
+            assert time.monotonic() < deadline, "".join(lines)
             with contextlib.suppress(OSError):
-                urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=2)
-                break
+                healthy = urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=2)
             time.sleep(0.5)
         processes = jobs.members(jobs.running()["vllm"])
         os.kill(next(p.pid for p in processes if "EngineCore" in p.name()), signal.SIGKILL)

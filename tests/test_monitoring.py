@@ -77,7 +77,7 @@ def test_the_page_explains_every_alert():
 
 
 def test_objectives_are_those_of_the_benchmark():
-    """The alerts' two constants are the profiles' objectives, in seconds."""
+    """The alerts' two constants are the GPU profiles' objectives, in seconds."""
     limit = {
         rule["alert"]: float(rule["expr"].split(">")[1])
         for rule in RULES
@@ -85,6 +85,9 @@ def test_objectives_are_those_of_the_benchmark():
     }
     for file in (ROOT / "configs/profiles").glob("*.yaml"):
         bench = yaml.safe_load(file.read_text())["bench"]
+        if bench["slo_ttft_ms"] is None:  # a multiple of the run's own
+            assert file.stem == "cpu" and bench["slo_tpot_ms"] is None
+            continue
         objectives = {
             "VllmSlowFirstToken": bench["slo_ttft_ms"],
             "VllmSlowTokens": bench["slo_tpot_ms"],

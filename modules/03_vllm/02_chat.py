@@ -1,5 +1,4 @@
-"""Talk to the running server as a program would: the openai package, the answer streamed token by
-token.
+"""Talk to the running server as a program would: the openai package, the answer token by token.
 
     make vllm-serve                                          # first, if it is not running
     python modules/03_vllm/02_chat.py
@@ -59,7 +58,9 @@ def main() -> None:
 
     try:
         model = client.models.list().data[0].id
-        began, stamps, usage = time.perf_counter(), [], None
+        usage = None
+        stamps = []  # when each piece of the answer arrived
+        began = time.perf_counter()
         stream = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": args.prompt}],
@@ -77,20 +78,19 @@ def main() -> None:
     except openai.APIConnectionError:
         fail(f"no server answers at {args.base_url}: start one with 'make vllm-serve'")
     except openai.APIStatusError as e:
-        fail(
-            f"the server refused the request: {e.body['message'] if isinstance(e.body, dict) and 'message' in e.body else e}"
-        )
+        reason = e.body.get("message", e) if isinstance(e.body, dict) else e
+        fail(f"the server refused the request: {reason}")
 
     # -----------------------------------------------------------------------------
     # 2. What the reader felt
 
     first_s = stamps[0] - began
     between_s = (stamps[-1] - stamps[0]) / max(usage.completion_tokens - 1, 1)
-    print(
-        f"\n\n{usage.prompt_tokens} tokens in, {usage.completion_tokens} out   TTFT {first_s * 1000:.0f} ms   ITL {between_s * 1000:.1f} ms"
-    )
-    metrics = {"ttft_ms": round(first_s * 1000, 1), "itl_ms": round(between_s * 1000, 2)}
-    metrics |= {
+    latencies = f"TTFT {first_s * 1000:.0f} ms   ITL {between_s * 1000:.1f} ms"
+    print(f"\n\n{usage.prompt_tokens} tokens in, {usage.completion_tokens} out   {latencies}")
+    metrics = {
+        "ttft_ms": round(first_s * 1000, 1),
+        "itl_ms": round(between_s * 1000, 2),
         "prompt_tokens_count": usage.prompt_tokens,
         "completion_tokens_count": usage.completion_tokens,
     }
