@@ -7,7 +7,7 @@
     python modules/06_LLaMA-Factory/01_train.py --dry-run    # only print settings and command
 
 It writes the whole settings as YAML, then adapter, logs and plot under runs/06_LLaMA-Factory/.
-Look at: the training example (exactly this is learnt, the loss counts on the labels only), the falling
+Look at: the training example (just this is learnt, the loss counts on the labels only), the falling
 loss, and with ZeRO-2 the stage and the processes, as DeepSpeed's own checkpoint states them.
 """
 
@@ -105,11 +105,10 @@ def main() -> None:
     elif profile.device == "cuda":  # of two cards it would use both
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
-    if not args.dry_run:
-        factory.write(settings, config.stem, f"{source.name} and profile {profile.name}")
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:
         return results.note(results.name_of(__file__))
+    factory.write(settings, config.stem, f"{source.name} and profile {profile.name}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
     began = time.time()
     factory.run(config.stem, command)
