@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lab import fail, shown
 
+
 def drawn(size: int):
     """A red circle and a blue square, on a grid of 16 x 16."""
     from PIL import Image, ImageDraw

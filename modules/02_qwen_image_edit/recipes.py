@@ -9,12 +9,13 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 from lab import fail, machine, shown
 
-# Where the weights of each component lie, and how they are stored there; from the fastest recipe to
-# the slowest.
+Tensors = dict[str, dict[str, tuple[int, ...]]]  # {component: {tensor: shape}}
+
+# Where the weights of each component lie, and how they are stored there; from the fastest recipe
+# to the slowest.
 RECIPES = {
     "plain": {
         "transformer": ("cuda:0", "bf16"),
@@ -37,8 +38,7 @@ RECIPES = {
         "vae": ("cuda:0", "bf16"),
     },
 }
-# What diffusers can do besides, and 01_edit.py does not: the planner knows it (make plan), nobody
-# has run it here.
+# What diffusers can do besides, and 01_edit.py does not: the planner knows it, nobody has run it.
 PLANNED = {
     "gguf": {
         "transformer": ("cuda:0", "gguf"),
@@ -55,57 +55,73 @@ WORK = {"transformer": 0.9, "text_encoder": 1.1, "vae": 4.3}
 FILE = 5.0  # GiB: the largest safetensors files of such models
 LIBRARIES = 2.0  # GiB of host memory for Python, torch and the CUDA libraries
 
+# -----------------------------------------------------------------------------
+# The tensors of a model
 
-def tensors_of(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{component: {tensor: shape}} from the headers of the safetensors files; exit code 2 where a
-    file is missing or cut short.
-    """
-    found: dict[str, dict] = {}
+
+def header(file: Path) -> dict[str, dict]:
+    """{tensor: {shape, ...}} of a safetensors file; {} where it is damaged or cut short."""
+    with file.open("rb") as f:
+        length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
+        text = f.read(length) if length < 100e6 else b""
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = max(entry["data_offsets"][1] for entry in entries.values())
+    except ValueError:
+        return {}
+    return entries if file.stat().st_size == 8 + length + end else {}
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """The tensors in the safetensors files; exit code 2 where a file is missing or cut short."""
+    tensors: Tensors = {component: {} for component in COMPONENTS}
     for component in COMPONENTS:
         for file in sorted((folder / component).glob("*.safetensors")):
-            with file.open("rb") as f:
-                length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
-                text = f.read(length) if length < 100e6 else b""
-            try:
-                header = {name: t for name, t in json.loads(text).items() if name != "__metadata__"}
-                whole = file.stat().st_size == 8 + length + max(
-                    t["data_offsets"][1] for t in header.values()
-                )
-            except ValueError:
-                whole = False
-            if not whole:
+            entries = header(file)
+            if not entries:
                 fail(
-                    f"{shown(file)} is damaged or not fully downloaded: remove it and get the model again"
+                    f"{shown(file)} is damaged or not fully downloaded: "
+                    "remove it and get the model again"
                 )
-            found.setdefault(component, {}).update(
-                {name: tuple(t["shape"]) for name, t in header.items()}
-            )
-        if component not in found:
+            for name, entry in entries.items():
+                tensors[component][name] = tuple(entry["shape"])
+        if not tensors[component]:
             fail(
-                f"the model folder {shown(folder)} has no weights in {component}/: get the model again"
+                f"the model folder {shown(folder)} has no weights in {component}/: "
+                "get the model again"
             )
-    return found
+    return tensors
 
 
-def published() -> dict[str, dict[str, tuple[int, ...]]]:
-    """tensors_of(Qwen/Qwen-Image-Edit) from shapes.json, where tensors of equal shape in repeated
-    blocks are one line.
+def published() -> Tensors:
+    """tensors_of(Qwen/Qwen-Image-Edit) from shapes.json.
+
+    There, tensors of equal shape in repeated blocks are one line: name, how many, shape.
     """
-    found: dict[str, dict] = {}
-    for component, lines in json.loads(Path(__file__).with_name("shapes.json").read_text()).items():
-        found[component] = {
-            f"{name}#{line}.{i}": tuple(shape)
-            for line, (name, number, shape) in enumerate(lines)
-            for i in range(number)
-        }
-    return found
+    content = json.loads(Path(__file__).with_name("shapes.json").read_text())
+    tensors: Tensors = {component: {} for component in content}
+    for component, lines in content.items():
+        for line, (name, count, shape) in enumerate(lines):
+            for number in range(count):
+                tensors[component][f"{name}#{line}.{number}"] = tuple(shape)
+    return tensors
+
+
+def weights_gb(tensors: Tensors) -> float:
+    """GB of the bf16 files."""
+    shapes = [shape for component in tensors.values() for shape in component.values()]
+    return 2 * sum(map(math.prod, shapes)) / 1e9
+
+
+# -----------------------------------------------------------------------------
+# What they need
 
 
 def stored_bytes(name: str, shape: tuple[int, ...], how: str) -> float:
     count = math.prod(shape)
-    if how == "fp8" and not re.search(
-        r"norm|proj_out", name
-    ):  # what enable_layerwise_casting leaves alone
+    # enable_layerwise_casting leaves norms and the output layer alone.
+    if how == "fp8" and not re.search(r"norm|proj_out", name):
         return count
     if how == "nf4" and len(shape) == 2 and not re.search(r"embed_tokens|lm_head", name):
         return count * (4 + 32 / 64) / 8  # 4 bits, and a float32 scale for 64 numbers
@@ -116,66 +132,70 @@ def stored_bytes(name: str, shape: tuple[int, ...], how: str) -> float:
     return count * (4 if how == "float32" else 2)
 
 
-def needs(recipe: str, tensors: dict, size: int, device: str = "cuda") -> dict[str, float]:
-    """{place: GiB}: weights and working memory of every card, and of the host the most it holds,
-    also while loading.
-    """
-    lies = (
-        (RECIPES | PLANNED)[recipe]
-        if device == "cuda"
-        else dict.fromkeys(COMPONENTS, ("host", "float32"))
-    )
-    work = {
-        "transformer": WORK["transformer"] * (4096 + size**2 / 256) / 8192,
+def stored_gib(component: dict[str, tuple[int, ...]], how: str) -> float:
+    return sum(stored_bytes(name, shape, how) for name, shape in component.items()) / 2**30
+
+
+def working_memory(recipe: str, size: int) -> dict[str, float]:
+    """{component: GiB} while it runs, for a picture of size x size."""
+    tokens = 4096 + size**2 / 256  # of the input at 1 megapixel, and of the output
+    # The VAE encodes the input at 1 megapixel, whatever `size` is; nf4 goes in tiles of 512 x 512.
+    pictures = 1 / 4 if recipe == "nf4" else max(1, size**2 / 2**20)
+    return {
+        "transformer": WORK["transformer"] * tokens / 8192,
         "text_encoder": WORK["text_encoder"],
+        "vae": WORK["vae"] * pictures,
     }
-    work["vae"] = WORK["vae"] * max(
-        1, size**2 / 2**20
-    )  # it encodes the input at 1 megapixel, whatever `size` is
-    if recipe == "nf4":
-        work["vae"] = WORK["vae"] / 4  # tiles of 512 x 512
-    gib: dict[str, float] = {"host": LIBRARIES} | ({"cuda:0": 0} if device == "cuda" else {})
-    for component, (place, how) in lies.items():
-        size_gib = sum(stored_bytes(*item, how) for item in tensors[component].items()) / 2**30
+
+
+def needs(recipe: str, tensors: Tensors, size: int, device: str = "cuda") -> dict[str, float]:
+    """{place: GiB}: weights and working memory of every card, and the most that the host holds.
+
+    The host holds most while the model is loaded, or with an offloaded one all the time.
+    """
+    work = working_memory(recipe, size)
+    places = dict.fromkeys(COMPONENTS, ("host", "float32"))
+    gib: dict[str, float] = {"host": LIBRARIES}
+    if device == "cuda":
+        places = (RECIPES | PLANNED)[recipe]
+        gib["cuda:0"] = 0
+    for component, (place, how) in places.items():
+        weights = stored_gib(tensors[component], how)
         if place == "in turn":  # lies on the host, and whole on the card while it runs
-            gib["cuda:0"] = max(gib["cuda:0"], size_gib + work[component])
+            gib["cuda:0"] = max(gib["cuda:0"], weights + work[component])
             place = "host"
-        gib[place] = gib.get(place, 0) + size_gib
-    for place in gib.keys() - {"host"}:
-        gib[place] += max(
-            (work[c] for c, (where, _) in lies.items() if where in (place, "host")), default=0
-        )
+        gib[place] = gib.get(place, 0) + weights
+    for card in gib.keys() - {"host"}:
+        running = [work[c] for c, (place, _) in places.items() if place in (card, "host")]
+        gib[card] += max(running, default=0)
     if recipe == "fp8":  # loaded as bf16, then cast
-        gib["host"] += (
-            sum(stored_bytes(*item, "bf16") for item in tensors["transformer"].items()) / 2**30
-        )
-    elif (
-        device == "cuda" and "offload" not in recipe
-    ):  # one file after another on its way to the card
+        gib["host"] += stored_gib(tensors["transformer"], "bf16")
+    elif device == "cuda" and "offload" not in recipe:  # one file after another, on its way
         gib["host"] += FILE
     return gib
 
 
 def lacking(
-    recipe: str, tensors: dict, size: int, have: dict[str, float], device: str = "cuda"
+    recipe: str, tensors: Tensors, size: int, free: dict[str, float], device: str = "cuda"
 ) -> str:
     """What this machine lacks for the recipe; "" where it fits."""
-    places = sorted(needs(recipe, tensors, size, device).items())
-    return " and ".join(f"{gib:.1f} GiB on {place} ({have[place]:.1f} free)" if place in have else f"{gib:.1f} GiB on {place} (no such card)"
-                        for place, gib in places if gib > have.get(place, 0))  # fmt: skip
+    lacks = []
+    for place, gib in sorted(needs(recipe, tensors, size, device).items()):
+        if gib > free.get(place, 0):
+            there = f"{free[place]:.1f} free" if place in free else "no such card"
+            lacks.append(f"{gib:.1f} GiB on {place} ({there})")
+    return " and ".join(lacks)
 
 
-def memory(device: str) -> dict[str, float]:
-    """{place: GiB free} of the host and the cards, no more than MEMORY_CAP_GIB on a card where that
-    is set.
-    """
+def free_memory(device: str) -> dict[str, float]:
+    """{place: GiB} of the host and the cards, on a card no more than MEMORY_CAP_GIB."""
     import psutil
-    import torch
 
-    have = {"host": psutil.virtual_memory().available / 2**30}
-    for i in range(torch.cuda.device_count() if device == "cuda" else 0):
-        free = torch.cuda.mem_get_info(i)[0] / 2**30
-        have[f"cuda:{i}"] = min(free, machine.memory_cap_gib() or free)
-    return have
+    free = {"host": psutil.virtual_memory().available / 2**30}
+    if device == "cuda":
+        import torch
 
-
+        for card in range(torch.cuda.device_count()):
+            gib = torch.cuda.mem_get_info(card)[0] / 2**30
+            free[f"cuda:{card}"] = min(gib, machine.memory_cap_gib() or gib)
+    return free
