@@ -80,7 +80,7 @@ def plain(folder: Path, device: str, options: dict):
 
 
 def fp8(folder: Path, cards: tuple[str, str], options: dict):
-    """The transformer on a card of its own, a byte a weight, cast layer by layer when it is used."""
+    """The transformer on a card of its own, a byte a weight, cast layer by layer when used."""
     import torch
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
