@@ -388,11 +388,11 @@ def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
 
 
 def image_edit(args: argparse.Namespace) -> dict:
-    """The arithmetic of modules/02_qwen_image_edit/02_what_fits.py for these cards."""
+    """The arithmetic of modules/02_qwen_image_edit/recipes.py for these cards."""
     import runpy
     from pathlib import Path
 
-    fits = runpy.run_path(str(ROOT / "modules/02_qwen_image_edit/02_what_fits.py"))
+    fits = runpy.run_path(str(ROOT / "modules/02_qwen_image_edit/recipes.py"))
     recipes = fits["RECIPES"] | fits["PLANNED"]
     if args.recipe not in recipes:
         fail(f"unknown recipe {args.recipe}: choose one of {', '.join(recipes)}")

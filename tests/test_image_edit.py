@@ -32,9 +32,7 @@ def scripts():
     environment = dict(os.environ)
     os.environ["PROFILE"] = "cpu"
     sys.path.insert(0, str(MODULE))
-    yield {
-        name: importlib.import_module(name) for name in ("01_edit", "02_what_fits", "random_model")
-    }
+    yield {name: importlib.import_module(name) for name in ("01_edit", "recipes", "random_model")}
     sys.path.remove(str(MODULE))
     os.environ.clear()
     os.environ.update(environment)  # without what the cpu profile set for its libraries
@@ -47,27 +45,33 @@ def tiny(scripts, small_model, tmp_path_factory) -> Path:
     return folder
 
 
-def edit(scripts, tiny, output, *words) -> Image.Image:
-    """Run 01_edit.py's main in this process, quickly; returns the picture."""
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [
-        str(SCRIPT),
-        "--model",
-        str(tiny),
-        "--output",
-        str(output),
-        "--size",
-        "64",
-        "--steps",
-        "2",
-        *map(str, words),
-    ]
+def run_main(scripts, *arguments) -> None:
+    """Run 01_edit.py's main in this process."""
+    argv = sys.argv
+    handler = signal.getsignal(signal.SIGTERM)
+    sys.argv = [str(SCRIPT), *map(str, arguments)]
     try:
         scripts["01_edit"].main()
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, handler)
+
+
+def edit(scripts, tiny, output, *arguments) -> Image.Image:
+    """The picture that 01_edit.py makes, a small one in two steps."""
+    small = ("--model", tiny, "--output", output, "--size", "64", "--steps", "2")
+    run_main(scripts, *small, *arguments)
     return Image.open(output / "output.png").convert("RGB").copy()
+
+
+def refusal(scripts, capsys, *arguments) -> str:
+    """The one sentence with which 01_edit.py refuses the arguments, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_main(scripts, *arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
 
 
 def difference(a, b) -> float:
@@ -173,7 +177,7 @@ def test_fp8_recipe(scripts, tiny):
                 generator=torch.Generator().manual_seed(seed),
             ).images[0]  # fmt: skip
     kinds = {name: tensor.dtype for name, tensor in pipe.transformer.state_dict().items()}
-    counted = scripts["02_what_fits"].stored_bytes
+    counted = scripts["recipes"].stored_bytes
     for name, dtype in kinds.items():
         assert (dtype == torch.float8_e4m3fn) == (counted(name, (4, 4), "fp8") == 16), (
             f"{name} is {dtype}, the arithmetic says otherwise"
@@ -215,23 +219,23 @@ def test_shapes_json_holds_the_published_shapes(scripts, full):
     """
     from collections import Counter
 
-    file = scripts["02_what_fits"].published()
+    file = scripts["recipes"].published()
     for component, tensors in full.items():
         assert Counter(file[component].values()) == Counter(tensors.values())
         for how in ("bf16", "fp8", "nf4", "pinned", "gguf"):
             count = [
-                sum(scripts["02_what_fits"].stored_bytes(*item, how) for item in t.items())
+                sum(scripts["recipes"].stored_bytes(*item, how) for item in t.items())
                 for t in (file[component], tensors)
             ]
             assert count[0] == pytest.approx(count[1], rel=1e-9), (component, how)
 
 
 def test_recipes_fit_what_they_should(scripts, full):
-    lacking = scripts["02_what_fits"].lacking
+    lacking = scripts["recipes"].lacking
     one, two = {"cuda:0": CARD}, {"cuda:0": CARD, "cuda:1": CARD}
     h200 = {"cuda:0": 139}
     fits = {(recipe, name): not lacking(recipe, full, 1024, cards | {"host": host})
-            for recipe in scripts["02_what_fits"].RECIPES for name, cards, host in
+            for recipe in scripts["recipes"].RECIPES for name, cards, host in
             (("one", one, 128), ("two", two, 64), ("h200", h200, 128), ("small host", two, 32), ("12 GB", {"cuda:0": 11.5}, 128))}  # fmt: skip
     assert [r for (r, name), ok in fits.items() if ok and name == "one"] == ["nf4", "group-offload"]
     assert [r for (r, name), ok in fits.items() if ok and name == "two"] == ["fp8", "nf4"]
@@ -249,8 +253,8 @@ def test_recipes_fit_what_they_should(scripts, full):
 def test_readme_table_is_the_arithmetic(scripts, full):
     """The readme's predictions, row by row."""
     rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", README, re.M))
-    for recipe in scripts["02_what_fits"].RECIPES:
-        gib = scripts["02_what_fits"].needs(recipe, full, 1024)
+    for recipe in scripts["recipes"].RECIPES:
+        gib = scripts["recipes"].needs(recipe, full, 1024)
         expected = [
             f"{gib[place]:.1f}" if place in gib else "–" for place in ("cuda:0", "cuda:1", "host")
         ]
@@ -281,35 +285,41 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    words, said = BAD[case]
-    assert said in refused("python", SCRIPT, *words, PROFILE="cpu")
+def test_bad_input(scripts, capsys):
+    for case, (arguments, sentence) in BAD.items():
+        assert sentence in refusal(scripts, capsys, *arguments), case
 
 
-def test_picture_too_long(tmp_path):
+def test_a_refusal_imports_no_engine(tmp_path):
+    """A process of its own is refused before torch, diffusers or transformers are imported."""
     Image.new("RGB", (900, 100)).save(tmp_path / "long.png")
-    assert "at most 8 times" in refused(
-        "python", SCRIPT, "--image", tmp_path / "long.png", PROFILE="cpu"
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
     )
+    picture = ("--image", tmp_path / "long.png")
+    assert "at most 8 times" in refused("python", "-c", code, SCRIPT, *picture, PROFILE="cpu")
 
 
-def test_damaged_and_missing_weights(tiny, tmp_path):
+def test_damaged_and_missing_weights(scripts, tiny, tmp_path, capsys):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", tiny, copy], check=True)
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
-    assert "not fully downloaded" in refused("python", SCRIPT, "--model", copy, PROFILE="cpu")
+    assert "not fully downloaded" in refusal(scripts, capsys, "--model", copy)
     file.write_bytes(b"no")
-    assert "not fully downloaded" in refused("python", SCRIPT, "--model", copy, PROFILE="cpu")
+    assert "not fully downloaded" in refusal(scripts, capsys, "--model", copy)
     file.write_bytes((tiny / "vae" / file.name).read_bytes())
     (copy / "vae" / "config.json").write_text("{")
-    assert "cannot be loaded" in refused("python", SCRIPT, "--model", copy, PROFILE="cpu")
+    assert "cannot be loaded" in refusal(scripts, capsys, "--model", copy)
     file.unlink()
-    assert "no weights in vae/" in refused("python", SCRIPT, "--model", copy, PROFILE="cpu")
+    assert "no weights in vae/" in refusal(scripts, capsys, "--model", copy)
 
 
-def test_a_recipe_that_does_not_fit(tiny, tmp_path):
+def test_a_recipe_that_does_not_fit(scripts, tiny, tmp_path, capsys):
     """A transformer of 1 TB (a file with a hole): refused before anything is loaded, with the
     numbers.
     """
@@ -323,7 +333,7 @@ def test_a_recipe_that_does_not_fit(tiny, tmp_path):
     with (copy / "transformer" / "model.safetensors").open("wb") as f:
         f.write(struct.pack("<Q", len(header)) + header)
         f.truncate(8 + len(header) + 10**12)
-    said = refused("python", SCRIPT, "--model", copy, "--output", tmp_path / "out", PROFILE="cpu")
+    said = refusal(scripts, capsys, "--model", copy, "--output", tmp_path / "out")
     assert (
         re.search(r"recipe plain does not fit: it needs 1864\.\d GiB on host", said)
         and "no recipe fits this machine" in said

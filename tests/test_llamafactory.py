@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, python, refused, run
 
-from lab import data, jobs
+from lab import RUNS, data, jobs
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
 TRAIN, SCORE, MERGE, CHAT = (
@@ -135,6 +135,7 @@ def test_every_yaml_is_read_by_llamafactory():
 def test_printed_settings_are_read_by_llamafactory():
     """YAML and profile together, as --dry-run prints them: the engine knows every key."""
     cases = {}
+    folder = os.path.relpath(RUNS / "06_LLaMA-Factory", ROOT)
     for profile in ("cpu", "4090x2"):
         for script in ([], ["--zero2"]):
             out = run(
@@ -150,7 +151,7 @@ def test_printed_settings_are_read_by_llamafactory():
                 script
             )
             assert command.strip().endswith(
-                f"llamafactory-cli train runs/06_LLaMA-Factory/{'lora_z2' if script else 'lora'}.yaml"
+                f"llamafactory-cli train {folder}/{'lora_z2' if script else 'lora'}.yaml"
             )
             assert ("FORCE_TORCHRUN=1 NPROC_PER_NODE=2" in command) == bool(script)
             cases[f"{profile} {script}"] = on_this_machine(settings)
@@ -261,7 +262,7 @@ def test_template_of_qwen(small_model):
     ],
 )
 def test_own_system_message(tmp_path, small_model, template, expected):
-    find = runpy.run_path(str(TRAIN), run_name="imported")["own_system_message"]
+    find = runpy.run_path(str(MODULE / "factory.py"))["own_system_message"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert find(tmp_path) == expected
     assert find(small_model) == SYSTEM
@@ -308,16 +309,16 @@ def test_training(adapter):
 
 
 def test_score_before_and_after(adapter):
-    """Nothing right before, at least four of five after; the printed scores are those of the stored
+    """Nothing right before, at least three of four after; the printed scores are those of the stored
     answers.
     """
-    done = run("make", "lf-score", f"ARGS=--adapter {adapter[0]} --limit 32", check=0)
+    done = run("make", "lf-score", f"ARGS=--adapter {adapter[0]} --limit 16", check=0)
     found = result(done)
     assert (
-        found["base_exact_pct"] == 0 and found["tuned_exact_pct"] >= 80 and found["row_count"] == 32
+        found["base_exact_pct"] == 0 and found["tuned_exact_pct"] >= 75 and found["row_count"] == 16
     )
-    answers = json.loads((ROOT / "runs/06_LLaMA-Factory/answers.json").read_text())
-    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:32]]
+    answers = json.loads((RUNS / "06_LLaMA-Factory/answers.json").read_text())
+    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:16]]
     assert [a["wanted"] for a in answers] == wanted
     assert (
         sum(a["tuned"] != w for a, w in zip(answers, wanted, strict=True)) == found["wrong_count"]
@@ -346,21 +347,42 @@ def test_zero2_is_active_and_learns_the_same(tiny_adapter, tiny_model, tmp_path)
 
 
 @pytest.mark.long
-def test_zero2_that_is_not_active_is_refused(tiny_model, tmp_path):
-    """The same launch with the key `deepspeed` taken out trains by plain DDP: said, with exit code
-    2.
-    """
-    said = refused(
-        "python",
-        TRAIN,
-        "--zero2",
-        "--model",
-        tiny_model,
-        f"output_dir={tmp_path / 'ddp'}",
-        "max_samples=16",
-        "deepspeed=null",
-    )
-    assert "ran without ZeRO-2" in said
+@pytest.mark.parametrize("stage", [0, 3])
+def test_plain_ddp_and_zero3_succeed(tiny_model, tmp_path, stage):
+    """The same launch without DeepSpeed, and by a JSON of stage 3: what ran is what is reported."""
+    deepspeed = "null"
+    if stage:
+        content = json.loads((MODULE / "configs/zero2.json").read_text())
+        content["zero_optimization"]["stage"] = stage
+        deepspeed = tmp_path / "zero3.json"
+        deepspeed.write_text(json.dumps(content))
+    settings = (f"output_dir={tmp_path / 'x'}", "max_samples=16", f"deepspeed={deepspeed}")
+    found = result(python(TRAIN, "--zero2", "--model", tiny_model, *settings, check=0))
+    assert (found["zero_stage"], found["world_size"]) == (stage, 2)
+
+
+def test_the_stage_is_read_without_running_code(tmp_path):
+    """Two processes and stage 2 from DeepSpeed's files; one that holds more than data is refused."""
+    import pickle
+    import types
+
+    import torch
+
+    read = runpy.run_path(str(MODULE / "outcome.py"))["read"]
+    checkpoint = tmp_path / "checkpoint-4/global_step4"
+    checkpoint.mkdir(parents=True)
+    history = {"global_step": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(history))
+    (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
+    assert read(tmp_path, 0.0)[-2:] == (0, 0)
+    for rank in (0, 1):
+        (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    state = {"ds_config": {"zero_optimization": {"stage": 2}}}
+    torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
+    assert read(tmp_path, 0.0) == ([2.0, 1.0], 4, 3.0, 2, 2)
+    torch.save(state | {"x": types.SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        read(tmp_path, 0.0)
 
 
 # -----------------------------------------------------------------------------
@@ -467,10 +489,7 @@ def test_webui(no_jobs):
     assert "http://127.0.0.1:7860" in out and listening(7860) == ["127.0.0.1:7860"]
     page = urllib.request.urlopen("http://127.0.0.1:7860/config", timeout=30).read().decode()
     assert "Model path" in page or "model_path" in page or "LLaMA" in page
-    assert (
-        "launch_en_train"
-        in (ROOT / "runs/06_LLaMA-Factory/webui/data/dataset_info.json").read_text()
-    )
+    assert "launch_en_train" in (RUNS / "06_LLaMA-Factory/webui/data/dataset_info.json").read_text()
 
 
 def test_port_in_use(tiny_adapter, no_jobs):
@@ -497,21 +516,30 @@ def test_a_server_that_cannot_start_says_why(tiny_adapter, tmp_path, no_jobs):
     assert "stopped while starting" in said and "safetensors" in said and not ours()
 
 
-@pytest.mark.parametrize("end", ["exit\n", pytest.param("", marks=pytest.mark.long)])
-def test_chat_with_piped_input(adapter, end):
-    """The same answer as scoring gets; the input may end without `exit`."""
-    (request,) = prompts(1)
+def chat(adapter, text: str) -> str:
+    """The output of `make lf-chat` for this input."""
     done = subprocess.run(
-        ["make", "lf-chat", f"ARGS=--adapter {adapter[0]}"],
+        ["make", "lf-chat", f"ARGS=--adapter {adapter}"],
         cwd=ROOT,
         env=ENVIRONMENT,
-        input=f"{request}\n{end}",
+        input=text,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert f"Assistant: {data.rows('launch_en_test')[0]['messages'][1]['content']}\n" in done.stdout
+    return done.stdout
+
+
+def test_chat_with_piped_input(adapter):
+    """The same answer as scoring gets."""
+    (request,) = prompts(1)
+    answer = data.rows("launch_en_test")[0]["messages"][1]["content"]
+    assert f"Assistant: {answer}\n" in chat(adapter[0], f"{request}\nexit\n")
+
+
+def test_chat_whose_input_ends_without_exit(tiny_adapter):
+    assert "Assistant: " in chat(tiny_adapter[0], "Hello\n")
 
 
 # -----------------------------------------------------------------------------
@@ -530,6 +558,7 @@ def test_chat_with_piped_input(adapter, end):
         (["--learning-rate"], None),
         (["1e-4"], "write KEY=VALUE"),
         (["--zero2", "--processes", "1"], "at least 2"),
+        (["--zero2", "deepspeed=nowhere.json"], "there is no nowhere.json"),
         (["--model", "gpt-5"], "unknown model gpt-5"),
     ],
 )

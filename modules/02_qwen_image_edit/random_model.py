@@ -1,12 +1,12 @@
-"""A QwenImageEditPipeline folder with random weights: what 01_edit.py loads where the real 57.7 GB
-are not at hand.
+"""A QwenImageEditPipeline folder with random weights, where the real 57.7 GB are not at hand.
 
-    python modules/02_qwen_image_edit/random_model.py tiny runs/models/tiny    # a few MB: the CPU profile's model
-    python modules/02_qwen_image_edit/random_model.py full FOLDER              # the real shapes: does a recipe fit, how fast is it?
+    python modules/02_qwen_image_edit/random_model.py tiny runs/models/tiny
+    python modules/02_qwen_image_edit/random_model.py full FOLDER
 
-Files, names and shapes are those of Qwen/Qwen-Image-Edit (`full`) or small ones of the same kind
-(`tiny`); the pictures are noise. The weights are the same at every call. They are written tile by
-tile: 1.4 GiB of memory, the libraries included, for any size.
+`tiny` has small shapes, a few MB: the CPU profile's model. `full` has the shapes of
+Qwen/Qwen-Image-Edit: does a recipe fit, how fast is it? Files and names are the real ones, the
+pictures are noise. The weights are the same at every call. They are written tile by tile: 1.4 GiB
+of memory, the libraries included, for any size.
 """
 
 import argparse
@@ -35,12 +35,19 @@ SCHEDULER = {
     "max_image_seq_len": 8192,
     "max_shift": 0.9,
     "num_train_timesteps": 1000,
-}
-SCHEDULER |= {
     "shift": 1.0,
     "shift_terminal": 0.02,
     "time_shift_type": "exponential",
     "use_dynamic_shifting": True,
+}
+# The pipeline's parts, as model_index.json names them.
+PARTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "processor": ["transformers", "Qwen2VLProcessor"],
 }
 
 
@@ -109,10 +116,18 @@ def components(kind: str, vocabulary: int = 152064, ids: tuple[int, ...] = (0, 1
     }
     start, end, image, video = ids
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, hidden_size=text["hidden_size"], vocab_size=vocabulary, tie_word_embeddings=False,
-        vision_start_token_id=start, vision_end_token_id=end, image_token_id=image, video_token_id=video, vision_token_id=start,
+        text_config=text,
+        vision_config=vision,
+        hidden_size=text["hidden_size"],
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        vision_token_id=start,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         return {
             "transformer": QwenImageTransformer2DModel(**transformer),
@@ -148,7 +163,8 @@ def values(name: str, shape: tuple[int, ...]):
     while left:
         piece = tile(math.prod(shape[1:]))[begin : begin + left]
         yield piece
-        left, begin = left - len(piece), 0
+        left -= len(piece)
+        begin = 0
 
 
 def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
@@ -168,7 +184,8 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
             if len(shards) > 1
             else f"{stem}.safetensors"
         )
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in names:
             size = 2 * math.prod(tensors[name])
             header[name] = {
@@ -201,10 +218,8 @@ def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_folder or models.model_folder("smollm2-135m")
     )
-    tokenizer.pad_token, tokenizer.padding_side = (
-        tokenizer.pad_token or tokenizer.eos_token,
-        "right",
-    )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
     tokenizer.add_special_tokens({"additional_special_tokens": VISION})
     ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in VISION)
     parts = components(kind, 152064 if kind == "full" else len(tokenizer), ids)
@@ -213,19 +228,19 @@ def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None
     free = shutil.disk_usage(folder.parent).free
     if need > free:
         fail(
-            f"{shown(folder)} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: choose another folder"
+            f"{shown(folder)} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: "
+            "choose another folder"
         )
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         for name, model in parts.items():
             (partial / name).mkdir(parents=True)
-            saver = model.config if name == "text_encoder" else model
-            (saver.save_pretrained if name == "text_encoder" else saver.save_config)(partial / name)
-            write(
-                partial / name,
-                "model" if name == "text_encoder" else "diffusion_pytorch_model",
-                shapes(model),
-            )
+            if name == "text_encoder":  # of transformers
+                model.config.save_pretrained(partial / name)
+                write(partial / name, "model", shapes(model))
+            else:  # of diffusers
+                model.save_config(partial / name)
+                write(partial / name, "diffusion_pytorch_model", shapes(model))
         diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_config(partial / "scheduler")
         # `tiny` looks at pictures of at most 112 x 112, `full` at as many pixels as the published
         # one
@@ -239,18 +254,7 @@ def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None
         index = {
             "_class_name": "QwenImageEditPipeline",
             "_diffusers_version": diffusers.__version__,
-        }
-        index |= {
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "vae": ["diffusers", "AutoencoderKLQwenImage"],
-        }
-        index |= {
-            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-            "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        }
-        index |= {
-            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-            "processor": ["transformers", "Qwen2VLProcessor"],
+            **PARTS,
         }
         (partial / "model_index.json").write_text(json.dumps(index, indent=1))
         (partial / LABEL).write_text(
