@@ -17,7 +17,9 @@ import argparse
 import json
 import os
 
-from lab import fail, memory, models, results
+from lab import fail, models, results
+from lab.planner import serving
+from lab.planner.config import read
 from lab.profile import load_profile
 
 PERSON = {
@@ -36,7 +38,7 @@ def kv_bytes_per_token(model: str) -> int:
     """The function that the model may call: bytes of KV cache that one token of `model` takes in
     bf16.
     """
-    return memory.kv_bytes_per_token(memory.read(models.config(model)))
+    return serving.kv_bytes_per_token(read(models.config(model)))
 
 
 def main() -> None:

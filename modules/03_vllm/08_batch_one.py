@@ -14,7 +14,11 @@ the batch while a step hardly takes longer. Plot: runs/03_vllm/batch_one.png.
 import argparse
 import time
 
-from lab import engine, fail, jobs, memory, models, results
+from lab import engine, fail, jobs, models, results
+from lab.planner import weights as counted
+from lab.planner.config import read as sizes_of
+from lab.planner.constants import width
+from lab.planner.serving import kv_bytes_per_token
 from lab.profile import load_profile
 
 
@@ -70,8 +74,8 @@ def main() -> None:
     copy = copy_gb_per_s(device, profile.smoke.copy_mib)
     if device != "cpu":
         torch.cuda.empty_cache()  # vLLM counts what is left on the card as taken
-    sizes = memory.read(models.config(str(folder)))
-    kv = memory.kv_bytes_per_token(sizes, dtype=profile.dtype)
+    sizes = sizes_of(models.config(str(folder)))
+    kv = kv_bytes_per_token(sizes, dtype=profile.dtype)
 
     # -----------------------------------------------------------------------------
     # 1. Decode, batch by batch
@@ -79,9 +83,9 @@ def main() -> None:
     vllm = engine.start(folder, profile.dtype, p.args, flags)
     engine.warm_up(vllm)
     stored = {None: profile.dtype, "fp8": "fp8"}.get(vllm.model_config.quantization, "auto")
-    weights = memory.weight_bytes(sizes, stored) - (
-        0 if sizes.tied else sizes.embedding * memory.width(profile.dtype)
-    )  # one row of the embedding a token
+    # Of the embedding a token reads one row.
+    rows = 0 if sizes.tied else counted.embedding(sizes) * width(profile.dtype)
+    weights = counted.stored_bytes(sizes, stored) - rows
     params = SamplingParams(temperature=0, max_tokens=args.answer_tokens, ignore_eos=True)
     context = args.prompt_tokens + args.answer_tokens / 2  # on the mean
     metrics: dict[str, float] = {
