@@ -148,9 +148,7 @@ def worker(args) -> None:
             }
         if args.offload == "optimizer+param":
             settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
-        HfDeepSpeedConfig(
-            settings
-        )  # while it lives, a stage 3 model is divided as it is built  # noqa: F841
+        HfDeepSpeedConfig(settings)  # while it lives, a stage 3 model is divided as it is built  # noqa: F841
     elif world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

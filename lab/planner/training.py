@@ -146,8 +146,10 @@ class TrainPlan:
 def trained_parameters(model: Model, setup: Training) -> int:
     """Weights that get a gradient.
 
-    >>> trained_parameters(QWEN_7B, Training()), trained_parameters(QWEN_7B, Training(method="lora"))
-    (7615616512, 40370176)
+    >>> trained_parameters(QWEN_7B, Training())
+    7615616512
+    >>> trained_parameters(QWEN_7B, Training(method="lora"))
+    40370176
     """
     return weights.parameters(model) if setup.full else weights.lora(model, setup.lora_rank)
 
