@@ -7,7 +7,7 @@ configs/calibration.yaml and stores a record each.
 
 Models have the real shapes and random weights, which cost the same memory: nothing is downloaded.
 With MEMORY_CAP_GIB=24 a larger GPU stands in for a 24 GB card. Lines marked `fit` were used to fix
-the constants of lab/memory.py, lines marked `test` were not.
+the constants of lab/planner, lines marked `test` were not.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """What fits on which cards, before anything is downloaded: memory of serving, training and image
-editing by arithmetic (lab/memory.py).
+editing by arithmetic (lab/planner).
 
     python scripts/plan.py                                                     # this repository's own recipes on 2 x 24 GB: make plan
     python scripts/plan.py serve --model qwen2.5-14b-instruct --gpus 2 --tp 2 --max-model-len 8192
@@ -13,12 +13,18 @@ config.json or a name of configs/models.yaml.
 
 import argparse
 import os
+from dataclasses import asdict, fields, replace
+from typing import NamedTuple
 
-from lab import ROOT, fail, machine, memory, models, results, speed
+from lab import ROOT, fail, machine, models, results
+from lab.planner import config, constants, serving, speed, training, weights
+from lab.planner.config import Model
+from lab.planner.serving import Serving
+from lab.planner.training import Training
 
 FP8 = (8, 9)  # compute capability from which on tensor cores multiply FP8
 GPU_PROFILES = {"4090x1": 1, "4090x2": 2}  # cards that they take
-TWO_4090S = {"gpus": 2, "gpu_memory_gib": memory.CARD_GIB, "cards": (speed.CARD,), "fp8": True}
+TWO_4090S = {"gpus": 2, "gpu_memory_gib": constants.CARD_GIB, "cards": (speed.CARD,), "fp8": True}
 
 
 def here() -> dict:
@@ -99,7 +105,7 @@ def parser(here: dict) -> argparse.ArgumentParser:
     )
     serve.add_argument("--pp", type=count, default=1, help="pipeline parallel size")
     serve.add_argument(
-        "--dtype", choices=["auto", *memory.LINEAR_BYTES], default="auto", help="of the weights"
+        "--dtype", choices=["auto", *constants.LINEAR_BYTES], default="auto", help="of the weights"
     )
     serve.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
     serve.add_argument(
@@ -177,9 +183,9 @@ def parse(words: list[str] | None = None, here: dict = TWO_4090S) -> argparse.Na
     """A command line of this script; what it does not say of the cards is as in `here`."""
     args = parser(here).parse_args(words)
     if args.task == "serve":
-        model = memory.read(models.config(args.model), args.model)
+        model = config.read(models.config(args.model), args.model)
         args.tp = args.tp or max(
-            n for n in range(1, max(1, args.gpus // args.pp) + 1) if memory.splits(model, n)
+            n for n in range(1, max(1, args.gpus // args.pp) + 1) if serving.splits(model, n)
         )
         args.max_model_len = args.max_model_len or model.max_len
     if args.task == "train":
@@ -191,36 +197,42 @@ def parse(words: list[str] | None = None, here: dict = TWO_4090S) -> argparse.Na
 # The three tasks: a plan, and the cheapest change that makes it fit
 
 
-def options(args: argparse.Namespace) -> dict:
-    """The arguments that lab.memory takes, by its own names."""
-    return {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("task", "model", "json", "recipe", "size", "cards", "fp8")
-    }
+def setup_of(args: argparse.Namespace) -> Serving | Training:
+    """What the arguments ask lab.planner for, by its own names."""
+    kind = Serving if args.task == "serve" else Training
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+
+
+def fits(model: Model, setup: Serving | Training) -> bool:
+    plan_of = serving.serve if isinstance(setup, Serving) else training.train
+    return plan_of(model, setup).fits
 
 
 def plan(args: argparse.Namespace) -> dict:
     """The plan of a parsed command line, `suggestion` and predicted speed included."""
     if args.task == "image-edit":
         return image_edit(args)
-    model = memory.read(models.config(args.model), args.model)
-    task = memory.serve if args.task == "serve" else memory.train
-    found = task(model, **options(args))
-    found["suggestion"] = "" if found["fits"] else suggestion(task, model, args, found)
-    if found["fits"] and args.task == "train":
-        for name in ("micro_batch", "seq_len"):
-            found[f"max_{name}"] = most(
-                lambda value, name=name: task(model, **options(args) | {name: value})["fits"],
-                getattr(args, name),
-            )
-    found["parameters"] = model.parameters
-    found["predicted_speed"] = predicted(model, args)
-    found["notes"] = fp8_notes(model, args, found["suggestion"])
-    return found
+    model = config.read(models.config(args.model), args.model)
+    setup = setup_of(args)
+    plan_of = serving.serve if args.task == "serve" else training.train
+    answer = asdict(plan_of(model, setup))
+    if answer.get("nvme_gib") is None:
+        answer.pop("nvme_gib", None)
+    answer["suggestion"] = "" if answer["fits"] else suggestion(model, args, answer)
+    if answer["fits"] and args.task == "train":
+        answer["max_micro_batch"] = most(
+            lambda number: fits(model, replace(setup, micro_batch=number)), setup.micro_batch
+        )
+        answer["max_seq_len"] = most(
+            lambda tokens: fits(model, replace(setup, seq_len=tokens)), setup.seq_len
+        )
+    answer["parameters"] = weights.parameters(model)
+    answer["predicted_speed"] = predicted(model, args)
+    answer["notes"] = fp8_notes(model, args, answer["suggestion"])
+    return answer
 
 
-def fp8_notes(model: memory.Model, args: argparse.Namespace, suggestion: str) -> list[str]:
+def fp8_notes(model: Model, args: argparse.Namespace, suggestion: str) -> list[str]:
     """What FP8 means on these cards, where the plan has some. Source: vllm/platforms/cuda.py,
     backends' supports_kv_cache_dtype.
     """
@@ -250,140 +262,127 @@ def most(fits, value: int) -> int:
     return low
 
 
-def changes(model: memory.Model, args: argparse.Namespace, found: dict) -> dict[str, list]:
-    """What to try when something does not fit: {option: [(cost, value), ...]}. Costs order the
-    changes, nothing else.
-    """
+class Change(NamedTuple):
+    """A flag of this command that something could fit with; costs order the changes, no more."""
 
-    def shorter(name: str, floor: int) -> list:
-        return [
-            (2 + i, length) for i in range(1, 6) if (length := getattr(args, name) // 2**i) >= floor
-        ]
+    cost: float
+    option: str
+    value: object
 
-    if args.task == "serve":
-        divides = [
-            n for n in range(args.tp + 1, args.gpus // args.pp + 1) if memory.splits(model, n)
-        ]
-        fewer = found["kv_tokens"] // args.max_model_len  # requests that the cache does hold
-        found = {
-            "tp": [(1, divides[-1])] if divides else [],
-            "gpu_memory_utilization": [
-                (1, u)
-                for u in (0.95, *memory.UTILIZATIONS)
-                if args.gpu_memory_utilization and u != args.gpu_memory_utilization
-            ],
-        }
-        found |= {
-            "concurrency": [(2, max(1, fewer))] if args.concurrency > 1 else [],
-            "kv_dtype": [(2, "fp8")] if args.kv_dtype != "fp8" and args.fp8 else [],
-        }
-        found |= {"max_model_len": shorter("max_model_len", 1024)}
-        smaller = [
-            d
-            for d in ("fp8", "int4")
-            if memory.LINEAR_BYTES[d]
-            < memory.LINEAR_BYTES[model.stored if args.dtype == "auto" else args.dtype]
-        ]
-        return found | {"dtype": [(8 if d == "fp8" else 10, d) for d in smaller]}
-    found = {
-        "checkpointing": [] if args.checkpointing else [(1, True)],
-        "micro_batch": [(1 + i / 10, n) for i in range(1, 6) if (n := args.micro_batch // 2**i)],
-    }
-    found |= {
-        "seq_len": shorter("seq_len", 512),
-        "dtype": [(1, "bfloat16")] if args.dtype == "float32" else [],
-    }
-    if args.method == "full":
-        found |= {
-            "zero": [
-                (z, z)
-                for z in (1, 2, 3)
-                if args.gpus > 1 and z > args.zero and args.engine != "fsdp"
-            ]
-        }
-        found |= {
-            "offload": [
-                (c, o)
-                for c, o in ((5, "optimizer"), (7, "optimizer+param"))
-                if args.offload == "none" and args.engine != "fsdp"
-            ]
-        }
-    found |= {
-        "method": [
-            (c, m)
-            for c, m in ((12, "lora"), (14, "qlora"))
-            if (args.method, m) not in (("lora", "lora"), ("qlora", "lora"), ("qlora", "qlora"))
-        ]
-    }
-    return found
+    @property
+    def flag(self) -> str:
+        name = f"--{self.option.replace('_', '-')}"
+        return name if self.value is True else f"{name} {self.value}"
 
 
-def suggestion(task, model: memory.Model, args: argparse.Namespace, found: dict) -> str:
+def halved(option: str, value: int, least: int) -> list[Change]:
+    """Half of `value`, a quarter ... down to a 32nd, but no less than `least`."""
+    smaller = [(2 + times, value // 2**times) for times in range(1, 6)]
+    return [Change(cost, option, part) for cost, part in smaller if part >= least]
+
+
+def serve_changes(model: Model, setup: Serving, plan: dict, fp8: bool) -> list[list[Change]]:
+    """What to try when a server does not fit: a list for each option."""
+    larger = range(setup.tp + 1, setup.gpus // setup.pp + 1)
+    groups = [tp for tp in larger if serving.splits(model, tp)]
+    asked = setup.gpu_memory_utilization
+    shares = [share for share in (0.95, *serving.UTILIZATIONS) if asked and share != asked]
+    held = max(1, plan["kv_tokens"] // setup.max_model_len)  # requests that the cache does hold
+    bytes_now = constants.LINEAR_BYTES[model.stored if setup.dtype == "auto" else setup.dtype]
+    smaller = [
+        Change(cost, "dtype", dtype)
+        for cost, dtype in ((8, "fp8"), (10, "int4"))
+        if constants.LINEAR_BYTES[dtype] < bytes_now
+    ]
+    return [
+        [Change(1, "tp", groups[-1])] if groups else [],
+        [Change(1, "gpu_memory_utilization", share) for share in shares],
+        [Change(2, "concurrency", held)] if setup.concurrency > 1 else [],
+        [Change(2, "kv_dtype", "fp8")] if setup.kv_dtype != "fp8" and fp8 else [],
+        halved("max_model_len", setup.max_model_len, 1024),
+        smaller,
+    ]
+
+
+def train_changes(setup: Training) -> list[list[Change]]:
+    """What to try when a training does not fit: a list for each option."""
+    batches = [(1 + times / 10, setup.micro_batch // 2**times) for times in range(1, 6)]
+    changes = [
+        [] if setup.checkpointing else [Change(1, "checkpointing", True)],
+        [Change(cost, "micro_batch", batch) for cost, batch in batches if batch],
+        halved("seq_len", setup.seq_len, 512),
+        [Change(1, "dtype", "bfloat16")] if setup.dtype == "float32" else [],
+    ]
+    if setup.full and setup.engine != "fsdp":
+        if setup.gpus > 1:
+            changes.append([Change(z, "zero", z) for z in (1, 2, 3) if z > setup.zero])
+        if not setup.offloads:
+            offloads = ((5, "optimizer"), (7, "optimizer+param"))
+            changes.append([Change(cost, "offload", where) for cost, where in offloads])
+    lora = Change(12, "method", "lora")
+    qlora = Change(14, "method", "qlora")
+    changes.append({"full": [lora, qlora], "lora": [qlora], "qlora": []}[setup.method])
+    return changes
+
+
+def combinations(options: list[list[Change]]) -> list[tuple[Change, ...]]:
+    """Every choice of at most one change of each option, the cheapest and shortest first."""
+    chosen = [()]
+    for changes in reversed(options):
+        chosen += [(change, *others) for change in changes for others in chosen]
+    return sorted(chosen, key=lambda some: (sum(change.cost for change in some), len(some)))
+
+
+def changed(setup: Serving | Training, chosen: tuple[Change, ...]) -> Serving | Training | None:
+    """`setup` with these changes; None where no engine does that together."""
+    new = replace(setup, **{change.option: change.value for change in chosen})
+    if isinstance(new, Serving):
+        return new
+    options = {change.option for change in chosen}
+    if "method" in options and options & {"zero", "offload"}:
+        return None
+    if new.offloads and new.zero < (3 if new.offloads_parameters else 1):
+        return None
+    if new.zero or new.offloads:
+        return replace(new, engine="deepspeed")
+    return new
+
+
+def suggestion(model: Model, args: argparse.Namespace, plan: dict) -> str:
     """The cheapest combination of changes that fits, as flags of this command; a sentence where
     none does.
     """
-    from itertools import product
-
-    offers = changes(model, args, found)
-    sets = product(
-        *(
-            [(0, name, None), *((cost, name, value) for cost, value in values)]
-            for name, values in offers.items()
-        )
-    )
-    for chosen in sorted(
-        sets, key=lambda s: (sum(cost for cost, *_ in s), sum(v is not None for *_, v in s))
-    ):
-        new = {name: value for _, name, value in chosen if value is not None}
-        if new.get("method") and ("zero" in new or "offload" in new):
-            continue
-        if args.task == "train":
-            offload = new.get("offload", args.offload)
-            zero = new.get("zero", args.zero)
-            if offload != "none" and zero < (3 if "param" in offload else 1):
-                continue
-            new["engine"] = (
-                "deepspeed"
-                if zero or offload != "none"
-                else ("ddp" if args.engine != "fsdp" else "fsdp")
-            )
-        if new and task(model, **options(args) | new)["fits"]:
-            new.pop("engine", None)
-            return " ".join(
-                f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                for name, value in new.items()
-            )
+    setup = setup_of(args)
+    if args.task == "serve":
+        options = serve_changes(model, setup, plan, args.fp8)
+    else:
+        options = train_changes(setup)
+    for chosen in combinations(options):
+        new = changed(setup, chosen)
+        if chosen and new and fits(model, new):
+            return " ".join(change.flag for change in chosen)
     return "nothing the planner knows makes it fit: take a smaller model, or more or larger cards"
 
 
-def predicted(model: memory.Model, args: argparse.Namespace) -> dict:
-    """Bounds of the speed on cards like those here (lab/speed.py); {} where nobody says how fast
-    they are.
+def predicted(model: Model, args: argparse.Namespace) -> dict:
+    """Bounds of the speed on cards like those here (lab/planner/speed.py); {} where nobody says how
+    fast they are.
     """
     cluster = speed.nominal(args.gpus, args.cards)
     if cluster is None:
         return {}
-    if args.task == "serve":
-        found = speed.decode(
-            model,
-            cluster,
-            tp=args.tp,
-            dtype=args.dtype,
-            kv_dtype=args.kv_dtype,
-            batch=args.concurrency,
-            context=min(1024, args.max_model_len),
-        )
-        found |= speed.prefill(
-            model, cluster, tp=args.tp, dtype=args.dtype, tokens=min(1024, args.max_model_len)
-        )
+    if args.task == "train":
+        bounds = speed.train(model, setup_of(args), cluster)._asdict()
     else:
-        found = speed.train(model, cluster, tokens=args.micro_batch * args.seq_len, seq_len=args.seq_len, method=args.method, zero=args.zero,
-                            checkpointing=args.checkpointing, accumulate=args.accumulate)  # fmt: skip
+        tokens = min(1024, args.max_model_len)
+        split = {"tp": args.tp, "dtype": args.dtype}
+        cache = {"kv_dtype": args.kv_dtype, "batch": args.concurrency, "context": tokens}
+        bounds = speed.decode(model, cluster, **split, **cache)._asdict()
+        bounds |= speed.prefill(model, cluster, **split, tokens=tokens)._asdict()
+    digits = {name: 4 if name.endswith("ratio") else 2 for name in bounds}
     return {
-        name: round(value, 4 if name.endswith("ratio") else 2)
-        if isinstance(value, float)
-        else value
-        for name, value in found.items()
+        name: round(value, digits[name]) if isinstance(value, float) else value
+        for name, value in bounds.items()
     }
 
 
@@ -392,33 +391,33 @@ def image_edit(args: argparse.Namespace) -> dict:
     import runpy
     from pathlib import Path
 
-    fits = runpy.run_path(str(ROOT / "modules/02_qwen_image_edit/recipes.py"))
-    recipes = fits["RECIPES"] | fits["PLANNED"]
+    module = runpy.run_path(str(ROOT / "modules/02_qwen_image_edit/recipes.py"))
+    recipes = module["RECIPES"] | module["PLANNED"]
     if args.recipe not in recipes:
         fail(f"unknown recipe {args.recipe}: choose one of {', '.join(recipes)}")
     if Path(args.model).is_dir():
-        tensors = fits["tensors_of"](Path(args.model))
+        tensors = module["tensors_of"](Path(args.model))
     elif models.entry(args.model)[0] == "qwen-image-edit":
-        tensors = fits["published"]()
+        tensors = module["published"]()
     else:
         fail(
             f"{args.model} is no image editing model that the planner knows: give qwen-image-edit, or the folder of a QwenImageEditPipeline"
         )
-    usable = args.gpu_memory_gib - memory.CONTEXT / memory.GIB
+    usable = args.gpu_memory_gib - constants.CONTEXT / constants.GIB
 
     def lacks(recipe: str) -> bool:
-        need = fits["needs"](recipe, tensors, args.size)
+        need = module["needs"](recipe, tensors, args.size)
         return any(
             gib > usable or int(place[5:]) >= args.gpus
             for place, gib in need.items()
             if place != "host"
         )
 
-    need = fits["needs"](args.recipe, tensors, args.size)
+    need = module["needs"](args.recipe, tensors, args.size)
     cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
     fullest = max(cards, key=cards.get)
     lying = {
-        c: sum(fits["stored_bytes"](*item, how) for item in tensors[c].items())
+        c: sum(module["stored_bytes"](*item, how) for item in tensors[c].items())
         for c, (_, how) in recipes[args.recipe].items()
     }
     places = {c: where for c, (where, _) in recipes[args.recipe].items()}
@@ -427,10 +426,10 @@ def image_edit(args: argparse.Namespace) -> dict:
     )
     parts = {
         "weights": weights,
-        "working_memory": cards[fullest] * memory.GIB - weights,
-        "cuda_context": memory.CONTEXT,
+        "working_memory": cards[fullest] * constants.GIB - weights,
+        "cuda_context": constants.CONTEXT,
     }
-    parts = {name: round(value, 2) for name, value in memory.gib(parts).items()}
+    parts = {name: round(value, 2) for name, value in constants.gib(parts).items()}
     better = next(
         (f"--recipe {r}" for r in recipes if not lacks(r)),
         "nothing the planner knows makes it fit: take larger cards",

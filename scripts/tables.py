@@ -28,7 +28,9 @@ import re
 
 import yaml
 
-from lab import ROOT, fail, memory, models, shown
+from lab import ROOT, fail, models, shown
+from lab.planner import training, weights
+from lab.planner.config import read
 
 CALIBRATION = re.compile(
     r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S
@@ -201,16 +203,23 @@ def errors(use: str) -> list[tuple[str, str, str, float, float]]:
                 entry["config"]
                 for entry in models.catalogue().values()
                 if "config" in entry
-                and memory.read(entry["config"]).parameters == m["parameters_count"]
+                and weights.parameters(read(entry["config"])) == m["parameters_count"]
             )
-            found = memory.train(memory.read(model), gpus=m["world_size"], engine="deepspeed", zero=m["zero_stage"], dtype=m["dtype"], accumulate=c["accumulate"],
-                                 offload="optimizer" if "offload" in file.stem else "none")  # fmt: skip
+            setup = training.Training(
+                gpus=m["world_size"],
+                engine="deepspeed",
+                zero=m["zero_stage"],
+                dtype=m["dtype"],
+                accumulate=c["accumulate"],
+                offload="optimizer" if "offload" in file.stem else "none",
+            )
+            found = training.train(read(model), setup)
             rows.append(
                 (
                     record["machine"]["name"],
                     file.stem,
                     "states (GiB)",
-                    found["states_gib"]["total"],
+                    found.states_gib["total"],
                     m["state_gib"],
                 )
             )

@@ -14,7 +14,9 @@ import psutil
 import pytest
 from conftest import ENVIRONMENT, ROOT, python, refused, run
 
-from lab import jobs, memory, models
+from lab import jobs, models
+from lab.planner import training, weights
+from lab.planner.config import read
 
 MODULE = ROOT / "modules/05_DeepSpeed"
 TRAIN = MODULE / "train.py"
@@ -113,14 +115,15 @@ def test_state_bytes(stages, stage):
 
 @pytest.mark.parametrize("stage", BYTES)
 def test_the_planner_predicts_these_bytes(stages, tiny_model, stage):
-    """lab/memory.py, which knows only the config.json, against the tensors of the running engine,
+    """lab/planner, which knows only the config.json, against the tensors of the running engine,
     each kind within 2 %.
     """
-    model = memory.read(models.config(str(tiny_model)))
-    assert model.parameters == stages[stage]["parameters_count"]
-    predicted = memory.train(
-        model, gpus=2, engine="deepspeed", zero=stage, dtype="float32", accumulate=ACCUMULATE
-    )["states_gib"]
+    model = read(models.config(str(tiny_model)))
+    assert weights.parameters(model) == stages[stage]["parameters_count"]
+    setup = training.Training(
+        gpus=2, engine="deepspeed", zero=stage, dtype="float32", accumulate=ACCUMULATE
+    )
+    predicted = training.train(model, setup).states_gib
     for kind, name in (
         ("parameter", "parameters"),
         ("gradient", "gradients"),

@@ -1,10 +1,17 @@
-"""lab/memory.py against what it predicts: real models' parameters, the tensors of a running graph,
+"""lab/planner against what it predicts: real models' parameters, the tensors of a running graph,
 records of engines.
 """
 
+import doctest
+import importlib
+import pkgutil
+
 import pytest
 
-from lab import memory, models
+from lab import models, planner
+from lab.planner import weights as counted
+from lab.planner.config import ARCHITECTURES, QWEN_7B, read
+from lab.planner.training import saved_bytes_per_token
 
 BASE = {
     "hidden_size": 64,
@@ -43,9 +50,21 @@ def build(name, **more):
     architecture, values = SHAPES[name]
     values = BASE | {"architectures": [architecture]} | values | more
     config = AutoConfig.for_model(name.split("-")[0], **values)
-    return AutoModelForCausalLM.from_config(config), memory.read(
+    return AutoModelForCausalLM.from_config(config), read(
         config.to_dict() | {"architectures": [architecture]}
     )
+
+
+PLANNER = [file.name for file in pkgutil.iter_modules(planner.__path__)]
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_worked_numbers(name):
+    """The examples in the docstrings of lab/planner, all for Qwen2.5-7B."""
+    assert QWEN_7B == read(models.config("qwen2.5-7b-instruct"))
+    module = importlib.import_module(f"lab.planner.{name}")
+    done = doctest.testmod(module, extraglobs={"QWEN_7B": QWEN_7B})
+    assert done.attempted and not done.failed
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -54,7 +73,7 @@ def test_parameters_are_those_of_transformers(name):
     the planner claims to know.
     """
     real, model = build(name)
-    assert model.parameters == sum(p.numel() for p in real.parameters())
+    assert counted.parameters(model) == sum(p.numel() for p in real.parameters())
     packed = sum(
         p.numel()
         for n, p in real.model.layers.named_parameters()
@@ -62,11 +81,11 @@ def test_parameters_are_those_of_transformers(name):
         and "norm" not in n
         and not n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
     )
-    assert model.linear == packed
+    assert counted.linear(model) == packed
 
 
 def test_every_known_architecture_is_compared():
-    assert {architecture for architecture, _ in SHAPES.values()} == memory.ARCHITECTURES.keys()
+    assert {architecture for architecture, _ in SHAPES.values()} == ARCHITECTURES.keys()
 
 
 def test_catalogue_has_the_published_sizes():
@@ -85,7 +104,7 @@ def test_catalogue_has_the_published_sizes():
         "qwen2.5-32b-instruct"
     ]  # the same ones, packed
     assert {
-        name: memory.read(models.config(name)).parameters
+        name: counted.parameters(read(models.config(name)))
         for name, entry in models.catalogue().items()
         if "config" in entry
     } == published
@@ -144,6 +163,6 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
     model = build(name)[1]
-    assert memory.saved_bytes_per_token(model, method, precision, rank=4) == pytest.approx(
+    assert saved_bytes_per_token(model, method, precision, rank=4) == pytest.approx(
         (kept(3) - kept(1)) / 2 / (2 * tokens), rel=1e-3
     )

@@ -12,7 +12,11 @@ from conftest import python as python_here
 from conftest import run as run_here
 
 from lab import machine as this_machine
-from lab import memory, models
+from lab import models
+from lab.planner import speed, weights
+from lab.planner.config import read
+from lab.planner.constants import GIB
+from lab.planner.serving import kv_bytes_per_token
 from lab.profile import read_yaml
 
 PLAN = "scripts/plan.py"
@@ -309,8 +313,6 @@ def test_make_plan_on_3090s():
 
 
 def test_cards_are_described_with_their_sources():
-    from lab import speed
-
     for name, rates in read_yaml(ROOT / "configs/cards.yaml").items():
         assert rates["source"] and speed.nominal(1, (name,)).bandwidth == rates["bandwidth"] * 1e9
     assert speed.nominal() == speed.Machine()
@@ -400,10 +402,8 @@ def test_calibrate_serves(plan, tiny_model, tmp_path, monkeypatch):
         f"serve --gpus 1 --model {tiny_model} --max-model-len 512 --enforce-eager".split()
     )
     found = importlib.import_module("calibrate").serve(args, tmp_path / "log")
-    model = memory.read(models.config(str(tiny_model)))
-    assert found["kv_tok_count"] * memory.kv_bytes_per_token(model) / memory.GIB == pytest.approx(
-        1, rel=0.02
-    )
+    model = read(models.config(str(tiny_model)))
+    assert found["kv_tok_count"] * kv_bytes_per_token(model) / GIB == pytest.approx(1, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -482,19 +482,17 @@ def test_quantised_checkpoints_are_understood():
     """
     config = models.config("qwen2.5-32b-instruct")
     for quantization in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}):
-        model = memory.read(config | {"quantization_config": quantization})
-        assert model.stored == "int4" and memory.weight_bytes(model) / 1e9 == pytest.approx(
+        model = read(config | {"quantization_config": quantization})
+        assert model.stored == "int4" and weights.stored_bytes(model) / 1e9 == pytest.approx(
             19.3, rel=0.01
         )
-    assert memory.read(config | {"quantization_config": {"quant_method": "fp8"}}).stored == "fp8"
+    assert read(config | {"quantization_config": {"quant_method": "fp8"}}).stored == "fp8"
 
 
 def test_communication_model():
     """The alpha-beta model at its edges: one card moves nothing; large messages go at the ring's 2
     (n-1)/n; small ones by latency.
     """
-    from lab import speed
-
     machine = speed.Machine(gpus=1024, gpus_per_node=8)
     assert speed.collective("all_reduce", 1e9, 1, machine) == 0
     assert speed.collective("all_reduce", 1e9, 2, machine) == pytest.approx(

@@ -19,7 +19,10 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, refused, run
 
-from lab import jobs, machine, memory, models
+from lab import jobs, machine, models
+from lab.planner.config import read
+from lab.planner.constants import GIB
+from lab.planner.serving import kv_bytes_per_token
 
 SERVE = "modules/03_vllm/01_serve.py"
 PRODUCTION = ROOT / "modules/03_vllm/production.md"
@@ -63,8 +66,8 @@ def test_the_planner_predicts_the_cache(server):
     )
     tokens = int(facts["num_gpu_blocks"]) * int(facts["block_size"])
     dtype = "bfloat16" if machine.fast_bfloat16() else "float32"  # of the cpu profile here
-    each = memory.kv_bytes_per_token(memory.read(models.config("smollm2-135m")), dtype=dtype)
-    assert tokens * each / memory.GIB == pytest.approx(1, rel=0.02)
+    each = kv_bytes_per_token(read(models.config("smollm2-135m")), dtype=dtype)
+    assert tokens * each / GIB == pytest.approx(1, rel=0.02)
 
 
 def test_streaming_client(server):

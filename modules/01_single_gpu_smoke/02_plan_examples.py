@@ -16,7 +16,11 @@ import sys
 import time
 from functools import cache
 
-from lab import ROOT, fail, memory, models, results
+from lab import ROOT, fail, models, results
+from lab.planner.config import read
+from lab.planner.constants import CARD_GIB, GIB
+from lab.planner.serving import Serving, serve
+from lab.planner.training import Training, train
 from lab.profile import load_profile
 
 # Which model, the planner's task and its options (scripts/plan.py has the same names as flags).
@@ -86,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--gpu-memory-gib",
         type=float,
-        default=memory.CARD_GIB,
+        default=CARD_GIB,
         help="of one card (default: %(default)s, an RTX 4090)",
     )
     args = parser.parse_args()
@@ -103,12 +107,15 @@ def main() -> None:
         "answer_s": round(time.perf_counter() - began, 2)
     }  # of one answer, the start of Python included
     for key, (words, name, task, options) in EXAMPLES.items():
-        model = memory.read(models.config(name), name)
-        plan = getattr(memory, task)(model, gpu_memory_gib=args.gpu_memory_gib, **options)
-        parts = plan["per_gpu_gib"]
+        model = read(models.config(name), name)
+        if task == "serve":
+            plan = serve(model, Serving(gpu_memory_gib=args.gpu_memory_gib, **options))
+        else:
+            plan = train(model, Training(gpu_memory_gib=args.gpu_memory_gib, **options))
+        parts = plan.per_gpu_gib
         print(
-            f"\n{words}: {'fits' if plan['fits'] else 'DOES NOT FIT'} {options['gpus']} x {args.gpu_memory_gib:g} GiB"
-            + (f"; fullest at: {plan['moment']}" if task == "train" else "")
+            f"\n{words}: {'fits' if plan.fits else 'DOES NOT FIT'} {options['gpus']} x {args.gpu_memory_gib:g} GiB"
+            + (f"; fullest at: {plan.moment}" if task == "train" else "")
         )
         print(
             "  on a card   "
@@ -120,11 +127,11 @@ def main() -> None:
             + f" = {parts['total']:.1f} GiB"
         )
         print(
-            f"  on the host {plan['host_gib']:.0f} GiB"
+            f"  on the host {plan.host_gib:.0f} GiB"
             + (
-                f";  the cache holds {plan['kv_tokens']:,} tokens"
+                f";  the cache holds {plan.kv_tokens:,} tokens"
                 if task == "serve"
-                else f";  states {plan['states_gib']['total'] * memory.GIB / 1e9:.1f} GB"
+                else f";  states {plan.states_gib['total'] * GIB / 1e9:.1f} GB"
             )
         )
         said = others(name, task, options)
@@ -138,14 +145,14 @@ def main() -> None:
         short = key.replace("-", "_")
         metrics |= {
             f"{short}_card_gib": parts["total"],
-            f"{short}_host_gib": plan["host_gib"],
-            f"{short}_fits": "yes" if plan["fits"] else "no",
+            f"{short}_host_gib": plan.host_gib,
+            f"{short}_fits": "yes" if plan.fits else "no",
         }
         metrics |= {f"{short}_{who}": round(gb, 1) for who, gb in said.items()}
         metrics |= (
-            {f"{short}_kv_tok_count": plan["kv_tokens"]}
+            {f"{short}_kv_tok_count": plan.kv_tokens}
             if task == "serve"
-            else {f"{short}_states_gb": round(plan["states_gib"]["total"] * memory.GIB / 1e9, 1)}
+            else {f"{short}_states_gb": round(plan.states_gib["total"] * GIB / 1e9, 1)}
         )
     results.finish(__file__, metrics, vars(args))
 

@@ -13,7 +13,8 @@ and cache.
 
 import argparse
 
-from lab import fail, jobs, machine, models, results, speed
+from lab import fail, jobs, machine, models, results
+from lab.planner import speed
 from lab.profile import load_profile
 
 

@@ -4,7 +4,7 @@ gradients, optimizer, holes.
     make memory
     python modules/01_single_gpu_smoke/04_where_memory_goes.py --batch 8 --tokens 128
 
-Look at: what each step added, beside what arithmetic says it must add (lab/memory.py), and the
+Look at: what each step added, beside what arithmetic says it must add (lab/planner), and the
 three gauges that disagree: what tensors hold, what the allocator keeps for later (`nvidia-smi`
 shows this one), and the peak, which decides whether it fits. On a CPU the C library is the
 allocator: `holds` is read after malloc_trim, `keeps` before it. Fragmentation stands at the end,
@@ -19,10 +19,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lab import fail, jobs, memory, models, results
+from lab import fail, jobs, models, results
+from lab.planner import weights as counted
+from lab.planner.config import read
+from lab.planner.constants import GIB
+from lab.planner.serving import kv_bytes_per_token
+from lab.planner.training import saved_bytes_per_token
 from lab.profile import load_profile
 
-GIB = 2**30
 NEW = 64  # tokens that each sequence decodes
 
 
@@ -144,15 +148,13 @@ def main() -> None:
     from transformers.cache_utils import DynamicCache
 
     dtype = getattr(torch, profile.dtype)
-    sizes = memory.read(models.config(str(folder)))
+    sizes = read(models.config(str(folder)))
     precision = "fp32" if dtype == torch.float32 else "bf16"
     tokens = args.batch * args.tokens
     metrics: dict[str, float] = {}
     alive: dict = {}  # everything that lives, by name
-    weights, cache = (
-        memory.weight_bytes(sizes, profile.dtype),
-        memory.kv_bytes_per_token(sizes, dtype=profile.dtype),
-    )
+    weights = counted.stored_bytes(sizes, profile.dtype)
+    cache = kv_bytes_per_token(sizes, dtype=profile.dtype)
 
     def step(key: str, words: str, work, predicted: float) -> float:
         """Do `work`; a line with GiB of what it added (returned in bytes), what it should add, the
@@ -188,7 +190,7 @@ def main() -> None:
     # 3. The walk
 
     print(
-        f"{args.model}, {sizes.parameters / 1e6:.0f} M parameters in {profile.dtype}, {args.batch} x {args.tokens} tokens, on {device}\n"
+        f"{args.model}, {counted.parameters(sizes) / 1e6:.0f} M parameters in {profile.dtype}, {args.batch} x {args.tokens} tokens, on {device}\n"
     )
     print(
         f"  GiB{'':33}"
@@ -242,7 +244,7 @@ def main() -> None:
     # Of the logits the graph keeps the log-softmax, in fp32; while the loss is computed they exist
     # two and a half times: see the peak.
     saved = (
-        sizes.layers * memory.saved_bytes_per_token(sizes, "full", precision) * tokens
+        sizes.layers * saved_bytes_per_token(sizes, "full", precision) * tokens
         + 4 * sizes.vocab * tokens
     )
     kept = step("forward", "training, forward: activations stay", forward, saved)

@@ -17,7 +17,9 @@ import argparse
 import json
 import os
 
-from lab import fail, memory, models, results
+from lab import fail, models, results
+from lab.planner import serving
+from lab.planner.config import read
 from lab.profile import load_profile
 
 PERSON = {
@@ -50,7 +52,7 @@ TOOL = {
 
 def kv_bytes_per_token(model: str) -> int:
     """Bytes of KV cache that one token of `model` takes in bf16."""
-    return memory.kv_bytes_per_token(memory.read(models.config(model)))
+    return serving.kv_bytes_per_token(read(models.config(model)))
 
 
 def main() -> None:

@@ -18,7 +18,11 @@ import time
 
 from closed_loop import drive, warm_up  # the file beside this one
 
-from lab import engine, fail, jobs, memory, models, results
+from lab import engine, fail, jobs, models, results
+from lab.planner import config
+from lab.planner import weights as counted
+from lab.planner.constants import width
+from lab.planner.serving import kv_bytes_per_token
 from lab.profile import load_profile
 from lab.table import table
 
@@ -66,12 +70,12 @@ def main() -> None:
 
     vllm = engine.start(folder, profile.dtype, p.args, flags)
     warm_up(vllm)
-    sizes = memory.read(models.config(str(folder)))
+    sizes = config.read(models.config(str(folder)))
     stored = {None: profile.dtype, "fp8": "fp8"}.get(vllm.model_config.quantization, "auto")
-    weights = memory.weight_bytes(sizes, stored)
-    if not sizes.tied:
-        weights -= sizes.embedding * memory.width(profile.dtype)
-    kv = memory.kv_bytes_per_token(sizes, dtype=profile.dtype)
+    # Of the embedding a token reads one row.
+    unread = 0 if sizes.tied else counted.embedding(sizes) * width(profile.dtype)
+    weights = counted.stored_bytes(sizes, stored) - unread
+    kv = kv_bytes_per_token(sizes, dtype=profile.dtype)
     context = args.prompt_tokens + args.answer_tokens / 2  # on the mean
 
     def bytes_of_a_step(batch: int) -> float:
