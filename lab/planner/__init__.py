@@ -9,5 +9,5 @@
 
 A formula is a function; its docstring names the source and works the formula out for one model,
 Qwen2.5-7B-Instruct (`config.QWEN_7B`). tests/test_memory.py runs these examples.
-modules/01_single_gpu_smoke/planner.md walks through the files.
+modules/01_single_gpu_smoke/planner.md holds the predictions against measurements.
 """
