@@ -9,7 +9,7 @@ requests, the same number of tokens.
 
 Look at: what the scheduler did, a line a second: prompts are read and tokens are made in the same
 steps, a finished request's blocks go to the next one at once. Then at the ratio: what is left of
-vLLM's speed in 500 lines. vLLM runs at its defaults, which includes compiling the model (a minute,
+vLLM's speed in 850 lines. vLLM runs at its defaults, which includes compiling the model (a minute,
 once); every repetition begins with an empty prefix cache.
 """
 
