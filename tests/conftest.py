@@ -19,7 +19,8 @@ from workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = workers.settle(os.environ.get("PYTEST_XDIST_WORKER", "gw0"), ROOT)
-os.environ["RECORDS"] = str(RUNS / "tests" / "records")  # the reader's own stay as they are
+RECORDS = RUNS / "tests" / "records"  # the reader's own stay as they are
+os.environ["RECORDS"] = str(RECORDS)
 # A shell's `&` ignores Ctrl+C, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # `make test ARGS=...` means pytest; make would pass it on to every make that a test runs.
@@ -102,7 +103,7 @@ def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.Comple
     # Not inherited: what pytest's own run set for its children, such as the profile of an
     # in-process test; and a copy of the tree has a folder of its own for what it writes.
     dropped = {"PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL"}
-    if Path(cwd) != ROOT:
+    if not Path(cwd).is_relative_to(ROOT):
         dropped.add("RUNS")
     environment = {name: value for name, value in ENVIRONMENT.items() if name not in dropped} | env
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, python, refused, run
+from conftest import ENVIRONMENT, RECORDS, ROOT, python, refused, run
 
 from lab import jobs, models
 from lab.planner import training, weights
@@ -31,16 +31,23 @@ BYTES = {0: (4, 4, 8), 1: (4, 4, 6), 2: (4, 2, 6), 3: (2, 2, 6)}
 
 def result(done: subprocess.CompletedProcess) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"script"')]
+    return json.loads(lines[-1])
 
 
 def ours() -> list[int]:
-    """Living processes of this module's training, launchers included, whoever started them."""
-    return [
-        p.pid
-        for p in psutil.process_iter(["cmdline"])
-        if "modules/05_DeepSpeed/train.py" in " ".join(p.info["cmdline"] or [])
-    ]
+    """Living processes of this module's training, launchers included, in this worker's network."""
+    here = os.readlink("/proc/self/ns/net")  # another worker may be training
+    pids = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        try:
+            network = os.readlink(f"/proc/{process.pid}/ns/net")
+        except OSError:  # it has just ended, or is another user's
+            continue
+        if "modules/05_DeepSpeed/train.py" in command and network == here:
+            pids.append(process.pid)
+    return pids
 
 
 def shared_memory() -> list[Path]:
@@ -57,7 +64,8 @@ def stages(tiny_model, saved) -> dict[int, dict]:
     """One training at each stage, two processes each, started as the readme says; stage 3 also
     saves.
     """
-    flags = f"--model {tiny_model} --micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE}"
+    batch = f"--micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE}"
+    flags = f"--model {tiny_model} {batch} --learning-rate {LEARNING_RATE}"
     found = {}
     for stage in BYTES:
         more = f" --steps {STEPS - 1} --save {saved}" if stage == 3 else f" --steps {STEPS}"
@@ -152,9 +160,7 @@ def test_compare_refuses_and_leaves_out(tmp_path, reference):
     assert "the yardstick is missing: run 'make train-one'" in refused(
         "make", "train-compare", RECORDS=str(tmp_path)
     )
-    record = json.loads(
-        (ROOT / "runs/tests/records/04_Accelerate/01_train_ddp-one.json").read_text()
-    )
+    record = json.loads((RECORDS / "04_Accelerate/01_train_ddp-one.json").read_text())
     (tmp_path / "04_Accelerate").mkdir()
     (tmp_path / "04_Accelerate/01_train_ddp-one.json").write_text(json.dumps(record))
     record["config"]["seed"] = 7
@@ -295,6 +301,26 @@ def test_every_key_is_read(judged, file):
 
 def test_bfloat16_is_the_old_name_of_bf16(judged):
     assert judged({"bfloat16": {"enabled": True}}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "form, folder, optimizer",
+    [
+        ("original design", MODULE, "DeepSpeedCPUAdam"),
+        ("LLaMA-Factory ds_z3", ROOT, "AdamW"),
+    ],
+)
+def test_forms_train(tiny_model, tmp_path, form, folder, optimizer):
+    """By the launcher, two processes; the first one by the original command, from its folder."""
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(FORMS[form]))
+    config = "ds_config.json" if folder == MODULE else file
+    script = TRAIN.relative_to(folder)
+    command = ["deepspeed", "--num_gpus=2", script, "--deepspeed", config]
+    flags = ["--model", tiny_model, "--steps", "2", "--seq-len", "64"]
+    found = result(run(*command, *flags, cwd=folder, **CPU))
+    assert found["zero_stage"] == FORMS[form]["zero_optimization"]["stage"]
+    assert found["optimizer"] == optimizer and len(found["losses"]) == 2
 
 
 def test_fp16_is_refused_where_the_cpu_lacks_it(judged, capsys):

@@ -17,9 +17,9 @@ import urllib.request
 import psutil
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, refused, run
+from conftest import ENVIRONMENT, ROOT, RUNS, refused, run
 
-from lab import jobs, machine, models
+from lab import jobs, machine, models, shown
 from lab.planner.config import read
 from lab.planner.constants import GIB
 from lab.planner.serving import kv_bytes_per_token
@@ -384,7 +384,7 @@ def test_port_in_use(no_server):
 )
 def test_settings_the_engine_refuses(no_server, flag, words):
     said = refused("make", "vllm-serve", f"ARGS={flag}")
-    assert words in said and "runs/03_vllm/serve.log" in said
+    assert words in said and shown(RUNS / "03_vllm/serve.log") in said
     assert not jobs.running()
 
 

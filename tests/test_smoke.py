@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, python, refused
+from conftest import ROOT, RUNS, python, refused
 
 from lab import machine
 
@@ -107,7 +107,7 @@ def test_roofline(small_model):
         bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"}
         and bound["decode, batch 1"] == "memory"
     )
-    assert (ROOT / "runs/01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
+    assert (RUNS / "01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
     assert "at least 1" in refused(
         "python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0"
     )
@@ -172,7 +172,7 @@ def test_gauges(small_model):
         < 0.9
     )
     assert 0 <= result["idle_util_pct"] <= 100 and result["copy_gb_per_s"] > 1
-    assert (ROOT / "runs/01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
+    assert (RUNS / "01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
     assert "at least 2" in refused(
         "python", "modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "1"
     )
