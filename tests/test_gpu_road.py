@@ -131,6 +131,7 @@ class Machine:
             "PROFILE",
             "STORE",
             "RECORDS",
+            "RUNS",
             "CUDA_VISIBLE_DEVICES",
             "VLLM_API_KEY",
             "MAKEFLAGS",

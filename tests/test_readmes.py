@@ -89,7 +89,7 @@ SAMPLES = [
     ("readme", r"TTFT ([\d.]+) ms   ITL ([\d.]+) ms", "02_chat", "ttft_ms itl_ms"),
     (
         "readme",
-        r"batches of 8 +([\d.]+).*\nvLLM, continuous batching +([\d.]+).*\n"
+        r"batches of 8 +([\d.]+).*\n +vLLM, continuous batching +([\d.]+).*\n"
         r".*transformers: ([\d.]+)x",
         "05_throughput",
         "transformers_tok_per_s vllm_tok_per_s vllm_over_transformers_ratio",
