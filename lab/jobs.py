@@ -66,7 +66,7 @@ def start(name: str, command: list[str], log: Path | int | None, **facts) -> sub
 
 def _keep(job: dict) -> None:
     """Write the job's file; whoever reads meanwhile sees the old one or the new one, whole."""
-    partial = FOLDER / f"{job['name']}.tmp"
+    partial = FOLDER / f"{job['name']}.{os.getpid()}.tmp"
     partial.write_text(json.dumps(job, indent=1))
     partial.replace(FOLDER / f"{job['name']}.json")
 

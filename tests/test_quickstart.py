@@ -74,7 +74,7 @@ def test_interrupted_and_resumed(stages):
     process = subprocess.Popen(
         [sys.executable, "scripts/quickstart.py", *TWO],
         cwd=tree,
-        env=ENVIRONMENT | {"PYTHONPATH": str(tree)},
+        env=ENVIRONMENT | {"PYTHONPATH": str(tree), "RUNS": ""},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
