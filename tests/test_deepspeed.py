@@ -29,7 +29,8 @@ BYTES = {0: (4, 4, 8), 1: (4, 4, 6), 2: (4, 2, 6), 3: (2, 2, 6)}
 
 def result(done: subprocess.CompletedProcess) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"script"')]
+    return json.loads(lines[-1])
 
 
 def ours() -> list[int]:
@@ -55,7 +56,8 @@ def stages(tiny_model, saved) -> dict[int, dict]:
     """One training at each stage, two processes each, started as the readme says; stage 3 also
     saves.
     """
-    flags = f"--model {tiny_model} --micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE}"
+    batch = f"--micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE}"
+    flags = f"--model {tiny_model} {batch} --learning-rate {LEARNING_RATE}"
     found = {}
     for stage in BYTES:
         more = f" --steps {STEPS - 1} --save {saved}" if stage == 3 else f" --steps {STEPS}"
@@ -292,6 +294,28 @@ def test_every_key_is_read(judged, file):
 
 def test_bfloat16_is_the_old_name_of_bf16(judged):
     assert judged({"bfloat16": {"enabled": True}}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "form, folder, optimizer",
+    [
+        # It compiles CPUAdam and computes in bf16, which a CPU without AVX-512 emulates.
+        pytest.param("original design", MODULE, "DeepSpeedCPUAdam", marks=pytest.mark.long),
+        ("LLaMA-Factory ds_z3", ROOT, "AdamW"),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_forms_train(tiny_model, tmp_path, form, folder, optimizer):
+    """By the launcher, two processes; the first one by the original command, from its folder."""
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(FORMS[form]))
+    config = "ds_config.json" if folder == MODULE else file
+    script = TRAIN.relative_to(folder)
+    command = ["deepspeed", "--num_gpus=2", script, "--deepspeed", config]
+    flags = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
+    found = result(run(*command, *flags, cwd=folder, timeout=550, **CPU))
+    assert found["zero_stage"] == FORMS[form]["zero_optimization"]["stage"]
+    assert found["optimizer"] == optimizer and len(found["losses"]) == 2
 
 
 def test_fp16_is_refused_where_the_cpu_lacks_it(judged, capsys):

@@ -50,6 +50,7 @@ CONFIGURATIONS = {
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     r"modules/05_DeepSpeed/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",
+    r"tests/deepspeed_forms\.json": "test_deepspeed.py::test_forms_that_people_use_are_taken",
     r"modules/06_LLaMA-Factory/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
     r"modules/06_LLaMA-Factory/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
     r"modules/06_LLaMA-Factory/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
