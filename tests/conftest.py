@@ -14,17 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+import workers
+from workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["RECORDS"] = str(
-    ROOT / "runs" / "tests" / "records"
-)  # the reader's own stay as they are
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's `&` ignores Ctrl+C, and every child would inherit that
-os.environ.pop(
-    "ARGS", None
-)  # of `make test ARGS=...`: pytest's own, which make would pass on to every make that a test runs
+RUNS = workers.settle(os.environ.get("PYTEST_XDIST_WORKER", "gw0"), ROOT)
+os.environ["RECORDS"] = str(RUNS / "tests" / "records")  # the reader's own stay as they are
+# A shell's `&` ignores Ctrl+C, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# `make test ARGS=...` means pytest; make would pass it on to every make that a test runs.
+os.environ.pop("ARGS", None)
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -41,6 +40,7 @@ PACKAGES = {
 
 
 def pytest_configure(config):
+    workers.separate(config)
     config.addinivalue_line(
         "markers", "needs(*programs): skipped without them, a failure where CI is true"
     )
@@ -84,22 +84,14 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    """Fast files first: what breaks early is said early."""
+    """The first worker's files, then fast ones, whose failures are soon said, then the longest."""
     order = [
-        "test_layout",
-        "test_profile",
-        "test_results",
-        "test_data",
-        "test_quickstart",
-        "test_setup",
-        "test_smoke",
-        "test_equality",
+        *workers.FIRST_WORKER,
+        *("test_profile", "test_results", "test_data", "test_quickstart", "test_smoke"),
+        *("test_llamafactory", "test_accelerate", "test_image_edit", "test_deepspeed"),
     ]
-    items.sort(
-        key=lambda item: (
-            order.index(item.module.__name__) if item.module.__name__ in order else len(order)
-        )
-    )
+    places = {f"{name}.py": place for place, name in enumerate(order)}
+    items.sort(key=lambda item: places.get(item.path.name, len(order)))
 
 
 def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:
@@ -108,12 +100,11 @@ def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.Comple
     """
     words = [str(w) for w in command]
     # Not inherited: what pytest's own run set for its children, such as the profile of an
-    # in-process test.
-    environment = {
-        k: v
-        for k, v in ENVIRONMENT.items()
-        if k not in ("PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL")
-    } | env
+    # in-process test; and a copy of the tree has a folder of its own for what it writes.
+    dropped = {"PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL"}
+    if Path(cwd) != ROOT:
+        dropped.add("RUNS")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in dropped} | env
     process = subprocess.Popen(
         words,
         cwd=cwd,
