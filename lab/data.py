@@ -1,5 +1,6 @@
-"""What the stages compute on: the data set (scripts/make_data.py writes it) as checked rows and as
-blocks for training, and requests of mixed length for the inference engines.
+"""What the stages compute on: the data set, and requests of mixed length.
+
+scripts/make_data.py writes the data set; here it is checked rows, and blocks for training.
 """
 
 import json
@@ -12,43 +13,50 @@ FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 
 
 def rows(name: str) -> list[dict]:
-    """Rows {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
-    of a data set.
+    """Rows {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
 
-    `name` is one of the data folder without `.json` (launch_en_train), or a path. Exit code 2 with
-    one sentence that names the row and the field when something in it is wrong.
+    `name` is a data set of the data folder without `.json` (launch_en_train), or a path. Exit code
+    2 with one sentence that names the row and the field when something in it is wrong.
     """
     path = FOLDER / f"{name}.json" if not name.endswith(".json") else Path(name)
     if not path.is_file():
-        known = sorted(f.stem for f in FOLDER.glob("launch_*.json"))
+        known = sorted(file.stem for file in FOLDER.glob("launch_*.json"))
         fail(
-            f"there is no data set {shown(path)}: choose one of {', '.join(known) or 'none'}, or write them with 'python scripts/make_data.py'"
+            f"there is no data set {shown(path)}: choose one of {', '.join(known) or 'none'}, or "
+            "write them with 'python scripts/make_data.py'"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         fail(f"{shown(path)} is not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}")
-    if not isinstance(found, list) or not found:
+    if not isinstance(content, list) or not content:
         fail(f"{shown(path)} must be a list of rows, and not an empty one")
-    for number, row in enumerate(found, 1):
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages:
-            fail(f"{shown(path)}: row {number} has no list `messages`")
-        for message, role in zip(messages, ("user", "assistant") * len(messages), strict=False):
-            if not isinstance(message, dict) or message.get("role") != role:
-                fail(
-                    f"{shown(path)}: row {number}: field `role` must be {role}, it is {message.get('role') if isinstance(message, dict) else message!r}"
-                )
-            if not isinstance(message.get("content"), str) or not message["content"].strip():
-                fail(
-                    f"{shown(path)}: row {number}: field `content` of the {role} must be a text that is not empty"
-                )
-    return found
+    for number, row in enumerate(content, 1):
+        problem = wrong_in(row)
+        if problem:
+            fail(f"{shown(path)}: row {number}{problem}")
+    return content
+
+
+def wrong_in(row) -> str:
+    """How the sentence about this row goes on; "" where it is right."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        return " has no list `messages`"
+    for place, message in enumerate(messages):
+        role = ("user", "assistant")[place % 2]
+        if not isinstance(message, dict):
+            return f": field `role` must be {role}, it is {message!r}"
+        if message.get("role") != role:
+            return f": field `role` must be {role}, it is {message.get('role')}"
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            return f": field `content` of the {role} must be a text that is not empty"
+    return ""
 
 
 def blocks(tokenizer, name: str, length: int):
-    """The data set as chat texts one after another, cut into blocks of `length` tokens: LongTensor
-    [blocks, length].
+    """The data set as chat texts one after another, cut: LongTensor [blocks, length].
 
     Every block holds the same number of tokens, so that the mean of the processes' losses is the
     loss of all tokens.
@@ -74,8 +82,7 @@ TOPICS = [
 
 
 def lognormal(rng: random.Random, mean: float, most: int, sigma: float = 0.8) -> int:
-    """A length as skewed as real traffic is: lognormal with this mean, whatever sigma, between 4
-    and `most`.
+    """A length as skewed as real traffic is: lognormal with this mean, between 4 and `most`.
 
     Source of sigma: the logarithm of the answer's length has a standard deviation of 0.86 over the
     19,366 conversations and of 0.85 over the 8,819 code completions of Azure's LLM inference trace

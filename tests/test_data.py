@@ -67,7 +67,8 @@ def test_the_held_out_split_is_held_out(language):
             "row 1: field `role` must be user",
         ),
         (
-            '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}]',
+            '[{"messages": [{"role": "user", "content": "a"}, '
+            '{"role": "assistant", "content": 3}]}]',
             "row 1: field `content` of the assistant",
         ),
     ],

@@ -27,7 +27,8 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, prompts, tokens = json.loads(sys.argv[1])
     llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """
 

@@ -1,10 +1,9 @@
-"""A DeepSpeed configuration file: read, filled as transformers' Trainer fills it, and judged.
+"""A DeepSpeed configuration file: read, and filled as transformers' Trainer fills it.
 
-DeepSpeed takes much without a word: a key that it does not know, an option that the chosen stage
-never reads, "auto" that nobody replaces. Here each of them is one sentence and exit code 2.
+What is wrong in it and can be seen without DeepSpeed is one sentence and exit code 2 here; what
+only DeepSpeed knows, in ds_check.py.
 """
 
-import difflib
 import json
 import math
 from pathlib import Path
@@ -19,26 +18,7 @@ SECTIONS = {
     "optimizer": '{"type": "AdamW", "params": {"lr": "auto"}}',
     "scheduler": '{"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}',
 }
-# Keys in LLaMA-Factory's examples that no DeepSpeed reads; they stand for nothing.
-HARMLESS = {"comms_config", "monitor_config"}
 MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}  # their texts are names of all kinds
-CHOOSES_ITSELF = {"zenflow", "leaf_module"}  # parts in which DeepSpeed itself knows "auto"
-
-
-class Asked(dict):
-    """A dictionary that remembers which of its keys somebody asked for."""
-
-    def __init__(self, values: dict):
-        super().__init__(values)
-        self.asked = set()  # copy.copy, which DeepSpeed makes, shares it
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        self.asked.add(key)
-        return super().get(key, default)
 
 
 def leaves(value, path: tuple[str, ...] = ()):
@@ -63,13 +43,6 @@ def unquoted(text) -> str:
         return text if math.isfinite(float(text)) else ""
     except ValueError:
         return ""
-
-
-def alike(name: str, known) -> str:
-    """`, did you mean ...?` where a known name is much like this one."""
-    names = {other.lower(): other for other in known}
-    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
-    return f": did you mean {names[nearest[0]]}?" if nearest else ""
 
 
 class Config:
@@ -230,7 +203,7 @@ class Config:
             self.dtype = "bfloat16" if bf16["enabled"] else "float16"
 
     # -----------------------------------------------------------------------------
-    # With DeepSpeed and transformers
+    # With transformers
 
     def fill(self, steps: int, model: dict):
         """Replace every "auto" by transformers' own rules; `model`: the content of its config.json.
@@ -267,139 +240,3 @@ class Config:
         self.values = filled.config
         self.zero = self.values["zero_optimization"]
         return filled
-
-    def check(self) -> None:
-        """Everything that DeepSpeed would take in silence or end with a traceback."""
-        self.refuse_auto()
-        self.check_sections()
-        self.check_optimizer()
-        self.check_scheduler()
-        self.check_keys()
-
-    def refuse_auto(self) -> None:
-        clipping = self.values.get("gradient_clipping", 0)
-        if type(clipping) not in (int, float) or clipping < 0:
-            right = "write a number, 0 for none"
-            self.refuse(f"gradient_clipping is {json.dumps(clipping)}: {right}")
-        for path, value in leaves(self.values):
-            judged = len(path) == 1 or path[0] in SECTIONS
-            if value == "auto" and judged and not CHOOSES_ITSELF & set(path):
-                self.refuse(
-                    f'{".".join(path)} is "auto", which nobody fills: write a value, or take it '
-                    "out for DeepSpeed's default"
-                )
-
-    def check_sections(self) -> None:
-        """Types and ranges, by DeepSpeed's own pydantic models."""
-        from deepspeed.runtime import precision_config
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-        from pydantic import ValidationError
-
-        models = {
-            "zero_optimization": DeepSpeedZeroConfig,
-            "bf16": precision_config.DeepSpeedBF16Config,
-            "fp16": precision_config.DeepSpeedFP16Config,
-        }
-        for name, model in models.items():
-            try:
-                model(**self.values[name])
-            except ValidationError as e:
-                error = e.errors()[0]
-                key = ".".join([name, *map(str, error["loc"])])
-                if error["type"] == "extra_forbidden":
-                    fields = model.model_fields.items()
-                    known = {field for field, _ in fields} | {
-                        info.alias or "" for _, info in fields
-                    }
-                    known = alike(str(error["loc"][-1]), known) or ": take it out"
-                    self.refuse(f"DeepSpeed knows no {key}{known}")
-                value = json.dumps(error["input"], default=str) if error["loc"] else "refused"
-                self.refuse(f"{key} is {value}: {error['msg'].removeprefix('Value error, ')}")
-
-    def check_optimizer(self) -> None:
-        """Its type, and the arguments that its class takes."""
-        import inspect
-
-        import torch
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-        from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-        optimizer = self.values["optimizer"]
-        kind = optimizer["type"]
-        params = dict(optimizer["params"])
-        of_torch = [name for name, kind_ in vars(torch.optim).items() if isinstance(kind_, type)]
-        if kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in of_torch:
-            known = alike(kind, [*DEEPSPEED_OPTIMIZERS, *of_torch])
-            self.refuse(f"there is no optimizer.type {kind}{known or ': write AdamW'}")
-        if kind.lower() in ("adam", "adamw"):
-            offloaded = any(self.offloads(key, "optimizer") for key in self.zero)
-            own = DeepSpeedCPUAdam if offloaded else FusedAdam
-            taken = torch.optim.AdamW if params.pop("torch_adam", False) else own
-            for name in ("adam_w_mode", "fp32_optimizer_states"):  # DeepSpeed takes them out
-                params.pop(name, None)
-            numbers = {key: params[key] for key in ("lr", "betas", "eps") if key in params}
-            weight = torch.nn.Parameter(torch.zeros(1))
-        elif kind in of_torch:
-            taken = getattr(torch.optim, kind)
-            numbers = {}
-            weight = None
-        else:
-            return
-        try:
-            inspect.signature(taken).bind([], **params)
-            if numbers:  # PyTorch says which of them is out of range
-                torch.optim.AdamW([weight], **numbers)
-        except (TypeError, ValueError) as e:
-            self.refuse(f"{taken.__name__} does not take optimizer.params as they are: {e}")
-
-    def check_scheduler(self) -> None:
-        import inspect
-
-        from deepspeed.runtime import lr_schedules
-
-        scheduler = self.values.get("scheduler")
-        if scheduler is None:
-            return
-        kind = scheduler.get("type")
-        if kind not in lr_schedules.VALID_LR_SCHEDULES:
-            known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-            self.refuse(f"scheduler.type is {json.dumps(kind)}: choose one of {known}")
-        try:
-            signature = inspect.signature(getattr(lr_schedules, kind))
-            signature.bind(None, **scheduler.get("params", {}))
-        except TypeError as e:
-            self.refuse(f"{kind} does not take scheduler.params as they are: {e}")
-
-    def check_keys(self) -> None:
-        """Keys that DeepSpeed's own parser never asks for, and what it refuses itself."""
-        import deepspeed
-
-        whole = {key: value for key, value in self.values.items() if key != "train_batch_size"}
-        config = Asked(whole)
-        optimizer = Asked(config["optimizer"])
-        config["optimizer"] = optimizer
-        config.asked.clear()
-        try:
-            deepspeed.DeepSpeedConfig(config)
-        except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as e:
-            self.refuse(f"DeepSpeed refuses it: {' '.join(str(e).split())}")
-        except deepspeed.DeepSpeedConfigError as e:
-            self.refuse(f"DeepSpeed refuses it: {e}")
-        unread = [key for key in config if key not in config.asked | HARMLESS and key[:1] != "_"]
-        unread += [f"optimizer.{key}" for key in optimizer if key not in optimizer.asked]
-        if unread:
-            known = alike(unread[0], config.asked) or ": correct the name, or take it out"
-            self.refuse(f"DeepSpeed never reads {', '.join(unread)}{known}")
-
-    def refuse_type(self) -> None:
-        """A type that DeepSpeed does not compute with on this device."""
-        from deepspeed.accelerator import get_accelerator
-
-        accelerator = get_accelerator()
-        if self.dtype == "float16" and not accelerator.is_fp16_supported():
-            self.refuse(
-                f"fp16 is enabled, and DeepSpeed does not compute with it on this "
-                f'{accelerator.device_name()} (a CPU needs AVX512-FP16): write "auto", or use bf16'
-            )
-        if self.dtype == "bfloat16" and not accelerator.is_bf16_supported():
-            self.refuse(f'this {accelerator.device_name()} has no bf16: write "auto", or use fp16')

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import ds_check
 import ds_config
 import zero_states
 
@@ -69,8 +70,8 @@ def main() -> None:
 
     folder = models.model_folder(args.model)
     seen_by_transformers = config.fill(args.steps, models.config(str(folder)))
-    config.check()
-    config.refuse_type()
+    ds_check.check(config)
+    ds_check.refuse_type(config)
 
     # -----------------------------------------------------------------------------
     # 2. Data, the meeting of the processes, model, engine
