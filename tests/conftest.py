@@ -18,7 +18,7 @@ import workers
 from workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = workers.settle(os.environ.get("PYTEST_XDIST_WORKER", "gw0"), ROOT)
+RUNS = workers.settle(os.environ.pop("PYTEST_XDIST_WORKER", "gw0"), ROOT)
 RECORDS = RUNS / "tests" / "records"  # the reader's own stay as they are
 os.environ["RECORDS"] = str(RECORDS)
 # A shell's `&` ignores Ctrl+C, and every child would inherit that.

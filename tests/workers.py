@@ -1,7 +1,8 @@
 """Several tests at a time (pytest-xdist, `-n auto`), none in another's way.
 
 The first worker has the machine as it is. Each further one has a network of its own, in which the
-ports 8000, 29500 ... are free, and a folder of its own for what runs write (RUNS).
+ports 8000, 29500 ... are free, a /dev/shm of its own, whose files DeepSpeed names by its port, and a
+folder of its own for what runs write (RUNS).
 """
 
 import fcntl
@@ -20,14 +21,15 @@ import pytest
 # index: the first worker's, in this order.
 FIRST_WORKER = ("test_layout", "test_setup", "test_readmes", "test_claims", "test_tuned_in_vllm")
 MEMORY_GIB = 5  # a worker's engines
-OWN_NETWORK = ["unshare", "--net"]
+ALONE = ["unshare", "--net", "--mount"]
 if os.geteuid() != 0:  # who is not root gets the right to it in a user namespace
-    OWN_NETWORK += ["--user", "--map-current-user", "--keep-caps"]
+    ALONE += ["--user", "--map-current-user", "--keep-caps"]
+OWN_SHM = ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
 
 
-def own_network_can_be_made() -> bool:
+def can_be_alone() -> bool:
     try:
-        return subprocess.run([*OWN_NETWORK, "true"], capture_output=True).returncode == 0
+        return subprocess.run([*ALONE, *OWN_SHM], capture_output=True).returncode == 0
     except FileNotFoundError:
         return False
 
@@ -37,7 +39,7 @@ def pytest_xdist_auto_num_workers() -> int:
     """A worker a core, as far as memory goes; one where workers would share GPUs or ports."""
     from lab.profile import detect
 
-    if detect() != "cpu" or not own_network_can_be_made():
+    if detect() != "cpu" or not can_be_alone():
         return 1
     memory_gib = psutil.virtual_memory().available / 2**30
     cores = len(os.sched_getaffinity(0))
@@ -45,19 +47,20 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def separate(config) -> None:
-    """Start every worker but the first in a network of its own."""
+    """Start every worker but the first alone."""
     workers = config.getoption("tx", None) or []
-    command = shlex.join([*OWN_NETWORK, sys.executable])
+    command = shlex.join([*ALONE, sys.executable])
     workers[1:] = [f"popen//python={command}"] * (len(workers) - 1)
 
 
 def settle(worker: str, root: Path) -> Path:
-    """The folder that this worker's commands write into; brings up its network."""
+    """The folder that this worker's commands write into; makes its network and its /dev/shm."""
     if worker == "gw0":
         return root / "runs"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         up = struct.pack("16sh", b"lo", 1)  # IFF_UP
         fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
+    subprocess.run(OWN_SHM, check=True)
     runs = root / "runs" / "tests" / worker
     runs.mkdir(parents=True, exist_ok=True)
     for shared in ("models", "cache"):
