@@ -49,18 +49,23 @@ def gpu_columns() -> tuple[str, dict[str, float]]:
 
 
 def keep_busy(client, model: str, stop: threading.Event) -> None:
-    """Send request after request until told to stop, or until the connection is closed."""
+    """Send request after request until told to stop, or until the server is gone."""
     import openai
 
     while not stop.is_set():
         try:
-            client.completions.create(
+            answer = client.completions.create(
                 model=model,
                 prompt="Once upon a time",
                 max_tokens=100,
                 temperature=1,
+                stream=True,
                 extra_body={"ignore_eos": True},
             )
+            with answer:  # left early, the server notices and frees the request's blocks
+                for _ in answer:
+                    if stop.is_set():
+                        return
         except openai.APIError:
             return
 
@@ -105,8 +110,11 @@ def main() -> None:
     client = openai.OpenAI(base_url=f"{args.address}/v1", api_key=key, max_retries=0)
     model = engine.served_model(client).id
     stop = threading.Event()
+    readers = []
     for _ in range(args.load):
-        threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True).start()
+        reader = threading.Thread(target=keep_busy, args=(client, model, stop), daemon=True)
+        reader.start()
+        readers.append(reader)
     patience = time.monotonic() + 30
     while args.load and time.monotonic() < patience:
         if scrape(args.address)["vllm:num_requests_running"]:
@@ -154,7 +162,8 @@ def main() -> None:
         fail(f"the server at {args.address} went away while it was watched")
     finally:
         stop.set()
-        client.close()  # the server notices and frees the requests' blocks
+        for reader in readers:  # each closes its own connection
+            reader.join(timeout=10)
 
     # -----------------------------------------------------------------------------
     # 3. The mean of the second half (the first holds the start), latencies of the whole watch
