@@ -19,7 +19,8 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, refused, run
 
-from lab import jobs, machine, memory, models
+from lab import jobs, memory, models
+from lab.profile import load_profile
 
 SERVE = "modules/03_vllm/01_serve.py"
 PRODUCTION = ROOT / "modules/03_vllm/production.md"
@@ -49,8 +50,8 @@ def test_the_planner_predicts_the_cache(server):
     metrics = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
     facts = dict(re.findall(r'(\w+)="([^"]*)"', re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.M)[1]))
     tokens = int(facts["num_gpu_blocks"]) * int(facts["block_size"])
-    dtype = "bfloat16" if machine.fast_bfloat16() else "float32"  # of the cpu profile here
-    each = memory.kv_bytes_per_token(memory.read(models.config("smollm2-135m")), dtype=dtype)
+    sizes = memory.read(models.config("smollm2-135m"))
+    each = memory.kv_bytes_per_token(sizes, dtype=load_profile("cpu").dtype)
     assert tokens * each / memory.GIB == pytest.approx(1, rel=0.02)
 
 

@@ -37,7 +37,7 @@ def gpu_columns() -> tuple[str, dict[str, float]]:
 
 
 def keep_busy(client, model: str, stop: threading.Event) -> None:
-    """One reader that sends request after request until told to stop, or until the server is gone."""
+    """One reader: request after request until told to stop, or until the server is gone."""
     import openai
 
     while not stop.is_set():
@@ -114,7 +114,8 @@ def main() -> None:
         fail(f"the server at {args.address} went away while it was watched")
     finally:
         stop.set()
-        for reader in readers:  # each closes its own connection: a descriptor's number may be taken anew
+        # Each closes its own connection: closed from here, its descriptor's number could be reused.
+        for reader in readers:
             reader.join(timeout=10)
 
     steady = rows[len(rows) // 2 :]  # the first half holds the start
