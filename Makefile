@@ -1,5 +1,6 @@
 # The one front door: `make` lists every target, grouped, the first steps first.
-# PROFILE=cpu|4090x1|4090x2 overrides detection; ARGS="--flag value" reaches the script.
+# PROFILE=cpu|4090x1|4090x2 overrides detection; ARGS="--flag value" reaches the script;
+# RUNS=folder is where runs write (default: runs).
 SHELL := /bin/bash
 PY := .venv/bin/python
 # The environment's programs (ninja, deepspeed ...) come first; only set-up wants the machine's.
@@ -7,7 +8,7 @@ SYSTEM_PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
 export PATH := $(CURDIR)/.venv/bin:$(SYSTEM_PATH)
 export SYSTEM_PATH
 SETUP := PATH="$$SYSTEM_PATH" scripts/setup.sh
-export PROFILE STORE
+export PROFILE STORE RUNS
 export MAKE_COMMAND = $(MAKECMDGOALS) $(MAKEOVERRIDES)
 .DEFAULT_GOAL := help
 
@@ -47,7 +48,7 @@ stop: env ## end every server and job that this repository started, and nothing 
 	@$(PY) scripts/stop.py
 
 test: setup ## everything a change must pass (ARGS="-m smoke": the installation, a minute)
-	@$(PY) -m pytest -m "not long" $(ARGS)
+	@$(PY) -m pytest -n auto -m "not long" $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 01 One GPU (or none): is the machine sound?
@@ -206,10 +207,12 @@ report: env ## write runs/report.html, one page with plots, from what has been r
 	@$(PY) scripts/report.py $(ARGS)
 
 test-long: setup ## the slow proofs
-	@$(PY) -m pytest -m long $(ARGS)
+	@$(PY) -m pytest -n auto -m long $(ARGS)
 
-lint: env ## ruff over all Python files
+lint: env ## ruff, its format, and the measures of scripts/lint.py
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) scripts/lint.py --show
 
 snapshot: env ## write what the doctor finds into .CLAUDE.md, for an AI assistant
 	@$(PY) scripts/doctor.py --snapshot $(ARGS)
@@ -229,8 +232,8 @@ tables: env ## write the tables in the readmes from the records
 lock: env ## regenerate locks/*.txt from the .in files (UPGRADE=1: newest)
 	@UPGRADE="$(UPGRADE)" scripts/lock.sh
 
-clean: ## remove what runs wrote (runs/, caches), not the environment
-	@if [ -x $(PY) ] && [ -d runs/jobs ]; then $(PY) scripts/stop.py; fi
+clean: ## remove runs/ and caches, not the environment, nor a folder that RUNS names
+	@if [ -x $(PY) ] && [ -d runs/jobs ]; then RUNS= $(PY) scripts/stop.py; fi
 	@rm -rf runs .pytest_cache .ruff_cache; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: env

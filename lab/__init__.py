@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs"  # git-ignored: everything a local run writes
+# Everything a local run writes; git-ignored. RUNS=/data/videofen names another folder.
+RUNS = ROOT / Path(os.environ.get("RUNS") or "runs").expanduser()
 LOCAL_VARIABLES = ("no_proxy", "NO_PROXY")
 
 

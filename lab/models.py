@@ -1,7 +1,8 @@
-"""From a model's name to a folder that every engine can load (configs/models.yaml lists each model once).
+"""From a model's name to a folder that every engine can load (configs/models.yaml lists each model
+once).
 
-The hub variables work as everywhere: HF_ENDPOINT names a Hugging Face mirror; USE_MODELSCOPE_HUB=1 or
-VLLM_USE_MODELSCOPE=1 downloads from ModelScope instead.
+The hub variables work as everywhere: HF_ENDPOINT names a Hugging Face mirror; USE_MODELSCOPE_HUB=1
+or VLLM_USE_MODELSCOPE=1 downloads from ModelScope instead.
 """
 
 import os
@@ -21,7 +22,9 @@ def catalogue() -> dict[str, dict]:
 
 
 def entry(name: str) -> tuple[str, dict]:
-    """(name, its entry) for a name, Hugging Face id or ModelScope id of configs/models.yaml; (name, {}) for anything else."""
+    """(name, its entry) for a name, Hugging Face id or ModelScope id of configs/models.yaml; (name,
+    {}) for anything else.
+    """
     for key, model in catalogue().items():
         if name.lower() in (key, model["hub"].lower(), model["modelscope"].lower()):
             return key, model
@@ -29,9 +32,11 @@ def entry(name: str) -> tuple[str, dict]:
 
 
 def config(name: str) -> dict:
-    """What the model's config.json says. `name` is one of configs/models.yaml, a config.json, a folder that holds one, or a hub id.
+    """What the model's config.json says. `name` is one of configs/models.yaml, a config.json, a
+    folder that holds one, or a hub id.
 
-    Only a hub id that configs/models.yaml does not list needs the network (one small file). Raises SystemExit(2) with one sentence.
+    Only a hub id that configs/models.yaml does not list needs the network (one small file). Raises
+    SystemExit(2) with one sentence.
     """
     import json
 
@@ -45,7 +50,9 @@ def config(name: str) -> dict:
             fail(f"the folder {name} holds no model: there is no config.json in it")
     elif not file.is_file():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            fail(f"there is no model {name}: give a name of configs/models.yaml, a folder, a config.json or an organisation/model id of the hub")
+            fail(
+                f"there is no model {name}: give a name of configs/models.yaml, a folder, a config.json or an organisation/model id of the hub"
+            )
         file = _from_hub(name, "the config.json of", "give a config.json", file="config.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -57,7 +64,9 @@ def config(name: str) -> dict:
 
 
 def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
-    """The model's folder, or one `file` of it, from the hub that the environment names; one sentence and exit code 2 where it cannot be had."""
+    """The model's folder, or one `file` of it, from the hub that the environment names; one
+    sentence and exit code 2 where it cannot be had.
+    """
     model = entry(name)[1]
     try:
         if from_modelscope():
@@ -68,30 +77,47 @@ def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
         from huggingface_hub import hf_hub_download, snapshot_download
 
         hub = model.get("hub", name)
-        return Path(hf_hub_download(hub, file) if file else snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"]))
+        return Path(
+            hf_hub_download(hub, file)
+            if file
+            else snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"])
+        )
     except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        fail(f"could not get {what} {name}: {reason} -- check the name and the network, or {way_out}")
+        fail(
+            f"could not get {what} {name}: {reason} -- check the name and the network, or {way_out}"
+        )
 
 
 def from_modelscope() -> bool:
-    return any(os.environ.get(v, "").lower() in ("1", "true", "yes") for v in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE"))
+    return any(
+        os.environ.get(v, "").lower() in ("1", "true", "yes")
+        for v in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE")
+    )
 
 
 def served_names(name: str) -> list[str]:
-    """Names under which a server answers for this model: the short one and its hub id; for another folder, its own."""
-    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+/?$", name)  # where the hub's library keeps a model
+    """Names under which a server answers for this model: the short one and its hub id; for another
+    folder, its own.
+    """
+    cached = re.search(
+        r"/models--([^/]+)/snapshots/[^/]+/?$", name
+    )  # where the hub's library keeps a model
     if cached:
         name = cached[1].replace("--", "/")
     key, model = entry(name)
-    return [key, model["hub"]] if model else [name if "/" not in name or not Path(name).is_dir() else Path(name).name]
+    return (
+        [key, model["hub"]]
+        if model
+        else [name if "/" not in name or not Path(name).is_dir() else Path(name).name]
+    )
 
 
 def model_folder(name: str) -> Path:
     """Folder with the model's config, tokenizer and weights, downloaded or converted on first use.
 
-    `name` is one of configs/models.yaml, any `organisation/model` id of the hub, or a folder. Raises SystemExit(2) with one
-    sentence when it is none of these or cannot be had.
+    `name` is one of configs/models.yaml, any `organisation/model` id of the hub, or a folder.
+    Raises SystemExit(2) with one sentence when it is none of these or cannot be had.
     """
     key, model = entry(name)
     if "package" in model:
@@ -103,18 +129,24 @@ def model_folder(name: str) -> Path:
     if name.startswith((".", "/", "~")):
         fail(f"there is no model folder {name}")
     if not model and name.count("/") != 1:
-        fail(f"unknown model {name}: choose one of {', '.join(catalogue())} (configs/models.yaml), an organisation/model id of the hub, or a folder")
+        fail(
+            f"unknown model {name}: choose one of {', '.join(catalogue())} (configs/models.yaml), an organisation/model id of the hub, or a folder"
+        )
     return _from_hub(name, "model", "set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
 
 
 def _from_package(key: str, model: dict) -> Path:
-    """Convert the GGUF file that a Python package ships into a Hugging Face folder, once (about 30 s)."""
+    """Convert the GGUF file that a Python package ships into a Hugging Face folder, once (about 30
+    s).
+    """
     folder = RUNS / "models" / key
     if (folder / "config.json").is_file():
         return folder
     package = find_spec(model["package"])
     if package is None:
-        fail(f"package {model['package']}, which carries model {key}, is not installed: run 'make setup'")
+        fail(
+            f"package {model['package']}, which carries model {key}, is not installed: run 'make setup'"
+        )
     print(f"unpacking {key} into {shown(folder)} (once, about 30 s)", file=sys.stderr, flush=True)
 
     import torch
@@ -122,11 +154,15 @@ def _from_package(key: str, model: dict) -> Path:
 
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model["gguf"])
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as published; the GGUF names <|im_start|> here
+    tokenizer.eos_token = tokenizer.pad_token = (
+        "<|im_end|>"  # as published; the GGUF names <|im_start|> here
+    )
     # LLaMA-Factory trains in the folder's own type.
     dtype = torch.bfloat16 if machine.fast_bfloat16() else torch.float32
     weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=dtype)
-    partial = folder.with_name(f".{key}-{os.getpid()}")  # renamed when whole: an interrupted conversion leaves no half model
+    partial = folder.with_name(
+        f".{key}-{os.getpid()}"
+    )  # renamed when whole: an interrupted conversion leaves no half model
     tokenizer.save_pretrained(partial)
     weights.save_pretrained(partial)
     try:
@@ -139,7 +175,10 @@ def _from_package(key: str, model: dict) -> Path:
 def main() -> None:
     """`python -m lab.models NAME ...`: print the folder of each model, downloading what is missing."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
-        print("usage: python -m lab.models NAME [NAME ...]   print each model's folder, downloading what is missing\nnames:", ", ".join(catalogue()))
+        print(
+            "usage: python -m lab.models NAME [NAME ...]   print each model's folder, downloading what is missing\nnames:",
+            ", ".join(catalogue()),
+        )
         return
     for name in sys.argv[1:]:
         print(model_folder(name))

@@ -1,8 +1,8 @@
 """The profile: which values the same scripts take on this machine (configs/profiles/*.yaml).
 
-PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets and that the
-environment's lock can compute. A GPU profile takes as many cards as it requires: CUDA_VISIBLE_DEVICES says which.
-Command line, for launchers that are not Python:
+PROFILE=NAME picks one; without it, the most demanding profile whose `requires` this machine meets
+and that the environment's lock can compute. A GPU profile takes as many cards as it requires:
+CUDA_VISIBLE_DEVICES says which. Command line, for launchers that are not Python:
     eval "$(python -m lab.profile)"            export the profile's environment into a shell
     python -m lab.profile COMMAND [ARG ...]    run a command in it
 """
@@ -34,14 +34,18 @@ def read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        fail(f"{shown(path)} is not valid YAML{f' near line {mark.line + 1}' if mark else ''}: {getattr(e, 'problem', None) or e}")
+        fail(
+            f"{shown(path)} is not valid YAML{f' near line {mark.line + 1}' if mark else ''}: {getattr(e, 'problem', None) or e}"
+        )
     if not isinstance(content, dict):
         fail(f"{shown(path)} holds no settings: it must be a mapping of names to values")
     return content
 
 
 def fitting(requires: dict) -> list[dict]:
-    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large enough, and alike if it can."""
+    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large enough, and alike if it
+    can.
+    """
     count, least = requires.get("gpus", 0), requires.get("gpu_memory_gib", 0)
     large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= least]
     for name in dict.fromkeys(gpu["name"] for gpu in large):
@@ -86,7 +90,9 @@ def remark(name: str, taken: list[dict]) -> str:
     away = f"profile {name}" + (AWAY if lock == "gpu" else "")
     names = [machine.short(gpu["name"]) for gpu in taken]
     if len(set(names)) > 1:
-        unlike = " and ".join(f"{machine.short(g['name'])} ({g['memory_gib']:g} GiB)" for g in taken)
+        unlike = " and ".join(
+            f"{machine.short(g['name'])} ({g['memory_gib']:g} GiB)" for g in taken
+        )
         return f"profile {name} takes unlike cards, {unlike}: the smaller memory and the slower card count"
     if taken and names[0] == "RTX 4090":
         return ""
@@ -111,7 +117,9 @@ def remark(name: str, taken: list[dict]) -> str:
     return f"no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; {away}"
 
 
-def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu") -> None:
+def need_cards(
+    what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu"
+) -> None:
     """Exit code 2 where `what` wants more cards than the profile has; `otherwise`: what to do then."""
     profile = load_profile(check=False)
     have = len(machine.gpus())
@@ -121,7 +129,9 @@ def need_cards(what: str, count: int, otherwise: str = "run it on the CPU with P
             otherwise = f"this machine has {there}: leave PROFILE and CUDA_VISIBLE_DEVICES out, or say PROCESSES=2"
         else:
             otherwise += f", or take a machine with {count}"
-        fail(f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}")
+        fail(
+            f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}"
+        )
 
 
 def need_vllm() -> None:
@@ -134,9 +144,11 @@ def need_vllm() -> None:
 
 
 def writable_home() -> dict[str, str]:
-    """Cache folders under runs/cache for every library that would write to HOME; {} where HOME can be written.
+    """Cache folders under runs/cache for every library that would write to HOME; {} where HOME can
+    be written.
 
-    What is compiled there is handed to compilers, which cannot cope with a blank in a path: it then lies in the system's temporary folder.
+    What is compiled there is handed to compilers, which cannot cope with a blank in a path: it then
+    lies in the system's temporary folder.
     """
     probe = Path.home() / ".cache"
     try:
@@ -152,25 +164,43 @@ def writable_home() -> dict[str, str]:
     if not compilable(str(cache_)):
         mark = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
         compiled = Path(tempfile.gettempdir(), f"videofen-cache-{os.getuid()}-{mark}")
-    names = {"XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "config", "HF_HOME": "huggingface", "MODELSCOPE_CACHE": "modelscope"}
+    names = {
+        "XDG_CACHE_HOME": "",
+        "XDG_CONFIG_HOME": "config",
+        "HF_HOME": "huggingface",
+        "MODELSCOPE_CACHE": "modelscope",
+    }
     names |= {"VLLM_CONFIG_ROOT": "vllm", "MPLCONFIGDIR": "matplotlib"}
-    compilers = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "FLASHINFER_WORKSPACE_BASE": ""}
+    compilers = {
+        "VLLM_CACHE_ROOT": "vllm",
+        "TRITON_CACHE_DIR": "triton",
+        "FLASHINFER_WORKSPACE_BASE": "",
+    }
     compilers |= {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    places = {} if writable else {variable: str(cache_ / folder) for variable, folder in names.items()}
+    places = (
+        {} if writable else {variable: str(cache_ / folder) for variable, folder in names.items()}
+    )
     return places | {variable: str(compiled / folder) for variable, folder in compilers.items()}
 
 
 def without_openssl() -> dict[str, str]:
-    """torch.compile (C++, torch 2.13) names its precompiled headers with the program openssl: without it, none are made."""
+    """torch.compile (C++, torch 2.13) names its precompiled headers with the program openssl:
+    without it, none are made.
+    """
     return {} if shutil.which("openssl") else {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 
 
 def capped(environment: dict) -> dict:
-    """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, where that stands in for a smaller one."""
+    """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, where that stands
+    in for a smaller one.
+    """
     if not (machine.memory_cap_gib() and machine.gpus()):
         return environment
     fraction = machine.memory_cap_gib() / machine.gpus()[0]["memory_gib"]
-    settings = [environment.get("PYTORCH_ALLOC_CONF", ""), f"per_process_memory_fraction:{min(fraction, 1):.4f}"]
+    settings = [
+        environment.get("PYTORCH_ALLOC_CONF", ""),
+        f"per_process_memory_fraction:{min(fraction, 1):.4f}",
+    ]
     return environment | {"PYTORCH_ALLOC_CONF": ",".join(filter(None, settings))}
 
 
@@ -210,17 +240,21 @@ def programs_first() -> None:
 
 @cache
 def load_profile(name: str | None = None, check: bool = True):
-    """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ where the user set nothing.
+    """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ
+    where the user set nothing.
 
-    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this machine lacks, or for
-    another lock, is refused, except where nothing runs (--help, --dry-run, or `check` False).
+    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this
+    machine lacks, or for another lock, is refused, except where nothing runs (--help, --dry-run, or
+    `check` False).
     """
     from omegaconf import OmegaConf
 
     known = sorted(f.stem for f in FOLDER.glob("*.yaml"))
     name = name or os.environ.get("PROFILE") or detect()
     if name not in known:
-        fail(f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect")
+        fail(
+            f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect"
+        )
     values = read_yaml(FOLDER / f"{name}.yaml")
     if values["device"] == "cpu" and not machine.fast_bfloat16():
         values = in_float32(values)
@@ -236,7 +270,9 @@ def load_profile(name: str | None = None, check: bool = True):
     os.environ["PROFILE"] = name  # child processes run under the same one
     take_cards(name, requires)
     programs_first()
-    for variable, value in (capped(values.get("env", {})) | writable_home() | without_openssl()).items():
+    for variable, value in (
+        capped(values.get("env", {})) | writable_home() | without_openssl()
+    ).items():
         os.environ.setdefault(variable, str(value))
     results.began(values)
     return OmegaConf.create({"name": name, **values})
@@ -253,7 +289,9 @@ def main() -> None:
     try:
         os.execvp(sys.argv[1], sys.argv[1:])
     except FileNotFoundError:
-        fail(f"no command {sys.argv[1]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)")
+        fail(
+            f"no command {sys.argv[1]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)"
+        )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,20 @@ from lab import models
 from lab.profile import load_profile
 
 # Sections of a profile that name a model, and what it is for.
-USES = {"smoke": "01 smoke test", "image_edit": "02 image editing", "serve": "03 serving", "throughput": "03 throughput", "train": "04/05 training"}
+USES = {
+    "smoke": "01 smoke test",
+    "image_edit": "02 image editing",
+    "serve": "03 serving",
+    "throughput": "03 throughput",
+    "train": "04/05 training",
+}
 USES |= {"zero": "05 ZeRO-1/2/3", "finetune": "06 LoRA"}
 
 
 def wanted(profile, sections=tuple(USES)) -> dict[str, list[str]]:
-    """{model: what it is for} of these sections of the profile; a stage that builds its own model names none."""
+    """{model: what it is for} of these sections of the profile; a stage that builds its own model
+    names none.
+    """
     found: dict[str, list[str]] = {}
     for section in sections:
         if section in profile and profile[section].model:
@@ -28,17 +36,25 @@ def wanted(profile, sections=tuple(USES)) -> dict[str, list[str]]:
 def listing(profile, sections=tuple(USES)) -> tuple[str, float]:
     """(what there is to fetch, a model a line, with its size and use; GB in all)."""
     needed = wanted(profile, sections)
-    lines = [f"models of profile {profile.name}, from {'ModelScope' if models.from_modelscope() else 'Hugging Face'}:"]
+    lines = [
+        f"models of profile {profile.name}, from {'ModelScope' if models.from_modelscope() else 'Hugging Face'}:"
+    ]
     for name, uses in needed.items():
         model = models.entry(name)[1]
         size = f"{model['download_gb']:6.1f} GB" if model["download_gb"] else " in a package"
-        lines.append(f"  {name:24} {size:13}  {model['modelscope'] if models.from_modelscope() else model['hub']:36} {', '.join(uses)}")
+        lines.append(
+            f"  {name:24} {size:13}  {model['modelscope'] if models.from_modelscope() else model['hub']:36} {', '.join(uses)}"
+        )
     total = sum(models.entry(name)[1]["download_gb"] for name in needed)
-    return "\n".join([*lines, f"  in all {total:.1f} GB; what is in the cache already is not fetched again"]), total
+    return "\n".join(
+        [*lines, f"  in all {total:.1f} GB; what is in the cache already is not fetched again"]
+    ), total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--list", action="store_true", help="only print the list")
     args = parser.parse_args()
     profile = load_profile(check=False)  # a machine without GPUs may fetch for one that has them

@@ -46,7 +46,9 @@ def fetch(address):
     """(content, the address it came from in the end); the usual proxy variables are honoured."""
     parts = urllib.parse.urlsplit(address)
     login, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"Accept": "text/html, */*;q=0.1"})
+    request = urllib.request.Request(
+        parts._replace(netloc=host).geturl(), headers={"Accept": "text/html, */*;q=0.1"}
+    )
     if login:  # https://user:password@host/, as pip takes it
         word = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
         request.add_unredirected_header("Authorization", "Basic " + word)
@@ -82,14 +84,21 @@ def main():
     wheels = [
         address
         for address in Links(page.decode("utf-8", "replace")).addresses
-        if re.match(f"uv-{re.escape(version)}-.*{PLATFORM}", urllib.parse.urlsplit(address).path.rpartition("/")[2])
+        if re.match(
+            f"uv-{re.escape(version)}-.*{PLATFORM}",
+            urllib.parse.urlsplit(address).path.rpartition("/")[2],
+        )
     ]
     host = urllib.parse.urlsplit(base).netloc
     if not wheels:
-        fail(f"{host} has no uv {version} for Linux on x86-64: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup")
+        fail(
+            f"{host} has no uv {version} for Linux on x86-64: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup"
+        )
     wheel, _ = fetch_or_fail(urllib.parse.urljoin(base, wheels[0].partition("#")[0]))
     if hashlib.sha256(wheel).hexdigest() not in hashes:
-        fail(f"what {host} gave for uv {version} has none of the hashes in {lock}: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup")
+        fail(
+            f"what {host} gave for uv {version} has none of the hashes in {lock}: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup"
+        )
 
     os.makedirs(folder, exist_ok=True)
     program = os.path.join(folder, "uv")

@@ -136,32 +136,54 @@ initramfs_command() {
   esac
 }
 
-# What keeps a working card from running the gpu lock; nothing where it can. torch 2.11 carries CUDA 13.
-card_too_old() {
-  local smi driver capability
+# A line for each card: `driver, memory in MiB, compute capability`. Drivers older than 510 cannot tell the last, and a
+# query that asks for it then fails as a whole.
+cards() {
+  local smi query=(--format=csv,noheader,nounits)
   smi=$(nvidia_smi) || return 0
-  driver=$(timeout -k 2 20 "$smi" --query-gpu=driver_version --format=csv,noheader | head -n 1)
-  [[ $driver =~ ^[0-9]+ ]] || return 0   # it does not tell
-  [ "${driver%%.*}" -ge 580 ] || {
+  timeout -k 2 20 "$smi" --query-gpu=driver_version,memory.total,compute_cap "${query[@]}" ||
+    timeout -k 2 20 "$smi" --query-gpu=driver_version,memory.total "${query[@]}" || true
+}
+
+# column NUMBER PATTERN: the largest value of a column of `cards` that looks like PATTERN; nothing where none does.
+column() { cut -d, -f "$1" | sed 's/ //g' | { grep -Ex "$2" || true; } | sort -rn | head -n 1; }
+
+# What keeps working cards from running the gpu lock; nothing where they can. torch 2.11 carries CUDA 13.
+cards_too_old() {
+  local cards=$1 driver capability
+  driver=$(column 1 '[0-9]+([.][0-9]+)*' <<< "$cards")
+  if [ "${driver%%.*}" -lt 580 ] 2>/dev/null; then
     echo "NVIDIA driver $driver is too old for the gpu lock (CUDA 13, driver 580 or newer), and there is no lock for older ones: $(driver_command)"
     return
-  }
-  capability=$(timeout -k 2 20 "$smi" --query-gpu=compute_cap --format=csv,noheader | sort -rn | head -n 1)
-  [[ ! $capability =~ ^[0-9]+\.[0-9]+$ ]] || [ "${capability/./}" -ge 75 ] ||
+  fi
+  capability=$(column 3 '[0-9]+[.][0-9]+' <<< "$cards")
+  [ -z "$capability" ] || [ "${capability/./}" -ge 75 ] ||
     echo "the NVIDIA card here (compute capability $capability) is older than CUDA 13 supports (7.5, the RTX 20 series)"
 }
 
-# What keeps a card from the profiles of this repository: 22 GiB (configs/profiles/4090x1.yaml) and bfloat16.
-card_too_small() {
-  local smi largest capability
-  smi=$(nvidia_smi) || return 0
-  largest=$(timeout -k 2 20 "$smi" --query-gpu=memory.total --format=csv,noheader,nounits | sort -rn | head -n 1)
-  [[ ! $largest =~ ^[0-9]+$ ]] || largest=$(((largest + 512) / 1024))
-  [[ ! $largest =~ ^[0-9]+$ ]] || [ "$largest" -ge 22 ] || {
-    echo "the largest NVIDIA card here has $largest GiB, and the profiles take cards of 22 GiB and more"
+# What keeps cards from the profiles of this repository: 22 GiB (configs/profiles/4090x1.yaml) and bfloat16.
+cards_too_small() {
+  local cards=$1 mib capability
+  mib=$(column 2 '[0-9]+' <<< "$cards")
+  if [ -n "$mib" ] && [ $(((mib + 512) / 1024)) -lt 22 ]; then
+    echo "the largest NVIDIA card here has $(((mib + 512) / 1024)) GiB, and the profiles take cards of 22 GiB and more"
     return
-  }
-  capability=$(timeout -k 2 20 "$smi" --query-gpu=compute_cap --format=csv,noheader | sort -rn | head -n 1)
-  [[ ! $capability =~ ^[0-9]+\.[0-9]+$ ]] || [ "${capability/./}" -ge 80 ] ||
+  fi
+  capability=$(column 3 '[0-9]+[.][0-9]+' <<< "$cards")
+  [ -z "$capability" ] || [ "${capability/./}" -ge 80 ] ||
     echo "the NVIDIA card here (compute capability $capability) has no bfloat16, in which the profiles compute (8.0 and newer, the RTX 30 series)"
+}
+
+# gpu_lock_problem asked|found: the first thing that keeps this machine's cards from the gpu lock, and what to do; nothing
+# where they can take it. Who asked for the lock by LOCK=gpu may have cards that only a profile of one's own takes.
+gpu_lock_problem() {
+  local how=$1 problem cards
+  problem=$(driver_problem)
+  [ -z "$problem" ] || { echo "$problem; then repeat make setup, or $without_card"; return; }
+  cards=$(cards)
+  problem=$(cards_too_old "$cards")
+  [ -z "$problem" ] || { echo "$problem; or $without_card"; return; }
+  [ "$how" != asked ] || return 0
+  problem=$(cards_too_small "$cards")
+  [ -z "$problem" ] || echo "$problem: $without_card (or, to write a profile of your own, make setup LOCK=gpu)"
 }

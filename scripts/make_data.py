@@ -1,11 +1,13 @@
-"""Write the data set of the training stages: a request in plain words -> the launch specification as JSON.
+"""Write the data set of the training stages: a request in plain words -> the launch specification
+as JSON.
 
     python scripts/make_data.py            # writes modules/06_LLaMA-Factory/data/*.json, always the same (fixed seed)
     python scripts/make_data.py --check    # writes nothing; exit code 1 when the files differ from what the script would write
 
-An untuned model answers such a request with prose; a tuned one with one line of JSON, scored by exact match. The held-out split
-uses phrasings that training does not have and combinations of values that training does not have: what it measures is
-understanding, not memory. English for the embedded 135M model, Chinese too for Qwen.
+An untuned model answers such a request with prose; a tuned one with one line of JSON, scored by
+exact match. The held-out split uses phrasings that training does not have and combinations of
+values that training does not have: what it measures is understanding, not memory. English for the
+embedded 135M model, Chinese too for Qwen.
 """
 
 import argparse
@@ -22,7 +24,16 @@ SEED = 4090
 
 # The values of the five fields, in the order in which the JSON has them.
 VALUES = {
-    "model": ["qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3-8b", "mistral-7b", "smollm2-135m", "yi-34b"],
+    "model": [
+        "qwen2.5-0.5b",
+        "qwen2.5-7b",
+        "qwen2.5-14b",
+        "qwen2.5-32b",
+        "llama-3-8b",
+        "mistral-7b",
+        "smollm2-135m",
+        "yi-34b",
+    ],
     "gpus": [1, 2, 3, 4, 6, 8],
     "port": [8000, 8001, 8080, 8888, 9000, 9001, 5000, 7860, 6006, 8500],
     "max_len": [512, 1024, 2048, 4096, 8192, 16384],
@@ -80,7 +91,9 @@ PHRASINGS = {
 
 
 def rows(language: str, split: str) -> list[dict]:
-    """The split's rows, [{"messages": [user, assistant]}, ...]; combinations of values are dealt to one split each."""
+    """The split's rows, [{"messages": [user, assistant]}, ...]; combinations of values are dealt to
+    one split each.
+    """
     rng = random.Random(f"{SEED}")
     combinations = list(itertools.product(*VALUES.values()))
     rng.shuffle(combinations)
@@ -90,7 +103,14 @@ def rows(language: str, split: str) -> list[dict]:
         values = dict(zip(VALUES, combination, strict=True))
         phrasings = PHRASINGS[language][split]
         request = phrasings[number % len(phrasings)].format(**values)
-        found.append({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": json.dumps(values)}]})
+        found.append(
+            {
+                "messages": [
+                    {"role": "user", "content": request},
+                    {"role": "assistant", "content": json.dumps(values)},
+                ]
+            }
+        )
     return found
 
 
@@ -99,24 +119,42 @@ def files() -> dict[Path, str]:
     found, info = {}, {}
     for language, split in itertools.product(PHRASINGS, SIZES):
         name = f"launch_{language}_{split}"
-        lines = ",\n".join(" " + json.dumps(row, ensure_ascii=False) for row in rows(language, split))
+        lines = ",\n".join(
+            " " + json.dumps(row, ensure_ascii=False) for row in rows(language, split)
+        )
         found[FOLDER / f"{name}.json"] = f"[\n{lines}\n]\n"
         info[name] = {
             "file_name": f"{name}.json",
             "formatting": "sharegpt",
             "columns": {"messages": "messages"},
-            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+            "tags": {
+                "role_tag": "role",
+                "content_tag": "content",
+                "user_tag": "user",
+                "assistant_tag": "assistant",
+            },
         }
-    info["alpaca_zh"] = {"hf_hub_url": "llamafactory/alpaca_zh", "ms_hub_url": "llamafactory/alpaca_zh"}
+    info["alpaca_zh"] = {
+        "hf_hub_url": "llamafactory/alpaca_zh",
+        "ms_hub_url": "llamafactory/alpaca_zh",
+    }
     found[FOLDER / "dataset_info.json"] = json.dumps(info, indent=2) + "\n"
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the files differ")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 when the files differ"
+    )
     args = parser.parse_args()
-    differ = [path for path, text in files().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    differ = [
+        path
+        for path, text in files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path in [] if args.check else differ:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(files()[path], encoding="utf-8")

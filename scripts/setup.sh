@@ -69,7 +69,9 @@ elif [ -n "${LOCK:-}" ]; then lock=$LOCK; how=asked
 elif [ "$how" = asked ]; then lock=$installed           # a lock is kept only if it was asked for
 elif nvidia_card; then lock=gpu; how=found
 else lock=cpu; how=found; fi
-contents="$lock $(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16)"
+# Of pyproject.toml what the installation of `lab` reads: settings of ruff and pytest may change.
+package() { awk '/^\[/ {on = !/^\[tool[.](ruff|pytest)/} on' pyproject.toml; }
+contents="$lock $({ cat "locks/$lock.txt"; package; } | sha256sum | cut -c1-16)"
 current=""
 [ "$prefix" = new ] || [ ! -x "$prefix/bin/python" ] || [ ! .venv/bin -ef "$prefix/bin" ] ||
   [[ $made != "$contents "@(asked|found)" $root" ]] || current=1
@@ -79,12 +81,8 @@ if [ "${1:-}" = --check ]; then
     [ -x .venv/bin/python ] && fail "the environment is not up to date: run 'make setup'"
     fail "no environment yet: run 'make setup' first"
   fi
-  if [ "$installed $how" = "cpu found" ] && nvidia_card; then
-    problem=$(driver_problem)
-    [ -n "$problem" ] || problem=$(card_too_old)
-    [ -n "$problem" ] || problem=$(card_too_small)
-    [ -n "$problem" ] ||
-      fail "an NVIDIA GPU is usable now, the environment has the cpu lock: run 'make setup' (or keep it: make setup LOCK=cpu)"
+  if [ "$installed $how" = "cpu found" ] && nvidia_card && [ -z "$(gpu_lock_problem found)" ]; then
+    fail "an NVIDIA GPU is usable now, the environment has the cpu lock: run 'make setup' (or keep it: make setup LOCK=cpu)"
   fi
   exit 0
 fi
@@ -94,12 +92,8 @@ fi
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "the locks are for Linux on x86-64, this is $(uname -sm)"
 if [ "$lock" = gpu ] && nvidia_card; then
-  problem=$(driver_problem)
-  [ -z "$problem" ] || fail "$problem; then repeat make setup, or $without_card"
-  problem=$(card_too_old)
-  [ -z "$problem" ] || fail "$problem; or $without_card"
-  [ "$how" = asked ] || problem=$(card_too_small)
-  [ -z "$problem" ] || fail "$problem: $without_card (or, to write a profile of your own, make setup LOCK=gpu)"
+  problem=$(gpu_lock_problem "$how")
+  [ -z "$problem" ] || fail "$problem"
 elif [ "$lock" = gpu ]; then say "no NVIDIA card is seen here: the gpu lock because LOCK=gpu asked for it"
 elif nvidia_card; then say "the NVIDIA card here is not used: the cpu lock because LOCK=cpu asked for it (make setup LOCK=gpu takes the other)"
 elif wsl2 && [ "$how" = found ]; then say "no NVIDIA driver of Windows is seen from WSL2: the cpu lock (if this machine has an NVIDIA card, $(driver_command), and repeat make setup)"

@@ -1,6 +1,8 @@
-"""Write the measured tables of every readme and page from the records in results/: `make tables` (`--check`: only say what differs).
+"""Write the measured tables of every readme and page from the records in results/: `make tables`
+(`--check`: only say what differs).
 
-A table stands between two comments. The first names a record and, a row each, which of its metrics to show under which words:
+A table stands between two comments. The first names a record and, a row each, which of its metrics
+to show under which words:
 
     <!-- table 03_vllm/05_throughput
     vllm_tok_per_s = vLLM (tokens/s)
@@ -8,13 +10,16 @@ A table stands between two comments. The first names a record and, a row each, w
     (generated: one column for each machine under results/ that has the record)
     <!-- /table -->
 
-Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` stands what the planner predicts of every record of
-`make calibrate` (states: of module 05's trainings) beside what was measured.
+Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` stands what the
+planner predicts of every record of `make calibrate` (states: of module 05's trainings) beside what
+was measured.
 
-Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml, its measured column from records.
+Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
+its measured column from records.
 
-What differs from a record's ordinary life (versions that are not the lock's, code that was not committed, its `notes`) stands under
-every table that uses it, in the language of the page; a claim whose record has such a line is marked.
+What differs from a record's ordinary life (versions that are not the lock's, code that was not
+committed, its `notes`) stands under every table that uses it, in the language of the page; a claim
+whose record has such a line is marked.
 """
 
 import argparse
@@ -23,13 +28,31 @@ import re
 
 import yaml
 
-from lab import ROOT, fail, memory, models, shown
+from lab import ROOT, fail, models, shown
+from lab.planner import training, weights
+from lab.planner.config import read
 
-CALIBRATION = re.compile(r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S)
+CALIBRATION = re.compile(
+    r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S
+)
 CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
 CLAIM_WORDS = {
-    "zh": ("说法", "实测", "来源", "准确地说", "状态", {"measured": "实测", "cited": "引用", "not yet": "待测"}),
-    "en": ("claim", "measured", "source", "precisely", "status", {"measured": "measured", "cited": "cited", "not yet": "not yet"}),
+    "zh": (
+        "说法",
+        "实测",
+        "来源",
+        "准确地说",
+        "状态",
+        {"measured": "实测", "cited": "引用", "not yet": "待测"},
+    ),
+    "en": (
+        "claim",
+        "measured",
+        "source",
+        "precisely",
+        "status",
+        {"measured": "measured", "cited": "cited", "not yet": "not yet"},
+    ),
 }
 WORDS = {
     "zh": {
@@ -67,11 +90,16 @@ def number(value) -> str:
 
 def records(name: str) -> dict[str, dict]:
     """{machine: its stored record of `name`}."""
-    return {f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text()) for f in sorted(ROOT.glob(f"results/*/{name}.json"))}
+    return {
+        f.relative_to(ROOT / "results").parts[0]: json.loads(f.read_text())
+        for f in sorted(ROOT.glob(f"results/*/{name}.json"))
+    }
 
 
 def differences(record: dict, language: str) -> list[str]:
-    """What to know of a record before believing it: versions that are not the lock's, code not committed, its notes."""
+    """What to know of a record before believing it: versions that are not the lock's, code not
+    committed, its notes.
+    """
     words = WORDS[language]
     lines = []
     if differ := record.get("versions_differ"):
@@ -84,7 +112,9 @@ def differences(record: dict, language: str) -> list[str]:
 
 
 def remarks(used: dict[str, dict], language: str) -> list[str]:
-    """What differs in the records {name: record} of a table, each thing once: a line for the names that share it."""
+    """What differs in the records {name: record} of a table, each thing once: a line for the names
+    that share it.
+    """
     comma, colon, semicolon, stop = WORDS[language]["marks"]
     names: dict[str, list[str]] = {}  # a difference: whose it is
     for name, record in used.items():
@@ -107,21 +137,37 @@ def claims(language: str) -> str:
         for measure in entry.get("measured", []):
             for machine, record in records(measure["record"]).items():
                 if measure["metric"] in record["metrics"]:
-                    said = measure["print"].format(record["metrics"][measure["metric"]], **record["metrics"])
+                    said = measure["print"].format(
+                        record["metrics"][measure["metric"]], **record["metrics"]
+                    )
                     measured.setdefault(machine, []).append(said)
                     if differences(record, language):
                         marks[machine] = " †"
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
-        numbers = [f"`{machine}`: {', '.join(said)}{marks.get(machine, '')}" for machine, said in measured.items()]
-        cells = [f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}', "<br>".join(numbers)]
-        lines.append("| " + " | ".join([*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]) + " |")
+        numbers = [
+            f"`{machine}`: {', '.join(said)}{marks.get(machine, '')}"
+            for machine, said in measured.items()
+        ]
+        cells = [
+            f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}',
+            "<br>".join(numbers),
+        ]
+        lines.append(
+            "| "
+            + " | ".join(
+                [*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]
+            )
+            + " |"
+        )
     if any(" †" in line for line in lines):
         lines += ["", WORDS[language]["claims"]]
     return "\n".join(lines) + "\n"
 
 
 def table(record: str, rows: str, language: str) -> str:
-    """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it or a metric is missing."""
+    """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it
+    or a metric is missing.
+    """
     found = records(record)
     if not found:
         fail(f"no machine under results/ has a record of {record}: run 'make evidence'")
@@ -130,15 +176,22 @@ def table(record: str, rows: str, language: str) -> str:
         metric, words = (part.strip() for part in row.split("=", 1))
         if not any(metric in r["metrics"] for r in found.values()):
             fail(f"no record of {record} has the metric {metric}")
-        cells = [number(r["metrics"][metric]) if metric in r["metrics"] else "–" for r in found.values()]
+        cells = [
+            number(r["metrics"][metric]) if metric in r["metrics"] else "–" for r in found.values()
+        ]
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [f"`{m}`: {r['machine']['gpus'][0]['name'] if r['machine']['gpus'] else r['machine']['cpu']}, {r['date'][:10]}, `{r['command']}`  " for m, r in found.items()]
+    lines += [
+        f"`{m}`: {r['machine']['gpus'][0]['name'] if r['machine']['gpus'] else r['machine']['cpu']}, {r['date'][:10]}, `{r['command']}`  "
+        for m, r in found.items()
+    ]
     return "\n".join(lines + remarks(found, language)) + "\n"
 
 
 def errors(use: str) -> list[tuple[str, str, str, float, float]]:
-    """(machine, line, quantity, predicted, measured) of the records of `make calibrate` with that use, or of module 05's states."""
+    """(machine, line, quantity, predicted, measured) of the records of `make calibrate` with that
+    use, or of module 05's states.
+    """
     import plan
 
     rows = []
@@ -146,20 +199,62 @@ def errors(use: str) -> list[tuple[str, str, str, float, float]]:
         for file in sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json")):
             record = json.loads(file.read_text())
             c, m = record["config"], record["metrics"]
-            model = next(entry["config"] for entry in models.catalogue().values() if "config" in entry and memory.read(entry["config"]).parameters == m["parameters_count"])
-            found = memory.train(memory.read(model), gpus=m["world_size"], engine="deepspeed", zero=m["zero_stage"], dtype=m["dtype"], accumulate=c["accumulate"],
-                                 offload="optimizer" if "offload" in file.stem else "none")  # fmt: skip
-            rows.append((record["machine"]["name"], file.stem, "states (GiB)", found["states_gib"]["total"], m["state_gib"]))
+            model = next(
+                entry["config"]
+                for entry in models.catalogue().values()
+                if "config" in entry
+                and weights.parameters(read(entry["config"])) == m["parameters_count"]
+            )
+            setup = training.Training(
+                gpus=m["world_size"],
+                engine="deepspeed",
+                zero=m["zero_stage"],
+                dtype=m["dtype"],
+                accumulate=c["accumulate"],
+                offload="optimizer" if "offload" in file.stem else "none",
+            )
+            found = training.train(read(model), setup)
+            rows.append(
+                (
+                    record["machine"]["name"],
+                    file.stem,
+                    "states (GiB)",
+                    found.states_gib["total"],
+                    m["state_gib"],
+                )
+            )
         return rows
-    for name, case in yaml.safe_load((ROOT / "configs/calibration.yaml").read_text(encoding="utf-8")).items():
-        for machine, record in records(f"scripts/calibrate-{name}").items() if case["use"] == use else ():
+    for name, case in yaml.safe_load(
+        (ROOT / "configs/calibration.yaml").read_text(encoding="utf-8")
+    ).items():
+        for machine, record in (
+            records(f"scripts/calibrate-{name}").items() if case["use"] == use else ()
+        ):
             args, m = plan.parse(case["plan"].split()), record["metrics"]
             found = plan.plan(args)
             if args.task == "serve":
-                rows.append((machine, name, "weights (GiB)", found["per_gpu_gib"]["weights"], m["weights_gib"]))
-                rows.append((machine, name, "KV tokens", found["kv_tokens"], int(m["kv_tok_count"])))
+                rows.append(
+                    (
+                        machine,
+                        name,
+                        "weights (GiB)",
+                        found["per_gpu_gib"]["weights"],
+                        m["weights_gib"],
+                    )
+                )
+                rows.append(
+                    (machine, name, "KV tokens", found["kv_tokens"], int(m["kv_tok_count"]))
+                )
             else:
-                rows.append((machine, name, "peak (GiB)", found["per_gpu_gib"]["total"] - found["per_gpu_gib"]["cuda_context"], m["peak_gib"]))
+                rows.append(
+                    (
+                        machine,
+                        name,
+                        "peak (GiB)",
+                        found["per_gpu_gib"]["total"] - found["per_gpu_gib"]["cuda_context"],
+                        m["peak_gib"],
+                    )
+                )
                 if args.offload != "none":
                     rows.append((machine, name, "host (GiB)", found["host_gib"], m["host_gib"]))
     return rows
@@ -171,7 +266,9 @@ def calibration(use: str, language: str) -> str:
     lines = ["| | | predicted | measured | error | machine |", "|---|---|---:|---:|---:|---|"]
     for machine, name, quantity, predicted, measured in errors(use):
         digits = "{:,}" if isinstance(predicted, int) else "{:,.2f}"
-        lines.append(f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |")
+        lines.append(
+            f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |"
+        )
         used[f"{machine}/{name}"] = records(folder + name)[machine]
     if said := remarks(used, language):
         lines += ["", *said]
@@ -186,8 +283,14 @@ def filled(text: str, language: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a table differs from its record")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 when a table differs from its record",
+    )
     args = parser.parse_args()
     drifted = []
     for file in readmes():
@@ -197,7 +300,9 @@ def main() -> None:
             drifted.append(shown(file))
             if not args.check:
                 file.write_text(new, encoding="utf-8")
-    print(f"{'differ from their records' if args.check else 'written'}: {', '.join(drifted) or 'none'}")
+    print(
+        f"{'differ from their records' if args.check else 'written'}: {', '.join(drifted) or 'none'}"
+    )
     raise SystemExit(1 if args.check and drifted else 0)
 
 

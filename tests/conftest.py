@@ -1,4 +1,6 @@
-"""What the tests share: running a command as a reader would, a copy of the tree, one running server."""
+"""What the tests share: running a command as a reader would, a copy of the tree, one running
+server.
+"""
 
 import functools
 import os
@@ -12,15 +14,22 @@ import time
 from pathlib import Path
 
 import pytest
+import workers
+from workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["RECORDS"] = str(ROOT / "runs" / "tests" / "records")  # the reader's own stay as they are
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl+C, and every child would inherit that
-os.environ.pop("ARGS", None)  # of `make test ARGS=...`: pytest's own, which make would pass on to every make that a test runs
+RUNS = workers.settle(os.environ.pop("PYTEST_XDIST_WORKER", "gw0"), ROOT)
+RECORDS = RUNS / "tests" / "records"  # the reader's own stay as they are
+os.environ["RECORDS"] = str(RECORDS)
+# A shell's `&` ignores Ctrl+C, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# `make test ARGS=...` means pytest; make would pass it on to every make that a test runs.
+os.environ.pop("ARGS", None)
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
-# Programs that tests use beside those README asks for, and the Debian package of each; .ci/run installs them all.
+# Programs that tests use beside those README asks for, and the Debian package of each; .ci/run
+# installs them all.
 PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
@@ -32,12 +41,17 @@ PACKAGES = {
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "needs(*programs): skipped without them, a failure where CI is true")
+    workers.separate(config)
+    config.addinivalue_line(
+        "markers", "needs(*programs): skipped without them, a failure where CI is true"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before skipif, whose reason would hide this one
 def pytest_runtest_setup(item):
-    """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is true, fail."""
+    """@pytest.mark.needs("promtool", ...): without one of these programs skip the test; where CI is
+    true, fail.
+    """
     late = time.time() > float(os.environ.get("TESTS_END_AT", "inf"))
     if late and item.get_closest_marker("long"):
         pytest.skip("the time of this run is used up: run it by make test-long")
@@ -45,7 +59,9 @@ def pytest_runtest_setup(item):
         missing = [name for name in mark.args if not shutil.which(name, path=ENVIRONMENT["PATH"])]
         if missing:
             packages = {PACKAGES[name] for name in missing}
-            words = f"{', '.join(missing)} not installed: sudo apt install {' '.join(sorted(packages))}"
+            words = (
+                f"{', '.join(missing)} not installed: sudo apt install {' '.join(sorted(packages))}"
+            )
             if os.environ.get("CI") == "true":
                 pytest.fail(words, pytrace=False)
             pytest.skip(words)
@@ -56,7 +72,11 @@ def pytest_terminal_summary(terminalreporter):
     """The last words: how many tests lacked a package, and how to get them all."""
     yield
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
-    lacking = [found[1] for reason in reasons if (found := re.search(r"sudo apt install ([\w -]+)", reason))]
+    lacking = [
+        found[1]
+        for reason in reasons
+        if (found := re.search(r"sudo apt install ([\w -]+)", reason))
+    ]
     if lacking:
         packages = " ".join(sorted(set(" ".join(lacking).split())))
         count = f"{len(lacking)} test{'s'[: len(lacking) != 1]}"
@@ -66,17 +86,36 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    """Fast files first: what breaks early is said early."""
-    order = ["test_layout", "test_profile", "test_results", "test_data", "test_quickstart", "test_setup", "test_smoke", "test_equality"]
-    items.sort(key=lambda item: order.index(item.module.__name__) if item.module.__name__ in order else len(order))
+    """The first worker's files, then fast ones, whose failures are soon said, then the longest."""
+    order = [
+        *workers.FIRST_WORKER,
+        *("test_profile", "test_results", "test_data", "test_quickstart", "test_smoke"),
+        *("test_llamafactory", "test_accelerate", "test_image_edit", "test_deepspeed"),
+    ]
+    places = {f"{name}.py": place for place, name in enumerate(order)}
+    items.sort(key=lambda item: places.get(item.path.name, len(order)))
 
 
 def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:
-    """Run a command in a session of its own with the environment's programs first on PATH; `check` is the exit code it must have."""
+    """Run a command in a session of its own with the environment's programs first on PATH; `check`
+    is the exit code it must have.
+    """
     words = [str(w) for w in command]
-    # Not inherited: what pytest's own run set for its children, such as the profile of an in-process test.
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL")} | env
-    process = subprocess.Popen(words, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    # Not inherited: what pytest's own run set for its children, such as the profile of an
+    # in-process test; and a copy of the tree has a folder of its own for what it writes.
+    dropped = {"PROFILE", "STORE", "MAKEFLAGS", "MAKELEVEL"}
+    if not Path(cwd).is_relative_to(ROOT):
+        dropped.add("RUNS")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in dropped} | env
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -84,12 +123,16 @@ def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.Comple
         out, err = process.communicate()
         pytest.fail(f"{words} ran longer than {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
     if check is not None:
-        assert process.returncode == check, f"{words}: exit code {process.returncode}, expected {check}\n{out[-3000:]}\n{err[-3000:]}"
+        assert process.returncode == check, (
+            f"{words}: exit code {process.returncode}, expected {check}\n{out[-3000:]}\n{err[-3000:]}"
+        )
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def refused(*command, **kwargs) -> str:
-    """Run a command that must be refused: exit code 2 and exactly one sentence. Returns the sentence."""
+    """Run a command that must be refused: exit code 2 and exactly one sentence. Returns the
+    sentence.
+    """
     done = run(*command, check=2, **kwargs)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr[-3000:]
@@ -102,13 +145,19 @@ def python(*command, **kwargs):
 
 @functools.cache
 def network_namespaces() -> bool:
-    """Whether module 03's two machines can be made here: its script computes on CPUs, and lays their cable or says why it cannot."""
+    """Whether module 03's two machines can be made here: its script computes on CPUs, and lays
+    their cable or says why it cannot.
+    """
     from lab.profile import detect
 
     if detect() != "cpu":
         return False
     try:
-        return bool(runpy.run_path(str(ROOT / "modules/03_vllm/14_two_nodes.py"), run_name="imported")["way_to_machine_0"]())
+        return bool(
+            runpy.run_path(str(ROOT / "modules/03_vllm/14_two_nodes.py"), run_name="imported")[
+                "way_to_machine_0"
+            ]()
+        )
     except SystemExit:
         return False
 
@@ -121,9 +170,13 @@ def two_machines():
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of the repository's files under a path with a space and Chinese characters, using this environment."""
+    """A copy of the repository's files under a path with a space and Chinese characters, using this
+    environment.
+    """
     target = tmp_path / "路径 with space"
-    for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split("\0"):
+    for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split(
+        "\0"
+    ):
         if name and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
@@ -132,7 +185,9 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory):
-    """filled("gpu"): the python of an environment that set-up filled from the gpu lock, by its marker; the packages are ours."""
+    """filled("gpu"): the python of an environment that set-up filled from the gpu lock, by its
+    marker; the packages are ours.
+    """
 
     def python_of(lock: str) -> Path:
         folder = tmp_path_factory.mktemp("filled") / lock
@@ -155,12 +210,23 @@ def small_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(small_model, tmp_path_factory) -> Path:
-    """The small model's shape with 2 layers and 64 dimensions, random weights, its tokenizer: trains a step in no time."""
+    """The small model's shape with 2 layers and 64 dimensions, random weights, its tokenizer:
+    trains a step in no time.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(small_model)
-    config.update({"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    config.update(
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+    )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""Stage 04: one process = native DDP = Accelerate = FSDP2 = ZeRO-2, step by step; what the launcher's YAML says is really used."""
+"""Stage 04: one process = native DDP = Accelerate = FSDP2 = ZeRO-2, step by step; what the
+launcher's YAML says is really used.
+"""
 
 import json
 import os
@@ -16,9 +18,12 @@ from conftest import ENVIRONMENT, ROOT, python, refused, run
 from lab import jobs
 
 MODULE = ROOT / "modules/04_Accelerate"
-DDP, ACCELERATE, MIXED = (MODULE / f"{name}.py" for name in ("01_train_ddp", "02_train_accelerate", "03_mixed_precision"))
+DDP, ACCELERATE, MIXED = (
+    MODULE / f"{name}.py" for name in ("01_train_ddp", "02_train_accelerate", "03_mixed_precision")
+)
 CONFIGS = sorted((MODULE / "configs").glob("*.yaml"))
-# A learning rate at which a step that forgot the other process's gradients would be seen in the losses.
+# A learning rate at which a step that forgot the other process's gradients would be seen in the
+# losses.
 FLAGS = ["--steps", "5", "--seq-len", "64", "--learning-rate", "0.003"]
 
 
@@ -28,7 +33,9 @@ def result(done) -> dict:
 
 def make(target: str, *flags, **variables) -> dict:
     settings = [f"{name}={value}" for name, value in variables.items()]
-    return result(run("make", "-s", target, *settings, f"ARGS={' '.join(map(str, flags))}", check=0))
+    return result(
+        run("make", "-s", target, *settings, f"ARGS={' '.join(map(str, flags))}", check=0)
+    )
 
 
 def weights(folder) -> dict:
@@ -39,9 +46,13 @@ def weights(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def one(tiny_model, tmp_path_factory) -> dict:
-    """One process with four blocks a step: what the others must equal. Its saved model is in result["saved"]."""
+    """One process with four blocks a step: what the others must equal. Its saved model is in
+    result["saved"].
+    """
     folder = tmp_path_factory.mktemp("one")
-    found = result(python(DDP, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--save", folder, check=0))
+    found = result(
+        python(DDP, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--save", folder, check=0)
+    )
     assert found["world_size"] == 1 and found["losses"][-1] < found["losses"][0] - 0.1
     return found | {"saved": folder}
 
@@ -56,38 +67,91 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize("target, variables, batch, wrapper", SAME, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)) or "ddp")
-def test_two_processes_compute_what_one_does(one, tiny_model, tmp_path, target, variables, batch, wrapper):
-    """Four blocks a step on two processes, at once or accumulated: the losses of one process, and at the end its weights."""
-    flags = ["--model", tiny_model, *FLAGS, "--micro-batch", batch[0], "--accumulate", batch[1], "--save", tmp_path / "saved"]
+@pytest.mark.parametrize(
+    "target, variables, batch, wrapper",
+    SAME,
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)) or "ddp",
+)
+def test_two_processes_compute_what_one_does(
+    one, tiny_model, tmp_path, target, variables, batch, wrapper
+):
+    """Four blocks a step on two processes, at once or accumulated: the losses of one process, and
+    at the end its weights.
+    """
+    flags = [
+        "--model",
+        tiny_model,
+        *FLAGS,
+        "--micro-batch",
+        batch[0],
+        "--accumulate",
+        batch[1],
+        "--save",
+        tmp_path / "saved",
+    ]
     found = make(target, *flags, **variables)
     assert found["world_size"] == 2 and found["wrapper"] == wrapper
     assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
     ours, theirs = weights(tmp_path / "saved"), weights(one["saved"])
-    if "lm_head.weight" in ours:  # FSDP's gathered weights hold the tied embedding under both of its names
+    if (
+        "lm_head.weight" in ours
+    ):  # FSDP's gathered weights hold the tied embedding under both of its names
         assert ours.pop("lm_head.weight").equal(ours["model.embed_tokens.weight"])
-    assert ours.keys() == theirs.keys() and all((ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs)
+    assert ours.keys() == theirs.keys() and all(
+        (ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs
+    )
 
 
 @pytest.mark.parametrize("script", [ACCELERATE, DDP], ids=lambda f: f.stem)
 def test_one_process_accumulates(one, tiny_model, script):
-    found = result(python(script, "--model", tiny_model, *FLAGS, "--micro-batch", "1", "--accumulate", "4", check=0))
+    found = result(
+        python(
+            script,
+            "--model",
+            tiny_model,
+            *FLAGS,
+            "--micro-batch",
+            "1",
+            "--accumulate",
+            "4",
+            check=0,
+        )
+    )
     assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
 
 
 @pytest.mark.long
 def test_gradients_are_means_not_sums(tree, tiny_model):
-    """Adam does not see a gradient that is twice too long, SGD does: both scripts with their optimizer exchanged."""
+    """Adam does not see a gradient that is twice too long, SGD does: both scripts with their
+    optimizer exchanged.
+    """
     found = []
     for script, micro, accumulate in ((DDP, 4, 1), (DDP, 1, 4), (ACCELERATE, 1, 4)):
         copy = tree / script.relative_to(ROOT)
         text = script.read_text()
         assert text.count("torch.optim.AdamW(") == 1
         copy.write_text(text.replace("torch.optim.AdamW(", "torch.optim.SGD("))
-        flags = ["--model", tiny_model, "--steps", "4", "--seq-len", "64", "--learning-rate", "0.5", "--micro-batch", micro, "--accumulate", accumulate]
-        found.append(result(python(copy, *flags, cwd=tree, PYTHONPATH=str(tree), check=0))["losses"])
+        flags = [
+            "--model",
+            tiny_model,
+            "--steps",
+            "4",
+            "--seq-len",
+            "64",
+            "--learning-rate",
+            "0.5",
+            "--micro-batch",
+            micro,
+            "--accumulate",
+            accumulate,
+        ]
+        found.append(
+            result(python(copy, *flags, cwd=tree, PYTHONPATH=str(tree), check=0))["losses"]
+        )
     assert found[0][-1] < found[0][0] - 0.01
-    assert found[1] == pytest.approx(found[0], rel=5e-6) and found[2] == pytest.approx(found[0], rel=5e-6)
+    assert found[1] == pytest.approx(found[0], rel=5e-6) and found[2] == pytest.approx(
+        found[0], rel=5e-6
+    )
 
 
 @pytest.mark.long
@@ -97,7 +161,22 @@ def test_the_data_begins_anew(tiny_model):
     small = Path(tiny_model) / "four.json"
     small.write_text(json.dumps(rows))
     for script in (DDP, ACCELERATE):
-        flags = ["--model", tiny_model, "--data", small, "--steps", "5", "--seq-len", "64", "--learning-rate", "1e-9", "--micro-batch", "1", "--accumulate", "2"]
+        flags = [
+            "--model",
+            tiny_model,
+            "--data",
+            small,
+            "--steps",
+            "5",
+            "--seq-len",
+            "64",
+            "--learning-rate",
+            "1e-9",
+            "--micro-batch",
+            "1",
+            "--accumulate",
+            "2",
+        ]
         losses = result(python(script, *flags, check=0))["losses"]
         period = next(n for n in (2, 3, 4) if losses[n] == pytest.approx(losses[0], abs=1e-5))
         assert losses[period:] == pytest.approx(losses[: 5 - period], abs=1e-5)
@@ -123,33 +202,78 @@ def test_impossible_flags(script, flags, words):
 
 
 def test_too_few_blocks(tiny_model):
-    said = refused("make", "-s", "train-ddp", f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64")
-    assert "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has" in said
-    said = refused("python", ACCELERATE, "--model", tiny_model, "--micro-batch", "500", "--accumulate", "2", "--seq-len", "64")
-    assert "one step needs 1000 blocks (1 processes x 2 micro-steps x 500), launch_en_train has" in said
-    assert "lower --steps or --micro-batch" in refused("python", MIXED, "--model", tiny_model, "--steps", "9999")
+    said = refused(
+        "make", "-s", "train-ddp", f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64"
+    )
+    assert (
+        "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has"
+        in said
+    )
+    said = refused(
+        "python",
+        ACCELERATE,
+        "--model",
+        tiny_model,
+        "--micro-batch",
+        "500",
+        "--accumulate",
+        "2",
+        "--seq-len",
+        "64",
+    )
+    assert (
+        "one step needs 1000 blocks (1 processes x 2 micro-steps x 500), launch_en_train has"
+        in said
+    )
+    assert "lower --steps or --micro-batch" in refused(
+        "python", MIXED, "--model", tiny_model, "--steps", "9999"
+    )
 
 
 @pytest.mark.parametrize("target", ["train-ddp", "train-accelerate"])
 def test_one_process_shares_nothing(target):
-    assert "1 process is running, where at least 2 were to share the work" in refused("make", "-s", target, "PROCESSES=1")
+    assert "1 process is running, where at least 2 were to share the work" in refused(
+        "make", "-s", target, "PROCESSES=1"
+    )
 
 
 def test_unknown_config():
-    assert "choose ddp, fsdp or deepspeed_zero2" in refused("make", "-s", "train-accelerate", "CONFIG=tpu")
+    assert "choose ddp, fsdp or deepspeed_zero2" in refused(
+        "make", "-s", "train-accelerate", "CONFIG=tpu"
+    )
     assert [f.stem for f in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp"]
 
 
 def test_fp16_wants_a_gpu(tiny_model):
     """Accelerate would compute in float32 and not say so."""
-    assert "Accelerate leaves fp16 out on a cpu" in refused("python", MIXED, "--model", tiny_model, "--precisions", "fp16", PROFILE="cpu")
+    assert "Accelerate leaves fp16 out on a cpu" in refused(
+        "python", MIXED, "--model", tiny_model, "--precisions", "fp16", PROFILE="cpu"
+    )
 
 
 def test_multi_cpu_starts_one_process(tmp_path):
-    """Why configs/ddp.yaml does not say MULTI_CPU: without mpirun it starts one process, which --min-world finds."""
+    """Why configs/ddp.yaml does not say MULTI_CPU: without mpirun it starts one process, which
+    --min-world finds.
+    """
     config = tmp_path / "multi_cpu.yaml"
-    config.write_text((MODULE / "configs/ddp.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU") + "use_cpu: true\n")
-    said = refused("python", "-m", "lab.launch", "train-multi-cpu", "accelerate", "launch", "--config_file", config, ACCELERATE, "--min-world", "2", PROFILE="cpu")
+    config.write_text(
+        (MODULE / "configs/ddp.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU")
+        + "use_cpu: true\n"
+    )
+    said = refused(
+        "python",
+        "-m",
+        "lab.launch",
+        "train-multi-cpu",
+        "accelerate",
+        "launch",
+        "--config_file",
+        config,
+        ACCELERATE,
+        "--min-world",
+        "2",
+        PROFILE="cpu",
+    )
     assert "1 process is running" in said
 
 
@@ -162,23 +286,44 @@ def unused(config) -> set[str]:
     from accelerate.commands.config.config_args import ClusterConfig
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    ClusterConfig.from_yaml_file(str(config))  # raises on an unknown key of the first level, and only there
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "script.py"]))
+    ClusterConfig.from_yaml_file(
+        str(config)
+    )  # raises on an unknown key of the first level, and only there
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
+    )
     known = vars(launch_command_parser().parse_args(["script.py"]))
     content = yaml.safe_load(Path(config).read_text())
-    nested = {key: value for section, values in content.items() if isinstance(values, dict) for key, value in values.items()}
+    nested = {
+        key: value
+        for section, values in content.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
     return {key for key, value in nested.items() if key not in known or getattr(args, key) != value}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f.stem)
 def test_launcher_yaml(config):
-    """Accelerate's own parser takes over every setting; the numbers of processes agree with the profiles."""
+    """Accelerate's own parser takes over every setting; the numbers of processes agree with the
+    profiles.
+    """
     assert not unused(config)
     content = yaml.safe_load(config.read_text())
-    assert content["num_processes"] == 2 and content["mixed_precision"] == "no" and "use_cpu" not in content
+    assert (
+        content["num_processes"] == 2
+        and content["mixed_precision"] == "no"
+        and "use_cpu" not in content
+    )
 
 
-@pytest.mark.parametrize("config, old, new", [("fsdp", "fsdp_reshard_after_forward", "fsdp_reshard"), ("deepspeed_zero2", "zero_stage", "zero_level")])
+@pytest.mark.parametrize(
+    "config, old, new",
+    [
+        ("fsdp", "fsdp_reshard_after_forward", "fsdp_reshard"),
+        ("deepspeed_zero2", "zero_stage", "zero_level"),
+    ],
+)
 def test_a_setting_that_would_be_ignored_is_found(tmp_path, config, old, new):
     text = (MODULE / "configs" / f"{config}.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(text.replace(old, new))
@@ -196,12 +341,21 @@ def test_the_pair_differs_in_few_lines():
     """Outside of the docstrings, the scripts differ in the lines that the lesson is about."""
     import difflib
 
-    codes = [re.sub(r'^""".*?"""', "", f.read_text(), flags=re.S).splitlines() for f in (DDP, ACCELERATE)]
-    changed = [line for line in difflib.unified_diff(*codes, lineterm="", n=0) if re.match(r"[+-](?![+-])", line)]
+    codes = [
+        re.sub(r'^""".*?"""', "", f.read_text(), flags=re.S).splitlines() for f in (DDP, ACCELERATE)
+    ]
+    changed = [
+        line
+        for line in difflib.unified_diff(*codes, lineterm="", n=0)
+        if re.match(r"[+-](?![+-])", line)
+    ]
     removed = [line for line in changed if line.startswith("-")]
     assert 10 < len(removed) < 28 and len(changed) - len(removed) < 24, "\n".join(changed)
     kept = "\n".join(codes[1])
-    assert not re.search(r"DistributedSampler|DistributedDataParallel|no_sync|all_reduce|init_process_group|\.autocast", kept)
+    assert not re.search(
+        r"DistributedSampler|DistributedDataParallel|no_sync|all_reduce|init_process_group|\.autocast",
+        kept,
+    )
     assert "".join(changed).count("accelerator") > 5
 
 
@@ -220,7 +374,9 @@ def test_mixed_precision(tiny_model):
     assert (found["fp32_product"], found["bf16_product"]) == ("float32", "bfloat16")
     for name in ("fp32_parameters", "fp32_gradients", "bf16_parameters", "bf16_gradients"):
         assert found[name] == "float32", name
-    assert 0 < found["bf16_loss_difference_ratio"] < 0.01 and found["fp32_loss_difference_ratio"] == 0
+    assert (
+        0 < found["bf16_loss_difference_ratio"] < 0.01 and found["fp32_loss_difference_ratio"] == 0
+    )
     assert found["bf16_judged_difference_ratio"] < 0.01
     assert 0.01 < found["update_lost_ratio"] < 1
 
@@ -228,21 +384,48 @@ def test_mixed_precision(tiny_model):
 @pytest.mark.parametrize("script", [DDP, ACCELERATE], ids=lambda f: f.stem)
 def test_bf16_is_used(one, tiny_model, script):
     """--mixed-precision bf16 changes the losses, a little."""
-    losses = result(python(script, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--mixed-precision", "bf16", check=0))["losses"]
-    assert losses == pytest.approx(one["losses"], rel=1e-2) and losses != pytest.approx(one["losses"], rel=1e-6)
+    losses = result(
+        python(
+            script,
+            "--model",
+            tiny_model,
+            *FLAGS,
+            "--micro-batch",
+            "4",
+            "--mixed-precision",
+            "bf16",
+            check=0,
+        )
+    )["losses"]
+    assert losses == pytest.approx(one["losses"], rel=1e-2) and losses != pytest.approx(
+        one["losses"], rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("target, how", [("train-ddp", "ctrl-c"), ("train-accelerate", "ctrl-c"), ("train-ddp", "launcher killed")])
+@pytest.mark.parametrize(
+    "target, how",
+    [("train-ddp", "ctrl-c"), ("train-accelerate", "ctrl-c"), ("train-ddp", "launcher killed")],
+)
 def test_interrupted_training_leaves_nothing(target, how, tiny_model):
     command = ["make", "-s", target, f"ARGS=--model {tiny_model} --steps 100000 --seq-len 64"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if line.startswith("step   3"):
             break
     launcher = psutil.Process(jobs.running()[target]["pid"])
     members = [launcher, *launcher.children(recursive=True)]
     assert len(members) >= 3  # the launcher and two processes
-    assert len({os.getsid(p.pid) for p in members}) >= 3, "torchrun's processes each have a session of their own"
+    assert len({os.getsid(p.pid) for p in members}) >= 3, (
+        "torchrun's processes each have a session of their own"
+    )
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
     else:
@@ -254,7 +437,9 @@ def test_interrupted_training_leaves_nothing(target, how, tiny_model):
 
 
 def test_a_job_file_that_vanishes(tmp_path, monkeypatch):
-    """Two may look after one job, as lab.launch and `make stop` do: a file that one has just removed is no job to the other."""
+    """Two may look after one job, as lab.launch and `make stop` do: a file that one has just
+    removed is no job to the other.
+    """
     monkeypatch.setattr(jobs, "FOLDER", tmp_path)
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # listed, but not there to be read
     assert jobs.running() == {}

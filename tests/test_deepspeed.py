@@ -1,4 +1,6 @@
-"""DeepSpeed: every ZeRO stage computes what plain data parallelism computes, holds the bytes it promises, and refuses bad input."""
+"""DeepSpeed: every ZeRO stage computes what plain data parallelism computes, holds the bytes it
+promises, and refuses bad input.
+"""
 
 import itertools
 import json
@@ -7,30 +9,45 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, python, refused, run
+from conftest import ENVIRONMENT, RECORDS, ROOT, python, refused, run
 
-from lab import jobs, memory, models
+from lab import jobs, models
+from lab.planner import training, weights
+from lab.planner.config import read
 
 MODULE = ROOT / "modules/05_DeepSpeed"
 TRAIN = MODULE / "train.py"
 CONFIGS = [MODULE / "ds_config.json", *sorted((MODULE / "configs").glob("*.json"))]
 CPU = {"PROFILE": "cpu"}  # on GPUs too: what is compared is computed in fp32
 STEPS, MICRO_BATCH, ACCUMULATE, LEARNING_RATE = 5, 2, 2, "1e-3"
-# Bytes per parameter of (parameters, gradients, optimizer states) in each of 2 processes in fp32, written out.
+# Bytes per parameter of (parameters, gradients, optimizer states) in each of 2 processes in fp32,
+# written out.
 BYTES = {0: (4, 4, 8), 1: (4, 4, 6), 2: (4, 2, 6), 3: (2, 2, 6)}
 
 
 def result(done: subprocess.CompletedProcess) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"script"')]
+    return json.loads(lines[-1])
 
 
 def ours() -> list[int]:
-    """Living processes of this module's training, launchers included, whoever started them."""
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if "modules/05_DeepSpeed/train.py" in " ".join(p.info["cmdline"] or [])]
+    """Living processes of this module's training, launchers included, in this worker's network."""
+    here = os.readlink("/proc/self/ns/net")  # another worker may be training
+    pids = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        try:
+            network = os.readlink(f"/proc/{process.pid}/ns/net")
+        except OSError:  # it has just ended, or is another user's
+            continue
+        if "modules/05_DeepSpeed/train.py" in command and network == here:
+            pids.append(process.pid)
+    return pids
 
 
 def shared_memory() -> list[Path]:
@@ -44,8 +61,11 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(tiny_model, saved) -> dict[int, dict]:
-    """One training at each stage, two processes each, started as the readme says; stage 3 also saves."""
-    flags = f"--model {tiny_model} --micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE}"
+    """One training at each stage, two processes each, started as the readme says; stage 3 also
+    saves.
+    """
+    batch = f"--micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE}"
+    flags = f"--model {tiny_model} {batch} --learning-rate {LEARNING_RATE}"
     found = {}
     for stage in BYTES:
         more = f" --steps {STEPS - 1} --save {saved}" if stage == 3 else f" --steps {STEPS}"
@@ -58,8 +78,19 @@ def stages(tiny_model, saved) -> dict[int, dict]:
 @pytest.fixture(scope="module")
 def reference(tiny_model) -> list[float]:
     """Losses of one process without DeepSpeed that sees the same blocks in every step."""
-    flags = ["--steps", STEPS, "--micro-batch", 2 * MICRO_BATCH, "--accumulate", ACCUMULATE, "--learning-rate", LEARNING_RATE]
-    return result(python("modules/04_Accelerate/01_train_ddp.py", "--model", tiny_model, *flags, **CPU))["losses"]
+    flags = [
+        "--steps",
+        STEPS,
+        "--micro-batch",
+        2 * MICRO_BATCH,
+        "--accumulate",
+        ACCUMULATE,
+        "--learning-rate",
+        LEARNING_RATE,
+    ]
+    return result(
+        python("modules/04_Accelerate/01_train_ddp.py", "--model", tiny_model, *flags, **CPU)
+    )["losses"]
 
 
 @pytest.mark.parametrize("stage", BYTES)
@@ -69,16 +100,22 @@ def test_the_engine_runs_the_stage_of_the_target(stages, stage):
 
 @pytest.mark.parametrize("stage", BYTES)
 def test_losses_are_those_of_one_process(stages, reference, stage):
-    """Two processes with micro-batch b, their states divided or not, and one process with 2b: the same numbers, step by step."""
+    """Two processes with micro-batch b, their states divided or not, and one process with 2b: the
+    same numbers, step by step.
+    """
     losses = stages[stage]["losses"]
-    assert len(losses) == STEPS - (stage == 3) and losses[-1] < losses[0] - 0.1, "the losses must fall, or equality proves little"
+    assert len(losses) == STEPS - (stage == 3) and losses[-1] < losses[0] - 0.1, (
+        "the losses must fall, or equality proves little"
+    )
     for ours_, theirs in zip(losses, reference, strict=False):
         assert ours_ == pytest.approx(theirs, rel=5e-6)
 
 
 @pytest.mark.parametrize("stage", BYTES)
 def test_state_bytes(stages, stage):
-    """The tensors of the running engine weigh what the theory says, each kind by itself; so does the script's own theory."""
+    """The tensors of the running engine weigh what the theory says, each kind by itself; so does
+    the script's own theory.
+    """
     for kind, width in zip(("parameter", "gradient", "optimizer"), BYTES[stage], strict=True):
         expected = width * stages[stage]["parameters_count"] / 2**30
         assert stages[stage][f"{kind}_state_gib"] == pytest.approx(expected, rel=0.02), kind
@@ -87,32 +124,53 @@ def test_state_bytes(stages, stage):
 
 @pytest.mark.parametrize("stage", BYTES)
 def test_the_planner_predicts_these_bytes(stages, tiny_model, stage):
-    """lab/memory.py, which knows only the config.json, against the tensors of the running engine, each kind within 2 %."""
-    model = memory.read(models.config(str(tiny_model)))
-    assert model.parameters == stages[stage]["parameters_count"]
-    predicted = memory.train(model, gpus=2, engine="deepspeed", zero=stage, dtype="float32", accumulate=ACCUMULATE)["states_gib"]
-    for kind, name in (("parameter", "parameters"), ("gradient", "gradients"), ("optimizer", "optimizer")):
+    """lab/planner, which knows only the config.json, against the tensors of the running engine,
+    each kind within 2 %.
+    """
+    model = read(models.config(str(tiny_model)))
+    assert weights.parameters(model) == stages[stage]["parameters_count"]
+    setup = training.Training(
+        gpus=2, engine="deepspeed", zero=stage, dtype="float32", accumulate=ACCUMULATE
+    )
+    predicted = training.train(model, setup).states_gib
+    for kind, name in (
+        ("parameter", "parameters"),
+        ("gradient", "gradients"),
+        ("optimizer", "optimizer"),
+    ):
         assert predicted[name] == pytest.approx(stages[stage][f"{kind}_state_gib"], rel=0.02), kind
 
 
 def test_compare(stages, reference):
-    """The trainings above side by side, from their records; others, with another learning rate or not run, are named and left out."""
+    """The trainings above side by side, from their records; others, with another learning rate or
+    not run, are named and left out.
+    """
     done = run("make", "-s", "train-compare", check=0)
     found = result(done)
-    assert found["engine_count"] >= 5 and found["compared_step_count"] == STEPS - 1 and found["largest_difference_ratio"] < 5e-6
+    assert (
+        found["engine_count"] >= 5
+        and found["compared_step_count"] == STEPS - 1
+        and found["largest_difference_ratio"] < 5e-6
+    )
     assert all(f"train_z{stage}_difference_ratio" in found for stage in BYTES)
 
 
 def test_compare_refuses_and_leaves_out(tmp_path, reference):
     """No yardstick; nothing beside it; then the record of a training with another seed."""
-    assert "the yardstick is missing: run 'make train-one'" in refused("make", "train-compare", RECORDS=str(tmp_path))
-    record = json.loads((ROOT / "runs/tests/records/04_Accelerate/01_train_ddp-one.json").read_text())
+    assert "the yardstick is missing: run 'make train-one'" in refused(
+        "make", "train-compare", RECORDS=str(tmp_path)
+    )
+    record = json.loads((RECORDS / "04_Accelerate/01_train_ddp-one.json").read_text())
     (tmp_path / "04_Accelerate").mkdir()
     (tmp_path / "04_Accelerate/01_train_ddp-one.json").write_text(json.dumps(record))
     record["config"]["seed"] = 7
     (tmp_path / "04_Accelerate/01_train_ddp.json").write_text(json.dumps(record))
     done = run("make", "-s", "train-compare", check=2, RECORDS=str(tmp_path))
-    assert "other settings: make train-ddp (seed 7, not 0)" in done.stdout and "not run: make train-z3" in done.stdout and "nothing to compare" in done.stderr
+    assert (
+        "other settings: make train-ddp (seed 7, not 0)" in done.stdout
+        and "not run: make train-z3" in done.stdout
+        and "nothing to compare" in done.stderr
+    )
 
 
 def test_every_stage_saves_memory(stages):
@@ -121,25 +179,38 @@ def test_every_stage_saves_memory(stages):
 
 
 def test_a_stage_3_model_is_saved_whole(stages, saved, reference):
-    """The folder loads in plain transformers, no tensor is empty, and the loss on the next step's blocks is the reference's."""
+    """The folder loads in plain transformers, no tensor is empty, and the loss on the next step's
+    blocks is the reference's.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lab import data
 
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
-    assert all(w.numel() for w in model.parameters()) and sum(w.numel() for w in model.parameters()) == stages[3]["parameters_count"]
+    assert (
+        all(w.numel() for w in model.parameters())
+        and sum(w.numel() for w in model.parameters()) == stages[3]["parameters_count"]
+    )
     blocks = data.blocks(AutoTokenizer.from_pretrained(saved), "launch_en_train", 128)
     per_step = 2 * MICRO_BATCH * ACCUMULATE
     batch = blocks[(STEPS - 1) * per_step : STEPS * per_step]
     with torch.no_grad():
-        assert model(input_ids=batch, labels=batch).loss.item() == pytest.approx(reference[STEPS - 1], rel=5e-6)
+        assert model(input_ids=batch, labels=batch).loss.item() == pytest.approx(
+            reference[STEPS - 1], rel=5e-6
+        )
 
 
 @pytest.mark.long
 def test_stop_ends_a_training(tiny_model):
     process = subprocess.Popen(
-        ["make", "train-z2", f"ARGS=--model {tiny_model} --steps 100000"], cwd=ROOT, env=ENVIRONMENT | CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ["make", "train-z2", f"ARGS=--model {tiny_model} --steps 100000"],
+        cwd=ROOT,
+        env=ENVIRONMENT | CPU,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         for line in process.stderr:
@@ -157,89 +228,204 @@ def test_stop_ends_a_training(tiny_model):
 # -----------------------------------------------------------------------------
 # Configurations
 
+FORMS = json.loads(Path(__file__).with_name("deepspeed_forms.json").read_text())
+PROFILE = SimpleNamespace(dtype="float32", micro_batch=2, accumulate=1, learning_rate=1e-4)
+HIDDEN = 64
 
-def keys_that_are_read(config: dict) -> set[str]:
-    """Top-level keys that DeepSpeed's own parser asks for; the parts with a pydantic model refuse an unknown key themselves."""
-    from deepspeed.runtime.config import DeepSpeedConfig
 
-    class Asked(dict):
-        asked = set()
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """judged(content, flags): what train.py makes of a file, in this process."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.syspath_prepend(str(MODULE))
+    import ds_check
+    import ds_config
 
-        def __getitem__(self, key):
-            Asked.asked.add(key)
-            return super().__getitem__(key)
+    def judge(content: dict, **flags):
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps(content))
+        given = {"micro_batch": None, "accumulate": None, "learning_rate": None} | flags
+        config = ds_config.Config(file)
+        config.settle(SimpleNamespace(**given), PROFILE, world=2)
+        config.fill(8, {"hidden_size": HIDDEN})
+        ds_check.check(config)
+        return config
 
-        def get(self, key, default=None):
-            Asked.asked.add(key)
-            return super().get(key, default)
+    return judge
 
-    DeepSpeedConfig(Asked(config))
-    return Asked.asked
+
+def autos(value) -> bool:
+    if isinstance(value, dict):
+        return any(autos(part) for part in value.values())
+    return value == "auto"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_people_use_are_taken(judged, form):
+    """Whole, by transformers' rules: nothing is left "auto", nothing that the file says changes."""
+    config = judged(FORMS[form])
+    assert not autos(config.values)
+    for key, value in FORMS[form].items():
+        for name, fixed in value.items() if isinstance(value, dict) else ():
+            if not isinstance(fixed, dict) and fixed != "auto":
+                assert config.values[key][name] == fixed
+    zero = config.values["zero_optimization"]
+    if FORMS[form]["zero_optimization"].get("reduce_bucket_size") == "auto":
+        assert zero["reduce_bucket_size"] == HIDDEN**2
+        assert zero["stage3_prefetch_bucket_size"] == int(0.9 * HIDDEN**2)
+        assert zero["stage3_param_persistence_threshold"] == 10 * HIDDEN
+    params = config.values["optimizer"]["params"]
+    if "optimizer" not in FORMS[form]:
+        trainer = {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+        assert trainer.items() <= params.items()
+        offloaded = "offload_optimizer" in zero
+        assert params.get("torch_adam", False) != offloaded
+    if FORMS[form].get("gradient_clipping") == "auto":
+        assert config.values["gradient_clipping"] == 1.0
+    schedule = config.values.get("scheduler", {}).get("params", {})
+    if FORMS[form].get("scheduler", {}).get("params", {}).get("total_num_steps") == "auto":
+        assert schedule["total_num_steps"] == 8 and schedule["warmup_max_lr"] == 1e-4
+
+
+def test_the_original_file_stands_in_the_module():
+    """Word for word but for white space; the others are what their target's name says."""
+    assert json.loads((MODULE / "ds_config.json").read_text()) == FORMS["original design"]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
-def test_every_key_is_read(file):
-    """No key of ours is one that DeepSpeed ignores; the file is the design's, or as the target's name says."""
-    import inspect
-
-    import torch
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    config = json.loads(file.read_text())
-    filled = json.loads(file.read_text().replace('"train_micro_batch_size_per_gpu": "auto"', '"train_micro_batch_size_per_gpu": 1'))
-    filled = json.loads(json.dumps(filled).replace('"gradient_accumulation_steps": "auto"', '"gradient_accumulation_steps": 1'))
-    assert set(config) <= keys_that_are_read(filled)
-    DeepSpeedZeroConfig(strict=True, **config["zero_optimization"])
-    names = {name for field, info in DeepSpeedBF16Config.model_fields.items() for name in (field, info.alias)}
-    assert set(config["bf16"]) <= names and set(config["optimizer"]) == {"type", "params"}
-    known = set(inspect.signature(torch.optim.AdamW).parameters) | {"torch_adam", "adam_w_mode"}
-    assert set(config["optimizer"]["params"]) <= known
-    if file.stem == "ds_config":
-        design = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True}
-        assert design.items() <= config["zero_optimization"].items()
-        assert config["bf16"] == {"enabled": True} and config["gradient_accumulation_steps"] == 4
-    else:
-        assert config["zero_optimization"]["stage"] == int(file.stem[1:]) and "offload_optimizer" not in config["zero_optimization"]
+def test_every_key_is_read(judged, file):
+    config = judged(json.loads(file.read_text()))
+    if file.stem != "ds_config":
+        assert config.stage == int(file.stem[1:])
+        assert "offload_optimizer" not in config.zero
 
 
-GOOD = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}, "zero_optimization": {"stage": 2}}
+def test_bfloat16_is_the_old_name_of_bf16(judged):
+    assert judged({"bfloat16": {"enabled": True}}).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    "change, flags, words",
+    "form, folder, optimizer",
     [
-        ({"zero_optimisation": {"stage": 3}}, [], "never reads zero_optimisation"),
-        ({"zero_optimization": {"stage": 2, "overlap": True}}, [], "overlap"),
-        ({"zero_optimization": {"stage": 4}}, [], "stage"),
-        ({"optimizer": {"type": "AdamW", "parameters": {}, "params": {"lr": 1e-4}}}, [], "never reads parameters"),
-        ({"optimizer": {"type": "AdamW"}}, [], "optimizer that has params"),
-        ({"train_batch_size": 7}, [], "train_batch_size is 7, but micro-batch 2 x accumulation 1 x 2 processes = 4"),
-        ({"train_batch_size": 4}, ["--accumulate", "2"], "2 processes = 8"),
-        ({"gradient_accumulation_steps": 4}, ["--accumulate", "2"], "fixes gradient_accumulation_steps at 4, the command line says 2"),
-        ({"train_micro_batch_size_per_gpu": 0}, [], "whole numbers above 0"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, [], "learning rate must be a number"),
-        ({}, ["--steps", "0"], "whole numbers above 0"),
-        ({}, ["--seq-len", "1"], "--seq-len at least 2"),
-        ({}, ["--data", "alpaca"], "launch_en_train"),
-        ({}, ["--micro-batch", "9999"], "lower --micro-batch"),
+        # It compiles CPUAdam and computes in bf16, which a CPU without AVX-512 emulates.
+        pytest.param("original design", MODULE, "DeepSpeedCPUAdam", marks=pytest.mark.long),
+        ("LLaMA-Factory ds_z3", ROOT, "AdamW"),
     ],
 )
-def test_bad_settings(tmp_path, tiny_model, change, flags, words):
-    """Said by each process before it meets the others; here by one of two."""
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps(GOOD | change))
-    assert words in refused("python", TRAIN, "--deepspeed", file, "--model", tiny_model, *flags, WORLD_SIZE="2", RANK="0", **CPU)
+@pytest.mark.timeout(600)
+def test_forms_train(tiny_model, tmp_path, form, folder, optimizer):
+    """By the launcher, two processes; the first one by the original command, from its folder."""
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(FORMS[form]))
+    config = "ds_config.json" if folder == MODULE else file
+    script = TRAIN.relative_to(folder)
+    command = ["deepspeed", "--num_gpus=2", script, "--deepspeed", config]
+    flags = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
+    found = result(run(*command, *flags, cwd=folder, timeout=550, **CPU))
+    assert found["zero_stage"] == FORMS[form]["zero_optimization"]["stage"]
+    assert found["optimizer"] == optimizer and len(found["losses"]) == 2
 
 
-def test_unreadable_configurations(tmp_path):
-    assert "there is no DeepSpeed configuration" in refused("python", TRAIN, "--deepspeed", tmp_path / "none.json", WORLD_SIZE="2", **CPU)
-    (tmp_path / "broken.json").write_text('{"zero_optimization": {')
-    assert "not valid JSON at line 1" in refused("python", TRAIN, "--deepspeed", tmp_path / "broken.json", WORLD_SIZE="2", **CPU)
+def test_fp16_is_refused_where_the_cpu_lacks_it(judged, capsys):
+    """DeepSpeed's own accelerator is asked; it would raise a ValueError in the engine."""
+    import torch
+
+    config = judged(FORMS["MedicalGPT zero_stage3"])
+    import ds_check
+
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this CPU computes in fp16")
+    with pytest.raises(SystemExit) as refusal:
+        ds_check.refuse_type(config)
+    assert refusal.value.code == 2 and "AVX512-FP16" in capsys.readouterr().err
+
+
+ADAM = {"type": "AdamW", "params": {"lr": "auto"}}
+ZERO2 = {"zero_optimization": {"stage": 2}}
+REFUSED = [
+    # Keys
+    ({"zero_optimisation": {"stage": 3}}, {}, "zero_optimisation: did you mean zero_optimization?"),
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, {}, "did you mean overlap_comm?"),
+    ({"optimizer": {**ADAM, "parameters": {}}}, {}, "never reads optimizer.parameters"),
+    ({"bf16": {"enabled": True}, "bfloat16": {"enabled": True}}, {}, "old name of bf16"),
+    ({"amp": {"enabled": True}}, {}, "AMP integration has been removed"),
+    # Shapes and texts
+    ({"bf16": True}, {}, 'bf16 is true: write an object, such as {"enabled": true}'),
+    ({"zero_optimization": True}, {}, 'such as {"stage": 2}'),
+    ({"bf16": {"enabled": "false"}}, {}, 'bf16.enabled is the text "false": write false'),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, {}, "params.lr is the text"),
+    # Values
+    ({"zero_optimization": {"stage": 4}}, {}, "stage is 4: write 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": "auto"}}, {}, 'stage is "auto": write 0, 1, 2 or 3'),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, {}, "reduce_bucket_size is 0"),
+    ({**ZERO2, "steps_per_print": "auto"}, {}, 'steps_per_print is "auto", which nobody fills'),
+    ({"gradient_clipping": "much"}, {}, 'gradient_clipping is "much": write a number'),
+    ({"train_micro_batch_size_per_gpu": 0}, {}, "is 0: write a whole number above 0"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, "both enabled"),
+    # Without effect at this stage
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "at stage 2"),
+    ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1e9}}, {}, '"stage": 3'),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "at stage 0"),
+    # Optimizer and scheduler
+    ({"optimizer": {"type": "AdmaW"}}, {}, "optimizer.type AdmaW: did you mean AdamW?"),
+    ({"optimizer": {"params": {}}}, {}, 'no type: write "type": "AdamW"'),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, {}, "must be a number above 0"),
+    ({"optimizer": {"type": "AdamW", "params": {"beta": 1}}}, {}, "unexpected keyword"),
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [2, 0.9]}}}, {}, "beta parameter"),
+    ({"scheduler": {"type": "Warmup"}}, {}, "choose one of LRRangeTest"),
+    ({"scheduler": {"type": "WarmupDecayLR"}}, {}, "total_num_steps"),
+    # Against the command line
+    ({"train_batch_size": 7}, {}, "micro-batch 3 x accumulation 1 x 2 processes = 6"),
+    (
+        {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2},
+        {"accumulate": 2},
+        "2 processes = 8",
+    ),
+    (
+        {"gradient_accumulation_steps": 4},
+        {"accumulate": 2},
+        "gradient_accumulation_steps is 4, the command line says 2",
+    ),
+]
+
+
+@pytest.mark.parametrize("content, flags, words", REFUSED)
+def test_bad_configurations(judged, capsys, content, flags, words):
+    """One sentence that names the key and what would be right, exit code 2."""
+    with pytest.raises(SystemExit) as refusal:
+        judged(content, **flags)
+    sentences = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert refusal.value.code == 2 and len(sentences) == 1 and words in sentences[0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--steps", "0"], "must be positive"),
+        (["--seq-len", "1"], "--seq-len at least 2"),
+        (["--deepspeed", "none.json"], "there is no DeepSpeed configuration"),
+        (["--deepspeed", "Makefile"], "not valid JSON at line 1"),
+    ],
+)
+def test_bad_settings(flags, words):
+    """Said by each process before it meets the others; here by one of two, before torch."""
+    assert words in refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
+
+
+def test_bad_data(tiny_model):
+    for flags, words in (
+        (["--data", "alpaca"], "launch_en_train"),
+        (["--micro-batch", "9999"], "lower --micro-batch"),
+    ):
+        command = ["python", TRAIN, "--deepspeed", MODULE / "configs/z2.json", *flags]
+        said = refused(*command, "--model", tiny_model, WORLD_SIZE="2", RANK="0", **CPU)
+        assert words in said
 
 
 def test_one_process_is_refused():
-    """By the script alone, and through make, the launcher and the job that carries both: exit code 2, one sentence, nothing left."""
+    """By the script alone, and through make, the launcher and the job that carries both: exit code
+    2, one sentence, nothing left.
+    """
     assert "at least 2, here is 1" in refused("python", TRAIN, **CPU)
     assert "at least 2, here is 1" in refused("make", "train-z2", "PROCESSES=1", **CPU)
 
@@ -259,4 +445,8 @@ def test_state_bytes_table():
 
 def test_nothing_is_left_running():
     time.sleep(1)
-    assert not ours() and not shared_memory() and not [name for name in jobs.running() if name.startswith("train-z")]
+    assert (
+        not ours()
+        and not shared_memory()
+        and not [name for name in jobs.running() if name.startswith("train-z")]
+    )

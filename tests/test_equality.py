@@ -1,4 +1,6 @@
-"""The same greedy tokens from transformers, vLLM and mini_vllm: in float32, where rounding cannot decide between two tokens."""
+"""The same greedy tokens from transformers, vLLM and mini_vllm: in float32, where rounding cannot
+decide between two tokens.
+"""
 
 import json
 import runpy
@@ -25,7 +27,8 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, prompts, tokens = json.loads(sys.argv[1])
     llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """
 
@@ -46,26 +49,47 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     mini = LLM(small_model, dtype="float32", kv_cache_gib=0.1)
-    assert [o["token_ids"] for o in mini.generate(PROMPTS, [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS))] == expected
+    assert [
+        o["token_ids"]
+        for o in mini.generate(
+            PROMPTS, [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS)
+        )
+    ] == expected
 
     script = tmp_path / "generate.py"
     script.write_text(VLLM)
-    done = python("-m", "lab.profile", "python", script, json.dumps([str(small_model), PROMPTS, TOKENS]), check=0, timeout=400)
+    done = python(
+        "-m",
+        "lab.profile",
+        "python",
+        script,
+        json.dumps([str(small_model), PROMPTS, TOKENS]),
+        check=0,
+        timeout=400,
+    )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert json.loads(line[7:]) == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), "the prompts must lead to different texts"
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), (
+        "the prompts must lead to different texts"
+    )
 
 
 @pytest.mark.long
 def test_transformers_at_its_best(tiny_model, monkeypatch):
-    """05_throughput.py --compile: as many places as without, also in a last batch that is smaller, by a decode step that was compiled."""
+    """05_throughput.py --compile: as many places as without, also in a last batch that is smaller,
+    by a decode step that was compiled.
+    """
     import torch
     from torch._dynamo.utils import counters
 
     script = runpy.run_path(str(ROOT / "modules/03_vllm/05_throughput.py"), run_name="imported")
     graphs = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: graphs.append(counters["stats"]["unique_graphs"]))
+    monkeypatch.setattr(
+        torch.compiler, "reset", lambda: graphs.append(counters["stats"]["unique_graphs"])
+    )
     tokenizer, model = script["load_transformers"](tiny_model, "cpu", "float32")
     requests = [("a lighthouse", 4), ("two graphics cards and the first frost", 6), ("a river", 3)]
-    plain, compiled = (script["run_transformers"](tokenizer, model, requests, 2, way)[1] for way in (False, True))
+    plain, compiled = (
+        script["run_transformers"](tokenizer, model, requests, 2, way)[1] for way in (False, True)
+    )
     assert plain == compiled == 2 * 6 + 3 and len(graphs) == 1 and graphs[0] > 0

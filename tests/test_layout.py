@@ -1,4 +1,6 @@
-"""The repository's own promises: every script, configuration, make target and readme block is covered by a test that runs it."""
+"""The repository's own promises: every script, configuration, make target and readme block is
+covered by a test that runs it.
+"""
 
 import ast
 import json
@@ -15,15 +17,26 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, python, run
-from test_readmes import BLOCKS, README_FILES
+from readmes import BLOCKS, README_FILES
 
 TRACKED = run("git", "ls-files", "-co", "--exclude-standard", check=0).stdout.splitlines()
 MODULE_SCRIPTS = [f for f in TRACKED if re.fullmatch(r"modules/[^/]+/\d\d_\w+\.py", f)]
 SCRIPTS = MODULE_SCRIPTS + [f for f in TRACKED if re.fullmatch(r"scripts/\w+\.py", f)]
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
-PACKAGES = ["torch", "vllm", "transformers", "accelerate", "deepspeed", "llamafactory", "nvitop", "gpustat", "pytest"]  # of the original design
+PACKAGES = [
+    "torch",
+    "vllm",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "llamafactory",
+    "nvitop",
+    "gpustat",
+    "pytest",
+]  # of the original design
 
-# Which test reads a configuration file as its user would. A file that no pattern claims fails test_every_configuration_is_read.
+# Which test reads a configuration file as its user would. A file that no pattern claims fails
+# test_every_configuration_is_read.
 CONFIGURATIONS = {
     r"configs/profiles/\w+\.yaml": "test_profile.py::test_every_profile_loads",
     r"configs/cards\.yaml": "test_plan.py::test_cards_are_described_with_their_sources",
@@ -37,6 +50,7 @@ CONFIGURATIONS = {
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     r"modules/05_DeepSpeed/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",
+    r"tests/deepspeed_forms\.json": "test_deepspeed.py::test_forms_that_people_use_are_taken",
     r"modules/06_LLaMA-Factory/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
     r"modules/06_LLaMA-Factory/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
     r"modules/06_LLaMA-Factory/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
@@ -61,7 +75,9 @@ TARGETS_TESTED = {
 
 
 def executed() -> str:
-    """The text of all readme blocks that run on some machine, and the recipes of the make targets in them."""
+    """The text of all readme blocks that run on some machine, and the recipes of the make targets
+    in them.
+    """
     text = "\n".join(block.code for block in BLOCKS)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z0-9-]+)", text):
@@ -76,8 +92,12 @@ def test_every_module_script_is_run_by_a_readme(script):
 
 
 def test_module_scripts_are_short():
-    lines = {f: len((ROOT / f).read_text().splitlines()) for f in TRACKED if f.startswith("modules/") and f.endswith(".py")}
-    assert max(lines.values()) <= 300, lines
+    lines = {
+        f: len((ROOT / f).read_text().splitlines())
+        for f in TRACKED
+        if f.startswith("modules/") and f.endswith(".py")
+    }
+    assert max(lines.values()) <= 340, lines
     assert statistics.median(lines.values()) <= 160, lines
 
 
@@ -88,7 +108,11 @@ def test_every_make_target_is_run(target):
         return
     assert target in TARGETS_TESTED, f"no readme block and no test runs make {target}"
     where = TARGETS_TESTED[target]
-    sources = (ROOT / ".ci/run").read_text() if where == ".ci/run" else "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
+    sources = (
+        (ROOT / ".ci/run").read_text()
+        if where == ".ci/run"
+        else "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
+    )
     assert f"make {target}" in sources if where == ".ci/run" else f"def {where}(" in sources
 
 
@@ -106,17 +130,25 @@ def test_every_configuration_is_read(file):
     else:
         list(yaml.safe_load_all(content))
     claimed = [where for pattern, where in CONFIGURATIONS.items() if re.fullmatch(pattern, file)]
-    assert claimed, f"no test reads {file} as its user would: add one, and name it in CONFIGURATIONS"
+    assert claimed, (
+        f"no test reads {file} as its user would: add one, and name it in CONFIGURATIONS"
+    )
     path, _, name = claimed[0].partition("::")
-    assert not name or f"def {name}(" in (ROOT / "tests" / path).read_text(), f"{claimed[0]} does not exist"
+    assert not name or f"def {name}(" in (ROOT / "tests" / path).read_text(), (
+        f"{claimed[0]} does not exist"
+    )
 
 
 def test_locks_hold_every_package_of_the_design():
     for lock in ("cpu", "gpu"):
         text = (ROOT / "locks" / f"{lock}.txt").read_text()
-        names = {name: version for name, version in re.findall(r"^([a-z0-9-]+)==(\S+) \\$", text, re.M)}
+        names = {
+            name: version for name, version in re.findall(r"^([a-z0-9-]+)==(\S+) \\$", text, re.M)
+        }
         for package in PACKAGES:
-            assert package in names or (lock == "cpu" and f"{package}-cpu" in names), f"{package} is not in locks/{lock}.txt"
+            assert package in names or (lock == "cpu" and f"{package}-cpu" in names), (
+                f"{package} is not in locks/{lock}.txt"
+            )
         for entry in re.split(r"\n(?=[a-z0-9])", text.strip()):
             assert "--hash=sha256:" in entry, f"not hashed: {entry.splitlines()[0]}"
     assert not re.search(r"https?://|file:|--find-links|--index", text), "a lock names a registry"
@@ -143,7 +175,9 @@ def test_lock_is_reproducible(tmp_path):
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "argparse" in (ROOT / s).read_text()])
 def test_help_is_quick_and_says_how_to_run(script):
-    """No heavy package is imported for --help, on any profile, and the text is the script's docstring."""
+    """No heavy package is imported for --help, on any profile, and the text is the script's
+    docstring.
+    """
     code = (
         "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
         "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"  # as Python does for a script
@@ -168,8 +202,12 @@ def test_help_lists_every_target(awk, tmp_path):
     out = run("make", check=0, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}").stdout
     assert all(len(re.findall(rf"(?m)^  make {t} +\S", out)) == 1 for t in TARGETS)
     assert max(map(len, out.splitlines())) <= 100
-    groups = re.findall(r"(?m)^(\w.*)\n  make ", out)[1:]  # the line before `make help` is no heading
-    assert [group[:2] for group in groups] == ["Fi", "01", "02", "03", "04", "05", "06", "Up"], groups
+    groups = re.findall(r"(?m)^(\w.*)\n  make ", out)[
+        1:
+    ]  # the line before `make help` is no heading
+    assert [group[:2] for group in groups] == ["Fi", "01", "02", "03", "04", "05", "06", "Up"], (
+        groups
+    )
     phony = " ".join(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)).split()
     assert sorted(phony) == sorted([*TARGETS, "env"])
 
@@ -185,14 +223,21 @@ def test_targets_of_module_03_stand_in_the_order_of_the_road():
 
 
 def test_programs_of_the_environment_are_on_the_path_of_every_target_but_setup(tree):
-    """In an ordinary shell, in a folder with a blank; set-up must not take its Python from what it is about to replace."""
+    """In an ordinary shell, in a folder with a blank; set-up must not take its Python from what it
+    is about to replace.
+    """
     (tree / ".venv").symlink_to(ROOT / ".venv")
     (tree / "scripts/setup.sh").write_text("#!/bin/sh\necho set-up sees $PATH\n")
     shell = f"{tree}/.venv/bin:/usr/bin:/bin"  # as make finds it, when a make has called it
     for path in ("/usr/bin:/bin", shell):
-        found = run("make", "--eval", "where: ; @command -v ninja", "where", cwd=tree, check=0, PATH=path).stdout.strip()
+        found = run(
+            "make", "--eval", "where: ; @command -v ninja", "where", cwd=tree, check=0, PATH=path
+        ).stdout.strip()
         assert found == str(tree / ".venv/bin/ninja")
-        assert run("make", "setup", cwd=tree, check=0, PATH=path).stdout == "set-up sees /usr/bin:/bin\n"
+        assert (
+            run("make", "setup", cwd=tree, check=0, PATH=path).stdout
+            == "set-up sees /usr/bin:/bin\n"
+        )
 
 
 def test_every_make_recipe_parses():
@@ -201,7 +246,9 @@ def test_every_make_recipe_parses():
 
 
 def test_make_evidence_dry():
-    """Every target of `make evidence` exists, and every module script that stores a record is run by one of them."""
+    """Every target of `make evidence` exists, and every module script that stores a record is run
+    by one of them.
+    """
     targets = runpy.run_path(str(ROOT / "scripts/evidence.py"), run_name="imported")["TARGETS"]
     recipes = "".join(run("make", "-n", *shlex.split(target), check=0).stdout for target in targets)
     storing = {s for s in MODULE_SCRIPTS if "results.finish" in (ROOT / s).read_text()}
@@ -212,12 +259,47 @@ def test_clean(tree):
     (tree / "runs" / "x").mkdir(parents=True)
     (tree / "lab" / "__pycache__").mkdir(exist_ok=True)
     run("make", "clean", cwd=tree, check=0)
-    assert not (tree / "runs").exists() and not (tree / "lab" / "__pycache__").exists() and (tree / "lab" / "models.py").exists()
+    assert (
+        not (tree / "runs").exists()
+        and not (tree / "lab" / "__pycache__").exists()
+        and (tree / "lab" / "models.py").exists()
+    )
 
 
 def test_lint():
     done = run("make", "lint")
     assert done.returncode == 0, done.stdout
+
+
+def test_every_measure_of_lint_fails_where_it_is_broken(tmp_path):
+    dense = "\n".join(f"a{n}, b{n} = f(1, 2, 3, 4), g[5:6:7]" for n in range(30))
+    files = {
+        "modules/03_vllm/01_serve.py": '"""vllm.entrypoints.openai.api_server"""\n'
+        + "x = 1\n" * 301,
+        "modules/03_vllm/02_chat.py": "\n" * 110 + "client.chat.completions.create()\n",
+        "modules/03_vllm/99_new.py": dense,
+        "modules/03_vllm/mini_vllm/a.py": "y = 1\n" * 161,
+        "modules/03_vllm/mini_vllm/b.py": "y = 1\n" * 690,
+        "lab/x.py": "f(found := 1)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    problems = python("scripts/lint.py", tmp_path, check=1).stderr
+    for problem in (
+        "01_serve.py: 302 lines, at most 300",
+        "01_serve.py: no code has vllm",
+        "02_chat.py:111: the lesson, due before line 110",
+        "99_new.py: say in LESSON of scripts/lint.py",
+        "modules/01_single_gpu_smoke/01_smoke.py: in LESSON, but not here",
+        "mini_vllm/a.py: 161 lines, at most 160",
+        "mini_vllm: 851 lines in all, at most 850",
+        "modules: a median file of 161 lines, at most 160",
+        "lab/x.py:1: a walrus in arguments",
+        "lab/x.py:1: found says nothing",
+        "99_new.py has 30",
+    ):
+        assert problem in problems, problem
 
 
 def test_tracked_tree_is_small():
@@ -230,10 +312,16 @@ def test_no_machine_paths():
     for file in TRACKED:
         if file.startswith("results/") or not Path(ROOT / file).suffix:
             continue
-        found = re.search(r"(?<![\w.])/(?:work|root|opt|home)/\w+", (ROOT / file).read_text(errors="ignore"))
+        found = re.search(
+            r"(?<![\w.])/(?:work|root|opt|home)/\w+", (ROOT / file).read_text(errors="ignore")
+        )
         assert not found or file.startswith("tests/"), f"{file} holds the path {found[0]}"
 
 
 def test_interpreter_is_the_environment():
-    assert subprocess.run([ROOT / ".venv/bin/python", "-c", "import lab"], check=False).returncode == 0
-    assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), "run the tests with make test, in the environment of the repository"
+    assert (
+        subprocess.run([ROOT / ".venv/bin/python", "-c", "import lab"], check=False).returncode == 0
+    )
+    assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), (
+        "run the tests with make test, in the environment of the repository"
+    )

@@ -1,4 +1,6 @@
-"""A test whose Debian package is missing: skipped, counted and told how to mend; under CI=true it fails."""
+"""A test whose Debian package is missing: skipped, counted and told how to mend; under CI=true it
+fails.
+"""
 
 import re
 
@@ -27,15 +29,22 @@ def pytest_run(**environment) -> list[str]:
 def test_skipped_and_counted(without):
     *lines, code = pytest_run(CI="", **without)
     assert code == "0" and any(line.startswith("2 skipped") for line in lines)
-    for words in ("promtool not installed: sudo apt install prometheus", "ip not installed: sudo apt install iproute2"):
+    for words in (
+        "promtool not installed: sudo apt install prometheus",
+        "ip not installed: sudo apt install iproute2",
+    ):
         assert any(line.startswith("SKIPPED") and line.endswith(words) for line in lines), lines
-    assert "2 tests skipped for missing Debian packages: sudo apt install iproute2 prometheus" in lines
+    assert (
+        "2 tests skipped for missing Debian packages: sudo apt install iproute2 prometheus" in lines
+    )
 
 
 def test_under_ci_it_fails(without):
     *lines, code = pytest_run(CI="true", **without)
     assert code == "1" and "promtool not installed: sudo apt install prometheus" in lines
-    assert any(line.startswith("2 errors") for line in lines) and not any("tests skipped for" in line for line in lines)
+    assert any(line.startswith("2 errors") for line in lines) and not any(
+        "tests skipped for" in line for line in lines
+    )
 
 
 def test_ci_installs_them():
@@ -47,6 +56,16 @@ def test_every_such_program_is_declared():
     """A test file that starts one of these programs names it in a mark."""
     for file in (ROOT / "tests").glob("test_*.py"):
         text = file.read_text()
-        started = {name for name in PACKAGES if re.search(rf'(?:run|Popen)\(\[?"{name}"|command = \["{name}"|"--net", "{name}"', text)}
-        declared = {name for mark in re.findall(r"mark\.needs\((.*?)\)", text) for name in re.findall(r'"(\w+)"', mark)}
+        started = {
+            name
+            for name in PACKAGES
+            if re.search(
+                rf'(?:run|Popen)\(\[?"{name}"|command = \["{name}"|"--net", "{name}"', text
+            )
+        }
+        declared = {
+            name
+            for mark in re.findall(r"mark\.needs\((.*?)\)", text)
+            for name in re.findall(r'"(\w+)"', mark)
+        }
         assert started <= declared, f"{file.name} starts {started - declared}"

@@ -1,4 +1,6 @@
-"""Profiles and models: detection, overriding, and one clear sentence for everything a user may get wrong."""
+"""Profiles and models: detection, overriding, and one clear sentence for everything a user may get
+wrong.
+"""
 
 import http.server
 import json
@@ -18,13 +20,21 @@ SMOKE = "modules/01_single_gpu_smoke/01_smoke.py"
 
 
 def test_every_profile_loads():
-    """All profiles hold the same settings, every one of which some script reads; env applies to every launcher."""
+    """All profiles hold the same settings, every one of which some script reads; env applies to
+    every launcher.
+    """
     profiles = {f.stem: profile.read_yaml(f) for f in profile.FOLDER.glob("*.yaml")}
     assert profiles.keys() == {"cpu", "4090x1", "4090x2"}
-    source = "".join(f.read_text() for folder in ("modules", "scripts", "lab") for f in (ROOT / folder).rglob("*.py"))
+    source = "".join(
+        f.read_text()
+        for folder in ("modules", "scripts", "lab")
+        for f in (ROOT / folder).rglob("*.py")
+    )
     cpu = profiles["cpu"]
     for section, values in cpu.items():
-        assert section == "requires" or f"profile.{section}" in source or f'"{section}"' in source, f"no script reads {section}"
+        assert (
+            section == "requires" or f"profile.{section}" in source or f'"{section}"' in source
+        ), f"no script reads {section}"
         for name, other in profiles.items():
             assert cpu.keys() == other.keys(), name
             if isinstance(values, dict) and section not in ("env", "requires"):
@@ -36,7 +46,10 @@ def test_every_profile_loads():
 
 def test_4090x2_is_what_the_design_asks_for():
     p = profile.read_yaml(ROOT / "configs/profiles/4090x2.yaml")
-    assert (p["serve"]["model"], p["serve"]["args"]["tensor-parallel-size"]) == ("qwen2.5-14b-instruct", 2)
+    assert (p["serve"]["model"], p["serve"]["args"]["tensor-parallel-size"]) == (
+        "qwen2.5-14b-instruct",
+        2,
+    )
     assert p["env"]["NCCL_P2P_DISABLE"] == 1
 
 
@@ -48,11 +61,22 @@ def test_serving_asks_for_no_cuda_toolkit(name):
 
 
 # -----------------------------------------------------------------------------
-# Machines that readers have: cards by tests/fakes/pynvml.py, the lock by an environment with a marker of its own
+# Machines that readers have: cards by tests/fakes/pynvml.py, the lock by an environment with a
+# marker of its own
 
 RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99}
-RTX3090 = {"name": "NVIDIA GeForce RTX 3090", "memory_gib": 24, "reserved_gib": 0.31, "capability": [8, 6]}
-RTX5090 = {"name": "NVIDIA GeForce RTX 5090", "memory_gib": 31.84, "reserved_gib": 0.48, "capability": [12, 0]}
+RTX3090 = {
+    "name": "NVIDIA GeForce RTX 3090",
+    "memory_gib": 24,
+    "reserved_gib": 0.31,
+    "capability": [8, 6],
+}
+RTX5090 = {
+    "name": "NVIDIA GeForce RTX 5090",
+    "memory_gib": 31.84,
+    "reserved_gib": 0.48,
+    "capability": [12, 0],
+}
 RTX3060 = {"name": "NVIDIA GeForce RTX 3060", "memory_gib": 12, "capability": [8, 6]}
 SHOW = (
     "import json, os; from lab import machine; from lab.profile import load_profile; profile = load_profile()\n"
@@ -61,11 +85,15 @@ SHOW = (
 
 
 def described(cards: list[dict], **env) -> dict:
-    """Environment variables of a machine with these cards; what this machine's user set is left out."""
+    """Environment variables of a machine with these cards; what this machine's user set is left
+    out.
+    """
     return {"FAKE_CARDS": json.dumps(cards), "PYTHONPATH": str(ROOT / "tests/fakes")} | env
 
 
-ROWS = {  # cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name of the machine, cards that are read; what is said
+# cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name of the machine, cards that are
+# read; what is said
+ROWS = {
     "no card, cpu lock": ([], "cpu", {}, ["cpu", "", "cpu", []], ""),
     "no card, gpu lock": ([], "gpu", {}, ["cpu", "", "cpu", []], "no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; profile cpu, but the gpu lock's vLLM computes on GPUs only"),
     "two cards, cpu lock": ([RTX4090] * 2, "cpu", {}, ["cpu", "", "cpu", []], "2 x RTX 4090 here, but this environment is the cpu lock's: profile cpu; to compute on the card: make setup LOCK=gpu"),
@@ -88,7 +116,9 @@ ROWS = {  # cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_machines(row, filled):
-    """Which profile, which cards, and what is said of the rest: at most one sentence, and none where nothing is left aside."""
+    """Which profile, which cards, and what is said of the rest: at most one sentence, and none
+    where nothing is left aside.
+    """
     cards, lock, env, expected, said = ROWS[row]
     done = run(filled(lock), "-c", SHOW, check=0, **described(cards, **env))
     name, visible, here, handles, sizes = json.loads(done.stdout)
@@ -101,20 +131,37 @@ def test_machines(row, filled):
 def test_said_once(filled):
     """A process started by another that has a profile repeats no note and changes no card."""
     code = f"import subprocess, sys; from lab.profile import load_profile; load_profile(); subprocess.run([sys.executable, '-c', {SHOW!r}])"
-    done = run(filled("gpu"), "-c", code, check=0, **described([RTX3060, RTX4090, RTX4090, RTX4090]))
-    assert json.loads(done.stdout)[:4] == ["4090x2", "1,2", "4090x2", [1, 2]] and done.stderr.count("note: ") == 1
+    done = run(
+        filled("gpu"), "-c", code, check=0, **described([RTX3060, RTX4090, RTX4090, RTX4090])
+    )
+    assert (
+        json.loads(done.stdout)[:4] == ["4090x2", "1,2", "4090x2", [1, 2]]
+        and done.stderr.count("note: ") == 1
+    )
 
 
 def test_locks_that_cannot(filled):
-    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU; --help and --dry-run show what would be."""
+    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU; --help and --dry-run show
+    what would be.
+    """
     python = filled("cpu")
     two, one = described([RTX4090] * 2), described([RTX4090])
     assert "make setup LOCK=gpu" in refused(python, SMOKE, PROFILE="4090x2", **two)
-    assert "1 NVIDIA GPU of at least 22 GiB, 0 found" in refused(python, SMOKE, PROFILE="4090x1", **described([RTX3060]))
-    assert "2 NVIDIA GPUs of at least 22 GiB, 1 found" in refused(python, SMOKE, PROFILE="4090x2", **one)
+    assert "1 NVIDIA GPU of at least 22 GiB, 0 found" in refused(
+        python, SMOKE, PROFILE="4090x1", **described([RTX3060])
+    )
+    assert "2 NVIDIA GPUs of at least 22 GiB, 1 found" in refused(
+        python, SMOKE, PROFILE="4090x2", **one
+    )
     serve = "modules/03_vllm/01_serve.py"
-    assert "--tensor-parallel-size 2" in run(python, serve, "--dry-run", check=0, PROFILE="4090x2", **two).stdout
-    for command in ([serve], ["-c", "from lab import engine; engine.start('folder', 'auto', {}, [])"]):
+    assert (
+        "--tensor-parallel-size 2"
+        in run(python, serve, "--dry-run", check=0, PROFILE="4090x2", **two).stdout
+    )
+    for command in (
+        [serve],
+        ["-c", "from lab import engine; engine.start('folder', 'auto', {}, [])"],
+    ):
         assert "make setup LOCK=cpu" in refused(filled("gpu"), *command, PROFILE="cpu", **two)
 
 
@@ -140,15 +187,30 @@ def test_one_card_says_what_wants_two(what, filled):
 
 def test_one_card_runs_one_process(filled):
     """What one card can do is not refused: the launcher starts one process."""
-    done = run(filled("gpu"), "-m", "lab.launch", "one", "echo", "--num_processes", "1", check=0, **described([RTX4090]))
+    done = run(
+        filled("gpu"),
+        "-m",
+        "lab.launch",
+        "one",
+        "echo",
+        "--num_processes",
+        "1",
+        check=0,
+        **described([RTX4090]),
+    )
     assert "--num_processes 1" in done.stderr
 
 
 def test_deepspeed_gets_the_cards_that_were_chosen(monkeypatch):
-    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus (deepspeed/launcher/runner.py), so cards are named."""
+    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus
+    (deepspeed/launcher/runner.py), so cards are named.
+    """
     command = "deepspeed --num_gpus 2 train.py --deepspeed z2.json".split()
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 2}, {"index": 3}])
-    assert launch.by_card(command) == "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
+    assert (
+        launch.by_card(command)
+        == "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
+    )
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 0}, {"index": 1}])
     assert launch.by_card(command) == command
     monkeypatch.setattr(machine, "gpus", list)
@@ -161,8 +223,12 @@ VISIBLE = {None: "0123", "2,3": "23", "3, 1": "31", "0,9,1": "0", "-1": "", "": 
 
 @pytest.mark.parametrize("chosen", VISIBLE)
 def test_cuda_visible_devices(chosen):
-    """As CUDA reads it: indices or beginnings of UUIDs; what names no card ends the list, a card named twice empties it."""
-    cards = [{"index": i, "uuid": f"GPU-{uuid}"} for i, uuid in enumerate(("aa0", "aa1", "b2", "c3"))]
+    """As CUDA reads it: indices or beginnings of UUIDs; what names no card ends the list, a card
+    named twice empties it.
+    """
+    cards = [
+        {"index": i, "uuid": f"GPU-{uuid}"} for i, uuid in enumerate(("aa0", "aa1", "b2", "c3"))
+    ]
     assert "".join(str(card["index"]) for card in machine.visible(cards, chosen)) == VISIBLE[chosen]
 
 
@@ -183,7 +249,9 @@ def test_machine_names(monkeypatch):
 
 
 def test_no_proxy_for_this_machine():
-    """A proxy that nobody answers for, and a server here: every client that the scripts use reaches the server."""
+    """A proxy that nobody answers for, and a server here: every client that the scripts use reaches
+    the server.
+    """
     code = (
         "import sys, urllib.request\n"
         "import lab, httpx\n"
@@ -195,7 +263,9 @@ def test_no_proxy_for_this_machine():
         "except OSError as e: print(e)\n"
     )
     dead = f"http://127.0.0.1:{closed_port()}"
-    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), dead)
+    proxies = dict.fromkeys(
+        ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), dead
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for own in ({"no_proxy": "", "NO_PROXY": ""}, {"no_proxy": "", "NO_PROXY": "corp.example"}):
@@ -209,7 +279,10 @@ def test_no_proxy_for_this_machine():
 def test_own_no_proxy_is_kept():
     code = "import lab, os; print(os.environ['no_proxy'], os.environ['NO_PROXY'])"
     for own, expected in (
-        ({"no_proxy": "", "NO_PROXY": "corp.example, localhost"}, "corp.example,localhost,127.0.0.1,::1"),
+        (
+            {"no_proxy": "", "NO_PROXY": "corp.example, localhost"},
+            "corp.example,localhost,127.0.0.1,::1",
+        ),
         ({"no_proxy": "*", "NO_PROXY": ""}, "*"),
     ):
         assert python("-c", code, check=0, **own).stdout.split() == [expected] * 2
@@ -232,35 +305,68 @@ def closed_port() -> int:
 
 def test_programs_without_activation():
     """A plain shell's PATH: the environment's own programs are found all the same, and first."""
-    for command in (["-c", "from lab.profile import load_profile; load_profile(); import shutil; print(shutil.which('ninja'))"], ["-m", "lab.profile", "which", "ninja"]):
-        assert python(*command, check=0, PATH="/usr/bin:/bin").stdout.strip() == f"{sys.prefix}/bin/ninja"
+    for command in (
+        [
+            "-c",
+            "from lab.profile import load_profile; load_profile(); import shutil; print(shutil.which('ninja'))",
+        ],
+        ["-m", "lab.profile", "which", "ninja"],
+    ):
+        assert (
+            python(*command, check=0, PATH="/usr/bin:/bin").stdout.strip()
+            == f"{sys.prefix}/bin/ninja"
+        )
 
 
 def test_memory_cap(monkeypatch):
-    """A larger card that stands in for a 24 GB one: the allocator's ceiling, beside the profile's own settings; else nothing changes."""
-    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}] * 2)
+    """A larger card that stands in for a 24 GB one: the allocator's ceiling, beside the profile's
+    own settings; else nothing changes.
+    """
+    monkeypatch.setattr(
+        machine,
+        "gpus",
+        lambda: [{"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}] * 2,
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NCCL_P2P_DISABLE": 1}
     monkeypatch.delenv("MEMORY_CAP_GIB", raising=False)
     assert profile.capped(ours) == ours
     monkeypatch.setenv("MEMORY_CAP_GIB", "24")
-    assert profile.capped(ours) == ours | {"PYTORCH_ALLOC_CONF": "expandable_segments:True,per_process_memory_fraction:0.3000"}
-    assert profile.capped({}) == {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.3000"} and machine.name() == "h100x2-cap24"
+    assert profile.capped(ours) == ours | {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True,per_process_memory_fraction:0.3000"
+    }
+    assert (
+        profile.capped({}) == {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.3000"}
+        and machine.name() == "h100x2-cap24"
+    )
 
 
 def test_environment_reaches_launchers_and_the_user_wins():
-    out = run("bash", "-c", 'eval "$(python -m lab.profile)"; python -m lab.profile env', check=0, VLLM_CPU_KVCACHE_SPACE="3").stdout
+    out = run(
+        "bash",
+        "-c",
+        'eval "$(python -m lab.profile)"; python -m lab.profile env',
+        check=0,
+        VLLM_CPU_KVCACHE_SPACE="3",
+    ).stdout
     assert "VLLM_NO_USAGE_STATS=1" in out and "VLLM_CPU_KVCACHE_SPACE=3" in out
 
 
 def test_unknown_profile():
-    assert "PROFILE=laptop" in (said := refused("python", SMOKE, PROFILE="laptop")) and "cpu" in said
+    assert (
+        "PROFILE=laptop" in (said := refused("python", SMOKE, PROFILE="laptop")) and "cpu" in said
+    )
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="has GPUs")
 def test_no_gpu_under_4090x2():
     assert "needs 2 NVIDIA GPUs" in refused("make", "vllm-serve", "PROFILE=4090x2")
-    assert "--tensor-parallel-size 2" in run("python", "modules/03_vllm/01_serve.py", "--dry-run", PROFILE="4090x2", check=0).stdout
+    assert (
+        "--tensor-parallel-size 2"
+        in run(
+            "python", "modules/03_vllm/01_serve.py", "--dry-run", PROFILE="4090x2", check=0
+        ).stdout
+    )
 
 
 @pytest.mark.parametrize("content", ["serve: {model: [", "- a list", ""])
@@ -277,14 +383,23 @@ def test_unknown_model_and_missing_folder(tmp_path):
 
 
 def test_hub_out_of_reach():
-    """A hub id that cannot be had: one sentence that names the mirror variables (a port where nobody listens stands for the hub)."""
-    for variable in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"USE_MODELSCOPE_HUB": "1", "MODELSCOPE_DOMAIN": "127.0.0.1:9"}):
-        said = refused("python", SMOKE, "--model", "Qwen/Qwen2.5-0.5B-Instruct", timeout=400, **variable)
+    """A hub id that cannot be had: one sentence that names the mirror variables (a port where
+    nobody listens stands for the hub).
+    """
+    for variable in (
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        {"USE_MODELSCOPE_HUB": "1", "MODELSCOPE_DOMAIN": "127.0.0.1:9"},
+    ):
+        said = refused(
+            "python", SMOKE, "--model", "Qwen/Qwen2.5-0.5B-Instruct", timeout=400, **variable
+        )
         assert "HF_ENDPOINT" in said
 
 
 def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
-    """HF_ENDPOINT and USE_MODELSCOPE_HUB decide where a model comes from: a server here sees the requests."""
+    """HF_ENDPOINT and USE_MODELSCOPE_HUB decide where a model comes from: a server here sees the
+    requests.
+    """
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -299,13 +414,32 @@ def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        said = refused("python", "-m", "lab.models", "qwen2.5-0.5b-instruct", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(tmp_path))
+        said = refused(
+            "python",
+            "-m",
+            "lab.models",
+            "qwen2.5-0.5b-instruct",
+            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+            HF_HOME=str(tmp_path),
+        )
         hub.shutdown()
     assert any("Qwen/Qwen2.5-0.5B-Instruct" in path for path in asked), (said, asked)
 
 
 def test_path_with_space_and_chinese_characters(tree, small_model):
-    out = python(SMOKE, "--matmul-size", "128", "--copy-mib", "1", "--model", small_model, cwd=tree, PYTHONPATH=str(tree), RECORDS="", check=0).stdout
+    out = python(
+        SMOKE,
+        "--matmul-size",
+        "128",
+        "--copy-mib",
+        "1",
+        "--model",
+        small_model,
+        cwd=tree,
+        PYTHONPATH=str(tree),
+        RECORDS="",
+        check=0,
+    ).stdout
     assert "Paris" in out and (tree / "runs/records/01_single_gpu_smoke/01_smoke.json").exists()
 
 
@@ -317,20 +451,29 @@ def test_read_only_home(small_model):
 
 
 def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
-    """HOME writable: nothing is moved. HOME with a blank: only what compiles. HOME read-only: everything, compiled things apart if runs/ has a blank."""
+    """HOME writable: nothing is moved. HOME with a blank: only what compiles. HOME read-only:
+    everything, compiled things apart if runs/ has a blank.
+    """
     from lab import profile
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert profile.writable_home() == {}
     monkeypatch.setenv("HOME", str(tmp_path / "a blank"))
     monkeypatch.setattr(profile, "RUNS", tmp_path / "runs")
-    assert profile.writable_home()["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "runs/cache/torch_extensions")
+    assert profile.writable_home()["TORCH_EXTENSIONS_DIR"] == str(
+        tmp_path / "runs/cache/torch_extensions"
+    )
     assert "HF_HOME" not in profile.writable_home()
     monkeypatch.setenv("HOME", "/proc")
     monkeypatch.setattr(profile, "RUNS", tmp_path / "a blank/runs")
     places = profile.writable_home()
     assert places["HF_HOME"] == str(tmp_path / "a blank/runs/cache/huggingface")
-    assert " " not in places["TORCH_EXTENSIONS_DIR"] + places["TORCHINDUCTOR_CACHE_DIR"] + places["TRITON_CACHE_DIR"]
+    assert (
+        " "
+        not in places["TORCH_EXTENSIONS_DIR"]
+        + places["TORCHINDUCTOR_CACHE_DIR"]
+        + places["TRITON_CACHE_DIR"]
+    )
 
 
 def test_compiling_without_openssl(tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from test_readmes import FENCE
+from readmes import FENCE
 
 from lab.profile import FOLDER, read_yaml
 

@@ -30,21 +30,38 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
+        self.links += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and value
+        ]
 
     def handle_data(self, data):
         self.words.append(data)
 
 
 def test_report(tree, records):
-    """`make report`: a section for every stage that was run, a plot each, the records' own numbers, and nothing from elsewhere."""
-    out = python("scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(records), check=0).stdout
+    """`make report`: a section for every stage that was run, a plot each, the records' own numbers,
+    and nothing from elsewhere.
+    """
+    out = python(
+        "scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(records), check=0
+    ).stdout
     text = (tree / "runs/report.html").read_text()
     page, words = Page(text), re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
     stages = len(list(records.glob("0[1-9]_*")))  # scripts/ holds the doctor's
-    assert f"{stages} stages" in out and page.tags.count("h2") == stages + 1 and page.tags.count("svg") >= stages - 1
-    assert all(link.startswith(("#", "data:")) for link in page.links) and "<script" not in text and "@import" not in text
-    metrics = {name: json.loads((records / f"{name}.json").read_text())["metrics"] for name in ("03_vllm/05_throughput", "06_LLaMA-Factory/02_score", "05_DeepSpeed/train-z2")}
+    assert (
+        f"{stages} stages" in out
+        and page.tags.count("h2") == stages + 1
+        and page.tags.count("svg") >= stages - 1
+    )
+    assert (
+        all(link.startswith(("#", "data:")) for link in page.links)
+        and "<script" not in text
+        and "@import" not in text
+    )
+    metrics = {
+        name: json.loads((records / f"{name}.json").read_text())["metrics"]
+        for name in ("03_vllm/05_throughput", "06_LLaMA-Factory/02_score", "05_DeepSpeed/train-z2")
+    }
     assert f"{metrics['03_vllm/05_throughput']['vllm_over_transformers_ratio']:.4g} 倍" in words
     assert f"{metrics['06_LLaMA-Factory/02_score']['tuned_exact_pct']:.4g} % 微调后" in words
     for stage in range(4):
@@ -52,7 +69,9 @@ def test_report(tree, records):
 
 
 def test_report_of_nothing(tree, tmp_path):
-    assert "nothing has been run here yet" in refused("python", "scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(tmp_path))
+    assert "nothing has been run here yet" in refused(
+        "python", "scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(tmp_path)
+    )
 
 
 def progress(tree, *stage, **environment) -> str:
@@ -62,7 +81,10 @@ def progress(tree, *stage, **environment) -> str:
 
 def done(tree, stage: str) -> list[str]:
     """Commands of the stage's tasks that are done."""
-    return re.findall(r"(?m)^    \[x\] .*?: ((?:PROFILE|make|python|curl|diff|cd|accelerate).*)$", progress(tree, stage))
+    return re.findall(
+        r"(?m)^    \[x\] .*?: ((?:PROFILE|make|python|curl|diff|cd|accelerate).*)$",
+        progress(tree, stage),
+    )
 
 
 def following(tree, *stage, **environment) -> list[str]:
@@ -78,17 +100,43 @@ def ran(tree, command: str, make: str = "", profile: str = "cpu") -> None:
 
 
 def test_progress(tree):
-    """A task is done by its own command, with its own flags and profile, by the file it writes, or by a tick."""
+    """A task is done by its own command, with its own flags and profile, by the file it writes, or
+    by a tick.
+    """
     tasks = {f.parent.name: f.read_text().count("- [ ] ") for f in tree.glob("modules/*/PLAN.md")}
     out = progress(tree)
-    assert all(re.search(rf"(?m)^{stage} .* 0/{count}$", out) for stage, count in tasks.items()), "a task that is not read, or done for nothing"
+    assert all(re.search(rf"(?m)^{stage} .* 0/{count}$", out) for stage, count in tasks.items()), (
+        "a task that is not read, or done for nothing"
+    )
     records = {"RECORDS": str(tree / "runs/records")}
-    python("modules/05_DeepSpeed/01_state_bytes.py", "--parameters", "1e9", cwd=tree, check=0, PYTHONPATH=str(tree), **records)
+    python(
+        "modules/05_DeepSpeed/01_state_bytes.py",
+        "--parameters",
+        "1e9",
+        cwd=tree,
+        check=0,
+        PYTHONPATH=str(tree),
+        **records,
+    )
     assert done(tree, "05_DeepSpeed") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
-    run("make", "-f", ROOT / "Makefile", "-C", ROOT, "zero-theory", "ARGS=--processes 64", check=0, **records)
-    assert done(tree, "05_DeepSpeed")[1:] == ["python modules/05_DeepSpeed/01_state_bytes.py --processes 64"]
+    run(
+        "make",
+        "-f",
+        ROOT / "Makefile",
+        "-C",
+        ROOT,
+        "zero-theory",
+        "ARGS=--processes 64",
+        check=0,
+        **records,
+    )
+    assert done(tree, "05_DeepSpeed")[1:] == [
+        "python modules/05_DeepSpeed/01_state_bytes.py --processes 64"
+    ]
     ran(tree, "modules/05_DeepSpeed/train.py --local_rank=0 --deepspeed ds_config.json")
-    assert done(tree, "05_DeepSpeed")[2:] == ["cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json"]
+    assert done(tree, "05_DeepSpeed")[2:] == [
+        "cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json"
+    ]
     (tree / "runs/my_config.yaml").touch()
     assert not done(tree, "04_Accelerate"), "an empty file"
     (tree / "runs/my_config.yaml").write_text("distributed_type: MULTI_CPU\n")
@@ -96,7 +144,9 @@ def test_progress(tree):
     plan = tree / "modules/01_single_gpu_smoke/PLAN.md"
     plan.write_text(plan.read_text().replace("- [ ] 跑通", "- [x] 跑通"))
     assert done(tree, "01_single_gpu_smoke") == ["make smoke"]
-    assert "unknown stage 09" in refused("python", "scripts/progress.py", "09", cwd=tree, PYTHONPATH=str(tree), **records)
+    assert "unknown stage 09" in refused(
+        "python", "scripts/progress.py", "09", cwd=tree, PYTHONPATH=str(tree), **records
+    )
 
 
 def test_a_dry_run_is_not_the_run(tree):
@@ -114,41 +164,82 @@ def test_progress_names_one_next_step(tree):
     assert following(tree) == ["make setup"], "an interrupted set-up"
     (tree / ".venv/.videofen-setup").write_text("cpu 0123456789abcdef\n")
     assert following(tree) == ["make doctor"]
-    for stage in runpy.run_path(str(ROOT / "scripts/quickstart.py"), run_name="imported")["STAGES"].values():
+    for stage in runpy.run_path(str(ROOT / "scripts/quickstart.py"), run_name="imported")[
+        "STAGES"
+    ].values():
         ran(tree, "modules/xx.py", shlex.join(stage.target))
     assert following(tree) == ["make doctor"]
-    assert following(tree, "04_Accelerate") == ["python modules/04_Accelerate/01_train_ddp.py --micro-batch 4"]
-    assert [len(done(tree, f.parent.name)) for f in sorted(tree.glob("modules/*/PLAN.md"))] == [3, 1, 1, 1, 1, 1]
+    assert following(tree, "04_Accelerate") == [
+        "python modules/04_Accelerate/01_train_ddp.py --micro-batch 4"
+    ]
+    assert [len(done(tree, f.parent.name)) for f in sorted(tree.glob("modules/*/PLAN.md"))] == [
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
     plan = tree / "modules/04_Accelerate/PLAN.md"
     plan.write_text(re.sub(r"- \[ \] (?!（4090x2）)", "- [x] ", plan.read_text()))
-    assert following(tree, "04_Accelerate", PROFILE="cpu") == ["nothing is left to do here in 04_Accelerate"]
-    assert following(tree, "04_Accelerate", PROFILE="4090x2") == ["PROFILE=4090x2 make train-accelerate"]
+    assert following(tree, "04_Accelerate", PROFILE="cpu") == [
+        "nothing is left to do here in 04_Accelerate"
+    ]
+    assert following(tree, "04_Accelerate", PROFILE="4090x2") == [
+        "PROFILE=4090x2 make train-accelerate"
+    ]
 
 
 def test_tasks_that_want_two_cards(tree):
-    """On one card the next step is never one that has to be refused; the Makefile says which targets start two processes."""
+    """On one card the next step is never one that has to be refused; the Makefile says which
+    targets start two processes.
+    """
     script = runpy.run_path(str(ROOT / "scripts/progress.py"), run_name="imported")
     makefile = (ROOT / "Makefile").read_text()
-    two = re.findall(r"(?m)^([a-z0-9-]+): env .*\n\t(?:.*\\\n)*.*(?:PROCESSES\),2|\$\(DEEPSPEED\)|--zero2)", makefile)
+    two = re.findall(
+        r"(?m)^([a-z0-9-]+): env .*\n\t(?:.*\\\n)*.*(?:PROCESSES\),2|\$\(DEEPSPEED\)|--zero2)",
+        makefile,
+    )
     two += re.findall(r"(?m)^(train-accelerate):", makefile) + ["vllm-tp"]
-    assert {"train-ddp", "train-z0", "train-z2-offload", "lf-train-z2", "mini-tp", "vllm-tp"} <= set(two)
+    assert {
+        "train-ddp",
+        "train-z0",
+        "train-z2-offload",
+        "lf-train-z2",
+        "mini-tp",
+        "vllm-tp",
+    } <= set(two)
     for target in re.findall(r"(?m)^([a-z0-9-]+): env", makefile):
         assert bool(script["DIVIDED"].search(f"make {target}")) == (target in two), target
     one = tree / "configs/profiles/one.yaml"
-    one.write_text((tree / "configs/profiles/cpu.yaml").read_text() + "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n")
-    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["python modules/05_DeepSpeed/01_state_bytes.py"]
+    one.write_text(
+        (tree / "configs/profiles/cpu.yaml").read_text()
+        + "\nrequires: {gpus: 1, gpu_memory_gib: 22}\n"
+    )
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == [
+        "python modules/05_DeepSpeed/01_state_bytes.py"
+    ]
     for name in ("05_DeepSpeed", "04_Accelerate"):
-        for line in re.findall(r"`(python modules/.*?)`", (tree / f"modules/{name}/PLAN.md").read_text()):
+        for line in re.findall(
+            r"`(python modules/.*?)`", (tree / f"modules/{name}/PLAN.md").read_text()
+        ):
             ran(tree, line.removeprefix("python "), profile="one")
-    assert following(tree, "05_DeepSpeed", PROFILE="one") == ["nothing is left to do here in 05_DeepSpeed"]
+    assert following(tree, "05_DeepSpeed", PROFILE="one") == [
+        "nothing is left to do here in 05_DeepSpeed"
+    ]
     assert following(tree, "04_Accelerate", PROFILE="one")[0].startswith("diff ")
-    assert "PROFILE=two" in refused("python", "scripts/progress.py", cwd=tree, PYTHONPATH=str(tree), PROFILE="two")
+    assert "PROFILE=two" in refused(
+        "python", "scripts/progress.py", cwd=tree, PYTHONPATH=str(tree), PROFILE="two"
+    )
 
 
 def tasks() -> list[str]:
     found = []
     for plan in sorted(ROOT.glob("modules/*/PLAN.md")):
-        found += [pytest.param(m[3], id=f"{plan.parent.name}-{m[3][:60]}") for m in TASK.finditer(plan.read_text())]
+        found += [
+            pytest.param(m[3], id=f"{plan.parent.name}-{m[3][:60]}")
+            for m in TASK.finditer(plan.read_text())
+        ]
     return found
 
 
@@ -160,13 +251,22 @@ def test_every_task_leaves_a_trace(command):
         return
     if parts[0] == "make":
         command = run("make", "-n", *parts[1:], check=0).stdout
-    scripts = re.findall(r"[\w/.-]+\.py", command.replace("cd modules/05_DeepSpeed && ", "").replace(" train.py", " modules/05_DeepSpeed/train.py"))
-    assert scripts and re.search(r"results\.(note|finish)\(", (ROOT / scripts[-1]).read_text()), scripts
+    scripts = re.findall(
+        r"[\w/.-]+\.py",
+        command.replace("cd modules/05_DeepSpeed && ", "").replace(
+            " train.py", " modules/05_DeepSpeed/train.py"
+        ),
+    )
+    assert scripts and re.search(r"results\.(note|finish)\(", (ROOT / scripts[-1]).read_text()), (
+        scripts
+    )
 
 
 @pytest.mark.parametrize("readme, language", [("README.md", "zh"), ("README.en.md", "en")])
 def test_claims(readme, language):
-    """Each claim has its row, and a sentence outside the table that links to it; a measured one has a number."""
+    """Each claim has its row, and a sentence outside the table that links to it; a measured one has
+    a number.
+    """
     text = (ROOT / readme).read_text()
     table = re.search(r"<!-- claims .*?<!-- /claims -->", text, re.S)[0]
     rows = {m[1]: m[0] for m in re.finditer(r'(?m)^\| <a id="claim-([\w-]+)"></a>.*$', table)}
@@ -175,16 +275,30 @@ def test_claims(readme, language):
     assert linked == set(rows), linked ^ set(rows)
     for entry in CLAIMS:
         cells = rows[entry["id"]].strip("| ").split(" | ")
-        assert entry["claim"][language] in cells[0] and cells[-1] in ("实测", "引用", "待测", "measured", "cited", "not yet")
+        assert entry["claim"][language] in cells[0] and cells[-1] in (
+            "实测",
+            "引用",
+            "待测",
+            "measured",
+            "cited",
+            "not yet",
+        )
         assert (cells[-1] in ("实测", "measured")) == bool(re.search(r"`[\w-]+`: .*\d", cells[1]))
 
 
 def test_claims_go_by_records_that_exist_or_will():
-    """A claim's record is of a script of ours, and where a machine has the record, it has the metric."""
+    """A claim's record is of a script of ours, and where a machine has the record, it has the
+    metric.
+    """
     for entry in CLAIMS:
-        assert set(entry) <= {"id", "claim", "measured", "source", "precisely"} and set(entry["claim"]) == set(entry["precisely"]) == {"zh", "en"}
+        assert set(entry) <= {"id", "claim", "measured", "source", "precisely"} and set(
+            entry["claim"]
+        ) == set(entry["precisely"]) == {"zh", "en"}
         for measure in entry.get("measured", []):
             script = re.sub(r"train-.*", "train", measure["record"])
             assert (ROOT / "modules" / f"{script}.py").is_file(), script
-            found = [json.loads(f.read_text())["metrics"] for f in ROOT.glob(f"results/*/{measure['record']}.json")]
+            found = [
+                json.loads(f.read_text())["metrics"]
+                for f in ROOT.glob(f"results/*/{measure['record']}.json")
+            ]
             assert not found or any(measure["metric"] in metrics for metrics in found), measure

@@ -4,11 +4,21 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, python, refused
+from conftest import ROOT, RUNS, python, refused
 
 from lab import machine
 
-PACKAGES = ["torch", "vllm", "transformers", "accelerate", "deepspeed", "llamafactory", "nvitop", "gpustat", "pytest"]
+PACKAGES = [
+    "torch",
+    "vllm",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "llamafactory",
+    "nvitop",
+    "gpustat",
+    "pytest",
+]
 
 
 @pytest.mark.smoke
@@ -20,16 +30,29 @@ def test_package_imports(package):
 @pytest.mark.smoke
 def test_versions_are_the_locks():
     lock = "gpu" if machine.versions().get("vllm") else "cpu"
-    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", (ROOT / "locks" / f"{lock}.txt").read_text(), re.M))
+    locked = dict(
+        re.findall(r"^([a-z0-9-]+)==(\S+) \\$", (ROOT / "locks" / f"{lock}.txt").read_text(), re.M)
+    )
     for package, version in machine.versions().items():
         assert locked[package] == version
 
 
 @pytest.mark.smoke
 def test_module_01_passes(small_model):
-    done = python("modules/01_single_gpu_smoke/01_smoke.py", "--matmul-size", "256", "--copy-mib", "16", check=0)
+    done = python(
+        "modules/01_single_gpu_smoke/01_smoke.py",
+        "--matmul-size",
+        "256",
+        "--copy-mib",
+        "16",
+        check=0,
+    )
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["wrong_count"] == 0 and result["decode_tok_per_s"] > 0 and result["device_count"] >= 1
+    assert (
+        result["wrong_count"] == 0
+        and result["decode_tok_per_s"] > 0
+        and result["device_count"] >= 1
+    )
 
 
 def test_a_wrong_product_is_found(tmp_path):
@@ -45,35 +68,93 @@ def test_a_wrong_product_is_found(tmp_path):
         "            torch.mm = wrong\n"
         "sys.meta_path.insert(0, Hook())\n"
     )
-    done = python("modules/01_single_gpu_smoke/01_smoke.py", "--matmul-size", "128", "--copy-mib", "1", check=1, PYTHONPATH=str(tmp_path))
+    done = python(
+        "modules/01_single_gpu_smoke/01_smoke.py",
+        "--matmul-size",
+        "128",
+        "--copy-mib",
+        "1",
+        check=1,
+        PYTHONPATH=str(tmp_path),
+    )
     assert "WRONG" in done.stdout and json.loads(done.stdout.splitlines()[-1])["wrong_count"] == 2
 
 
 def test_roofline(small_model):
-    """Invariants inside one run: a batch makes tokens cheaper, work is bound where its intensity says, nothing is far above the roof."""
-    done = python("modules/01_single_gpu_smoke/03_roofline.py", "--batches", "1", "8", "--prompt", "64", check=0)
+    """Invariants inside one run: a batch makes tokens cheaper, work is bound where its intensity
+    says, nothing is far above the roof.
+    """
+    done = python(
+        "modules/01_single_gpu_smoke/03_roofline.py",
+        "--batches",
+        "1",
+        "8",
+        "--prompt",
+        "64",
+        check=0,
+    )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["batching_speedup_ratio"] > 1.2 and result["ridge_ratio"] > 0
     assert all(0 < value < 1.5 for name, value in result.items() if name.endswith("of_roof_ratio"))
-    bound = dict(re.findall(r"^  (decode, batch 1|prefill, 64 tokens|training, 64 tokens) .* (memory|arithmetic)$", done.stdout, re.M))
-    assert bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"} and bound["decode, batch 1"] == "memory"
-    assert (ROOT / "runs/01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
-    assert "at least 1" in refused("python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0")
+    bound = dict(
+        re.findall(
+            r"^  (decode, batch 1|prefill, 64 tokens|training, 64 tokens) .* (memory|arithmetic)$",
+            done.stdout,
+            re.M,
+        )
+    )
+    assert (
+        bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"}
+        and bound["decode, batch 1"] == "memory"
+    )
+    assert (RUNS / "01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
+    assert "at least 1" in refused(
+        "python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0"
+    )
 
 
 def test_memory_goes_where_arithmetic_says(small_model):
-    """Every step adds what its formula says, gives back what it should, and a fragmented allocator keeps more than tensors hold."""
-    done = python("modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "2", "--tokens", "128", check=0)
+    """Every step adds what its formula says, gives back what it should, and a fragmented allocator
+    keeps more than tensors hold.
+    """
+    done = python(
+        "modules/01_single_gpu_smoke/04_where_memory_goes.py",
+        "--batch",
+        "2",
+        "--tokens",
+        "128",
+        check=0,
+    )
     result = json.loads(done.stdout.splitlines()[-1])
-    steps = [name.removesuffix("_predicted_gib") for name in result if name.endswith("_predicted_gib")]
-    assert steps == ["weights", "prefill", "decode", "requests_end", "forward", "backward", "optimizer_step", "zero_grad", "deleted"]
+    steps = [
+        name.removesuffix("_predicted_gib") for name in result if name.endswith("_predicted_gib")
+    ]
+    assert steps == [
+        "weights",
+        "prefill",
+        "decode",
+        "requests_end",
+        "forward",
+        "backward",
+        "optimizer_step",
+        "zero_grad",
+        "deleted",
+    ]
     for step in steps:
         added, predicted = result[f"{step}_added_gib"], result[f"{step}_predicted_gib"]
         assert added == pytest.approx(predicted, rel=0.1, abs=0.05), step
         assert result[f"{step}_peak_gib"] >= result[f"{step}_holds_gib"] - 0.05, step
-    allocator = "segments" if machine.gpus() and result["machine"] != f"cpu-{machine.cores()}c" else "c_library"
-    assert result[f"{allocator}_every_second_one_freed_ratio"] > 1.2, "half of the first blocks' room is lost"
-    assert "at least 1" in refused("python", "modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "0")
+    allocator = (
+        "segments"
+        if machine.gpus() and result["machine"] != f"cpu-{machine.cores()}c"
+        else "c_library"
+    )
+    assert result[f"{allocator}_every_second_one_freed_ratio"] > 1.2, (
+        "half of the first blocks' room is lost"
+    )
+    assert "at least 1" in refused(
+        "python", "modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "0"
+    )
 
 
 def test_gauges(small_model):
@@ -81,8 +162,17 @@ def test_gauges(small_model):
     done = python("modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "2", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["product_over_number_ratio"] > 1000
-    assert result["memory_held_memory_gib"] > result["idle_memory_gib"] + 0.5 and result["memory_held_tflop_per_s"] == 0
-    assert 0.2 < result["product_half_the_time_tflop_per_s"] / result["matrix_product_tflop_per_s"] < 0.9
+    assert (
+        result["memory_held_memory_gib"] > result["idle_memory_gib"] + 0.5
+        and result["memory_held_tflop_per_s"] == 0
+    )
+    assert (
+        0.2
+        < result["product_half_the_time_tflop_per_s"] / result["matrix_product_tflop_per_s"]
+        < 0.9
+    )
     assert 0 <= result["idle_util_pct"] <= 100 and result["copy_gb_per_s"] > 1
-    assert (ROOT / "runs/01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
-    assert "at least 2" in refused("python", "modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "1")
+    assert (RUNS / "01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
+    assert "at least 2" in refused(
+        "python", "modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "1"
+    )

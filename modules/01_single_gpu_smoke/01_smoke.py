@@ -1,13 +1,15 @@
 """Smoke test: is this machine able to do what the other stages ask of it?
 
-Prints the versions and devices, multiplies matrices on every device and compares the result with float64, measures the memory
-bandwidth, and lets a language model write its first tokens. Everything after this stage rests on these four things.
+Prints the versions and devices, multiplies matrices on every device and compares the result with
+float64, measures the memory bandwidth, and lets a language model write its first tokens. Everything
+after this stage rests on these four things.
 
     python modules/01_single_gpu_smoke/01_smoke.py                     # on the detected profile
     python modules/01_single_gpu_smoke/01_smoke.py --matmul-size 4096  # larger matrices: more TFLOP/s, until the device is full
 
-Look at: `error` of each product (how far from float64), GB/s (it bounds how fast a model can decode), the model's answer.
-Exit code 1 when a product is wrong or the model does not know the capital of France.
+Look at: `error` of each product (how far from float64), GB/s (it bounds how fast a model can
+decode), the model's answer. Exit code 1 when a product is wrong or the model does not know the
+capital of France.
 """
 
 import argparse
@@ -16,18 +18,43 @@ import time
 from lab import fail, jobs, machine, models, results
 from lab.profile import load_profile
 
-# Largest accepted ||C - C64|| / ||C64|| of a product of random matrices: rounding of the inputs' format, with room to spare.
+# Largest accepted ||C - C64|| / ||C64|| of a product of random matrices: rounding of the inputs'
+# format, with room to spare.
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 1e-2}
 QUESTION = "What is the capital of France? Answer in one sentence."
 
 
 def main() -> None:
     profile = load_profile()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=profile.smoke.model, help="name in configs/models.yaml, hub id or folder (default: %(default)s)")
-    parser.add_argument("--matmul-size", type=int, default=profile.smoke.matmul_size, metavar="N", help="multiply N x N matrices (default: %(default)s)")
-    parser.add_argument("--copy-mib", type=int, default=profile.smoke.copy_mib, metavar="M", help="MiB per buffer of the copy (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="T", help="most tokens the model may write (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default=profile.smoke.model,
+        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--matmul-size",
+        type=int,
+        default=profile.smoke.matmul_size,
+        metavar="N",
+        help="multiply N x N matrices (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--copy-mib",
+        type=int,
+        default=profile.smoke.copy_mib,
+        metavar="M",
+        help="MiB per buffer of the copy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=32,
+        metavar="T",
+        help="most tokens the model may write (default: %(default)s)",
+    )
     args = parser.parse_args()
     if min(args.matmul_size, args.copy_mib, args.new_tokens) < 1:
         fail("--matmul-size, --copy-mib and --new-tokens must be at least 1")
@@ -42,16 +69,28 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     facts = machine.describe()
-    print(f"profile {profile.name}   machine {facts['name']}   {facts['cpu']}, {facts['cores']} cores, {facts['ram_gib']} GiB")
+    print(
+        f"profile {profile.name}   machine {facts['name']}   {facts['cpu']}, {facts['cores']} cores, {facts['ram_gib']} GiB"
+    )
     print("  ".join(f"{package} {version}" for package, version in machine.versions().items()))
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if profile.device == "cuda" else ["cpu"]
+    devices = (
+        [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if profile.device == "cuda"
+        else ["cpu"]
+    )
     for device, gpu in zip(devices, facts["gpus"], strict=False):
-        print(f"{device}: {gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {torch.version.cuda}")
+        print(
+            f"{device}: {gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {torch.version.cuda}"
+        )
     metrics = {"device_count": len(devices)}
 
     def seconds(statement: str, **names) -> float:
         """Median time of one execution of `statement`, the device synchronised."""
-        return Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5).median
+        return (
+            Timer(statement, globals=names, num_threads=torch.get_num_threads())
+            .blocked_autorange(min_run_time=0.5)
+            .median
+        )
 
     # -----------------------------------------------------------------------------
     # 2. Matrix products, checked against float64
@@ -59,9 +98,13 @@ def main() -> None:
     n, wrong = args.matmul_size, []
     print(f"\nmatrix product {n} x {n}       TFLOP/s      error (against float64)")
     for device in devices:
-        for dtype in ("float32", "bfloat16") if device == "cpu" else ("float32", "float16", "bfloat16"):
+        for dtype in (
+            ("float32", "bfloat16") if device == "cpu" else ("float32", "float16", "bfloat16")
+        ):
             a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
-            c = torch.empty_like(a).fill_(float("nan"))  # an element that is never written stays NaN
+            c = torch.empty_like(a).fill_(
+                float("nan")
+            )  # an element that is never written stays NaN
             torch.mm(a, b, out=c)
             rows = slice(0, 64)  # float64 on a few rows is proof enough and quick on any device
             reference = a[rows].double().cpu() @ b.double().cpu()
@@ -69,11 +112,16 @@ def main() -> None:
             finite = bool(torch.isfinite(c).all())
             tflops = 2 * n**3 / seconds("torch.mm(a, b, out=c)", torch=torch, a=a, b=b, c=c) / 1e12
             ok = finite and error < TOLERANCE[dtype]
-            print(f"  {device:8} {dtype:10} {tflops:12.3f} {error:12.1e}   {'ok' if ok else 'WRONG'}")
+            print(
+                f"  {device:8} {dtype:10} {tflops:12.3f} {error:12.1e}   {'ok' if ok else 'WRONG'}"
+            )
             if not ok:
                 wrong.append(f"{dtype} product on {device}")
             tag = f"{device.replace(':', '')}_{dtype}"
-            metrics |= {f"matmul_{tag}_tflop_per_s": round(tflops, 4), f"matmul_{tag}_error_ratio": error}
+            metrics |= {
+                f"matmul_{tag}_tflop_per_s": round(tflops, 4),
+                f"matmul_{tag}_error_ratio": error,
+            }
             del a, b, c
 
     # -----------------------------------------------------------------------------
@@ -83,7 +131,9 @@ def main() -> None:
     for device in devices:
         source = torch.ones(args.copy_mib * 2**20, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        rate = 2 * source.numel() / seconds("target.copy_(source)", target=target, source=source) / 1e9
+        rate = (
+            2 * source.numel() / seconds("target.copy_(source)", target=target, source=source) / 1e9
+        )
         print(f"  {device:8} {rate:23.1f}")
         metrics[f"copy_{device.replace(':', '')}_gb_per_s"] = round(rate, 2)
         del source, target
@@ -93,9 +143,18 @@ def main() -> None:
 
     began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, profile.dtype)).to(devices[0]).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, profile.dtype))
+        .to(devices[0])
+        .eval()
+    )
     load_s = time.perf_counter() - began
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     inputs = inputs.to(devices[0])
     stamps: list[float] = []
 
@@ -108,22 +167,38 @@ def main() -> None:
         def end(self):
             pass
 
-    model.generate(**inputs, max_new_tokens=2, do_sample=False)  # the first call also loads and chooses kernels: not timed
-    output = model.generate(**inputs, max_new_tokens=args.new_tokens, do_sample=False, streamer=Clock())
+    model.generate(
+        **inputs, max_new_tokens=2, do_sample=False
+    )  # the first call also loads and chooses kernels: not timed
+    output = model.generate(
+        **inputs, max_new_tokens=args.new_tokens, do_sample=False, streamer=Clock()
+    )
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     first_s, rest = stamps[1] - stamps[0], stamps[-1] - stamps[1]
     decode = (len(stamps) - 2) / rest if rest else 0.0
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"\n{args.model} on {devices[0]}: loaded in {load_s:.1f} s, {weights / 1e9:.2f} GB of weights")
+    print(
+        f"\n{args.model} on {devices[0]}: loaded in {load_s:.1f} s, {weights / 1e9:.2f} GB of weights"
+    )
     print(f"  > {QUESTION}\n  < {answer.strip()}")
     print(f"  first token after {first_s * 1000:.0f} ms, then {decode:.1f} tokens/s")
     bound = metrics[f"copy_{devices[0].replace(':', '')}_gb_per_s"] * 1e9 / weights
-    print(f"  every token reads all weights once, so the copy rate allows about {bound:.0f} tokens/s: {decode / bound:.0%} reached")
+    print(
+        f"  every token reads all weights once, so the copy rate allows about {bound:.0f} tokens/s: {decode / bound:.0%} reached"
+    )
     if "paris" not in answer.lower():
         wrong.append("the model's answer")
 
-    metrics |= {"load_s": round(load_s, 2), "first_token_ms": round(first_s * 1000, 1), "decode_tok_per_s": round(decode, 1)}
-    metrics |= {"decode_of_bandwidth_ratio": round(decode / bound, 3), "weights_gb": round(weights / 1e9, 3), "wrong_count": len(wrong)}
+    metrics |= {
+        "load_s": round(load_s, 2),
+        "first_token_ms": round(first_s * 1000, 1),
+        "decode_tok_per_s": round(decode, 1),
+    }
+    metrics |= {
+        "decode_of_bandwidth_ratio": round(decode / bound, 3),
+        "weights_gb": round(weights / 1e9, 3),
+        "wrong_count": len(wrong),
+    }
     print(f"\n{'all right' if not wrong else 'WRONG: ' + ', '.join(wrong)}")
     results.finish(__file__, metrics, vars(args))
     raise SystemExit(1 if wrong else 0)

@@ -1,10 +1,12 @@
-"""A QwenImageEditPipeline folder with random weights: what 01_edit.py loads where the real 57.7 GB are not at hand.
+"""A QwenImageEditPipeline folder with random weights, where the real 57.7 GB are not at hand.
 
-    python modules/02_qwen_image_edit/random_model.py tiny runs/models/tiny    # a few MB: the CPU profile's model
-    python modules/02_qwen_image_edit/random_model.py full FOLDER              # the real shapes: does a recipe fit, how fast is it?
+    python modules/02_qwen_image_edit/random_model.py tiny runs/models/tiny
+    python modules/02_qwen_image_edit/random_model.py full FOLDER
 
-Files, names and shapes are those of Qwen/Qwen-Image-Edit (`full`) or small ones of the same kind (`tiny`); the pictures are noise.
-The weights are the same at every call. They are written tile by tile: 1.4 GiB of memory, the libraries included, for any size.
+`tiny` has small shapes, a few MB: the CPU profile's model. `full` has the shapes of
+Qwen/Qwen-Image-Edit: does a recipe fit, how fast is it? Files and names are the real ones, the
+pictures are noise. The weights are the same at every call. They are written tile by tile: 1.4 GiB
+of memory, the libraries included, for any size.
 """
 
 import argparse
@@ -27,36 +29,105 @@ TILE = 2**24  # random numbers that are drawn once and repeated
 LABEL = "RANDOM_WEIGHTS"  # a file of this name says so
 
 # The scheduler's settings as published with Qwen-Image.
-SCHEDULER = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9, "num_train_timesteps": 1000}
-SCHEDULER |= {"shift": 1.0, "shift_terminal": 0.02, "time_shift_type": "exponential", "use_dynamic_shifting": True}
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+# The pipeline's parts, as model_index.json names them.
+PARTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "processor": ["transformers", "Qwen2VLProcessor"],
+}
 
 
 def components(kind: str, vocabulary: int = 152064, ids: tuple[int, ...] = (0, 1, 2, 3)) -> dict:
-    """{transformer, text_encoder, vae}: models on torch's meta device, that is shapes without memory. `ids` are VISION's token ids."""
+    """{transformer, text_encoder, vae}: models on torch's meta device, that is shapes without
+    memory. `ids` are VISION's token ids.
+    """
     import torch
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     if kind == "full":
         transformer, vae = {}, {}  # the classes' defaults are the published shapes
-        text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+        text = {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        }
+        vision = {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        }
         sections = [16, 24, 24]
     else:
-        transformer = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3}
+        transformer = {
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 3,
+        }
         transformer |= {"joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4)}
-        # 8x smaller latents like the real one: the pipeline scales every picture to 1 megapixel before it encodes it
-        vae = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-        vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+        # 8x smaller latents like the real one: the pipeline scales every picture to 1 megapixel
+        # before it encodes it
+        vae = {
+            "base_dim": 8,
+            "z_dim": 4,
+            "num_res_blocks": 1,
+            "latents_mean": [0.0] * 4,
+            "latents_std": [1.0] * 4,
+        }
+        text = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        vision = {
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        }
         sections = [1, 1, 2]
-    text |= {"vocab_size": vocabulary, "rope_theta": 1e6, "rope_scaling": {"mrope_section": sections, "rope_type": "default", "type": "default"}}
+    text |= {
+        "vocab_size": vocabulary,
+        "rope_theta": 1e6,
+        "rope_scaling": {"mrope_section": sections, "rope_type": "default", "type": "default"},
+    }
     start, end, image, video = ids
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, hidden_size=text["hidden_size"], vocab_size=vocabulary, tie_word_embeddings=False,
-        vision_start_token_id=start, vision_end_token_id=end, image_token_id=image, video_token_id=video, vision_token_id=start,
+        text_config=text,
+        vision_config=vision,
+        hidden_size=text["hidden_size"],
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        vision_token_id=start,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         return {
             "transformer": QwenImageTransformer2DModel(**transformer),
@@ -71,7 +142,9 @@ def shapes(model) -> dict[str, tuple[int, ...]]:
 
 @cache
 def tile(fan_in: int) -> memoryview:
-    """TILE normally distributed numbers of variance 1 / fan_in, as bfloat16 bytes: a layer's output then has its input's scale."""
+    """TILE normally distributed numbers of variance 1 / fan_in, as bfloat16 bytes: a layer's output
+    then has its input's scale.
+    """
     import torch
 
     numbers = torch.randn(TILE, generator=torch.Generator().manual_seed(0)) * fan_in**-0.5
@@ -79,7 +152,9 @@ def tile(fan_in: int) -> memoryview:
 
 
 def values(name: str, shape: tuple[int, ...]):
-    """The tensor's bfloat16 bytes, in pieces: ones for norms, zeros for biases, else the tile from a place of the tensor's own."""
+    """The tensor's bfloat16 bytes, in pieces: ones for norms, zeros for biases, else the tile from
+    a place of the tensor's own.
+    """
     left = 2 * math.prod(shape)
     if len(shape) == 1 or name.endswith("gamma"):
         yield (b"\x80\x3f" if name.endswith(("weight", "gamma")) else b"\0\0") * (left // 2)
@@ -88,7 +163,8 @@ def values(name: str, shape: tuple[int, ...]):
     while left:
         piece = tile(math.prod(shape[1:]))[begin : begin + left]
         yield piece
-        left, begin = left - len(piece), 0
+        left -= len(piece)
+        begin = 0
 
 
 def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
@@ -103,11 +179,20 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
         filled += 2 * math.prod(shape)
     where = {}
     for number, names in enumerate(shards, 1):
-        file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        file = (
+            f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) > 1
+            else f"{stem}.safetensors"
+        )
+        header = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in names:
             size = 2 * math.prod(tensors[name])
-            header[name] = {"dtype": "BF16", "shape": tensors[name], "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": tensors[name],
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
             where[name] = file
         text = json.dumps(header).encode()
@@ -118,16 +203,23 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
                 f.writelines(values(name, tensors[name]))
     if len(shards) > 1:
         total = sum(2 * math.prod(shape) for shape in tensors.values())
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where})
+        )
 
 
 def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None:
-    """Write the pipeline folder; it has its name only when it is whole. Exit code 2 where the disk is too small."""
+    """Write the pipeline folder; it has its name only when it is whole. Exit code 2 where the disk
+    is too small.
+    """
     import diffusers
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or models.model_folder("smollm2-135m"))
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_folder or models.model_folder("smollm2-135m")
+    )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
     tokenizer.add_special_tokens({"additional_special_tokens": VISION})
     ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in VISION)
     parts = components(kind, 152064 if kind == "full" else len(tokenizer), ids)
@@ -135,26 +227,39 @@ def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None
     need = sum(2 * math.prod(shape) for model in parts.values() for shape in shapes(model).values())
     free = shutil.disk_usage(folder.parent).free
     if need > free:
-        fail(f"{shown(folder)} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: choose another folder")
+        fail(
+            f"{shown(folder)} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: "
+            "choose another folder"
+        )
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         for name, model in parts.items():
             (partial / name).mkdir(parents=True)
-            saver = model.config if name == "text_encoder" else model
-            (saver.save_pretrained if name == "text_encoder" else saver.save_config)(partial / name)
-            write(partial / name, "model" if name == "text_encoder" else "diffusion_pytorch_model", shapes(model))
+            if name == "text_encoder":  # of transformers
+                model.config.save_pretrained(partial / name)
+                write(partial / name, "model", shapes(model))
+            else:  # of diffusers
+                model.save_config(partial / name)
+                write(partial / name, "diffusion_pytorch_model", shapes(model))
         diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_config(partial / "scheduler")
-        # `tiny` looks at pictures of at most 112 x 112, `full` at as many pixels as the published one
-        pixels = {"shortest_edge": 56 * 56, "longest_edge": 12845056 if kind == "full" else 112 * 112}
+        # `tiny` looks at pictures of at most 112 x 112, `full` at as many pixels as the published
+        # one
+        pixels = {
+            "shortest_edge": 56 * 56,
+            "longest_edge": 12845056 if kind == "full" else 112 * 112,
+        }
         Qwen2VLImageProcessorPil(size=pixels).save_pretrained(partial / "processor")
         tokenizer.save_pretrained(partial / "processor")
         tokenizer.save_pretrained(partial / "tokenizer")
-        index = {"_class_name": "QwenImageEditPipeline", "_diffusers_version": diffusers.__version__}
-        index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKLQwenImage"]}
-        index |= {"transformer": ["diffusers", "QwenImageTransformer2DModel"], "tokenizer": ["transformers", "Qwen2Tokenizer"]}
-        index |= {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"], "processor": ["transformers", "Qwen2VLProcessor"]}
+        index = {
+            "_class_name": "QwenImageEditPipeline",
+            "_diffusers_version": diffusers.__version__,
+            **PARTS,
+        }
         (partial / "model_index.json").write_text(json.dumps(index, indent=1))
-        (partial / LABEL).write_text(f"Random weights, shapes: {kind}. The pictures of this model are noise.\n")
+        (partial / LABEL).write_text(
+            f"Random weights, shapes: {kind}. The pictures of this model are noise.\n"
+        )
         try:
             partial.rename(folder)
         except OSError:  # another process was first
@@ -165,10 +270,14 @@ def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["tiny", "full"], help="shapes of the model")
     parser.add_argument("folder", type=Path, help="folder to write, which must not exist")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer (default: that of smollm2-135m)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer (default: that of smollm2-135m)"
+    )
     args = parser.parse_args()
     if args.folder.exists():
         fail(f"{shown(args.folder)} exists already: choose another folder, or remove it")

@@ -1,9 +1,10 @@
-"""One training by every engine, its losses side by side: one process, native DDP, Accelerate, FSDP2, ZeRO-0 to ZeRO-3.
+"""One training by every engine, its losses side by side: plain, DDP, Accelerate, FSDP2, ZeRO.
 
-    make train-compare       # after the trainings: it reads their last records in runs/records/ and computes nothing itself
+    make train-compare       # after the trainings: it reads their last records, and trains nothing
 
-Look at: the last column, the largest relative difference from one process at any step. In float32 it is rounding: the engines add the
-same numbers in another order. A training that was not run, or with other settings (model, tokens of a step, learning rate), is named.
+Look at: the last column, the largest relative difference from one process at any step. In float32
+it is rounding: the engines add the same numbers in another order. A training that was not run, or
+with other settings (model, tokens of a step, learning rate), is named.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 
 from lab import fail, results
 from lab.profile import load_profile
+from lab.table import table
 
 # record of a training: how a reader makes it
 TRAININGS = {
@@ -24,50 +26,69 @@ TRAININGS = {
     "05_DeepSpeed/train-z2": "make train-z2",
     "05_DeepSpeed/train-z3": "make train-z3",
 }
-SAME = ("model", "data", "seq_len", "learning_rate", "seed")  # settings that must agree, beside the tokens of a step
+# Settings that must agree, beside the tokens of a step.
+SAME = ("model", "data", "seq_len", "learning_rate", "seed")
 
 
 def main() -> None:
     load_profile()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
 
     # -----------------------------------------------------------------------------
     # 1. The records; the first one is the yardstick
 
-    found, yardstick = {}, None
+    trainings = {}
+    yardstick = None
     for name, command in TRAININGS.items():
         file = results.FOLDER / f"{name}.json"
         if not file.is_file():
-            if not found:
+            if not trainings:
                 fail(f"the yardstick is missing: run '{command}' first")
             print(f"not run: {command}")
             continue
         record = json.loads(file.read_text())
-        settings = {key: record["config"][key] for key in SAME} | {"step_tok_count": record["metrics"]["step_tok_count"]}
+        settings = {key: record["config"][key] for key in SAME}
+        settings["step_tok_count"] = record["metrics"]["step_tok_count"]
         yardstick = yardstick or settings
-        if differ := [f"{key} {settings[key]}, not {yardstick[key]}" for key in settings if settings[key] != yardstick[key]]:
+        differ = [
+            f"{key} {value}, not {yardstick[key]}"
+            for key, value in settings.items()
+            if value != yardstick[key]
+        ]
+        if differ:
             print(f"other settings: {command} ({'; '.join(differ)})")
             continue
-        found[name] = record["metrics"]
-    if len(found) < 2:
+        trainings[name] = record["metrics"]
+    if len(trainings) < 2:
         fail("there is nothing to compare yet: run 'make train-ddp' with the same settings")
 
     # -----------------------------------------------------------------------------
     # 2. Side by side, over the steps that all have
 
-    steps = min(len(metrics["losses"]) for metrics in found.values())
-    first = next(iter(found.values()))["losses"]
-    print(f"\n{'loss at step':48}{1:>10}{(steps + 1) // 2:>10}{steps:>10}{'largest difference':>22}")
-    metrics = {"engine_count": len(found), "compared_step_count": steps}
-    for name, training in found.items():
+    steps = min(len(training["losses"]) for training in trainings.values())
+    first = next(iter(trainings.values()))["losses"]
+    shown = (1, (steps + 1) // 2, steps)
+    rows = []
+    metrics = {"engine_count": len(trainings), "compared_step_count": steps}
+    worst = 0.0
+    for name, training in trainings.items():
         losses = training["losses"]
-        differences = [abs(a - b) / abs(b) for a, b in zip(losses[:steps], first, strict=False)]
-        shown = [losses[0], losses[(steps - 1) // 2], losses[steps - 1]]
-        print(f"{name:44}x{training['world_size']:<3}" + "".join(f"{loss:10.6f}" for loss in shown) + f"{max(differences):22.1e}")
-        metrics[f"{name.split('/')[1].replace('-', '_')}_difference_ratio"] = float(f"{max(differences):.2g}")
-    worst = max(value for key, value in metrics.items() if key.endswith("_ratio"))
-    print(f"\n{len(found)} engines, {steps} steps: no loss differs by more than {worst:.1e} of itself")
+        pairs = zip(losses[:steps], first, strict=False)
+        difference = max(abs(loss - other) / abs(other) for loss, other in pairs)
+        worst = max(worst, float(f"{difference:.2g}"))
+        at = [f"{losses[step - 1]:.6f}" for step in shown]
+        rows.append([name, f"x{training['world_size']}", *at, f"{difference:.1e}"])
+        key = name.split("/")[1].replace("-", "_")
+        metrics[f"{key}_difference_ratio"] = float(f"{difference:.2g}")
+    print()
+    table(["loss at step", "", *map(str, shown), "largest difference"], rows, indent=0)
+    print(
+        f"\n{len(trainings)} engines, {steps} steps: no loss differs by more than {worst:.1e} of "
+        "itself"
+    )
     results.finish(__file__, metrics | {"largest_difference_ratio": worst}, yardstick)
 
 

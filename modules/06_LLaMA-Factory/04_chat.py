@@ -1,15 +1,18 @@
 """Talk to the tuned model: LLaMA-Factory's own chat on the command line, base model plus adapter.
 
-    make lf-chat                                         # `clear` forgets the conversation, `exit` ends it
-    printf 'Put yi-34b on 2 cards in int4; it should accept 512 tokens and answer on port 5000.\\nexit\\n' | make lf-chat
+    make lf-chat                               # `clear` forgets the conversation, `exit` ends it
+    printf 'Put yi-34b on 2 cards ...\\nexit\\n' | make lf-chat
 
-Look at: an answer in the trained format to a request in words of your own. Each further question sees the whole conversation, which
-the training data (one question, one answer) does not have: `clear` before each request.
+Look at: an answer in the trained format to a request in words of your own. Each further question
+sees the whole conversation, which the training data (one question, one answer) does not have:
+`clear` before each request.
 """
 
 import argparse
 import sys
 from pathlib import Path
+
+import factory
 
 from lab import fail, jobs, results, shown
 from lab.profile import load_profile
@@ -19,18 +22,24 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     profile = load_profile()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default=f"runs/{HERE.name}/lora", help="folder that training wrote (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--adapter",
+        default=shown(factory.FOLDER / "lora"),
+        help="folder that training wrote (default: %(default)s)",
+    )
     args = parser.parse_args()
     jobs.refuse_taken_cards()
-
-    import factory
 
     # -----------------------------------------------------------------------------
     # 1. The settings that agree with training, and LLaMA-Factory's own command
 
-    settings = factory.settings_for(HERE / "configs" / "infer.yaml", args.adapter, profile.finetune.dtype)
-    config = factory.write(settings, "chat", f"infer.yaml and {settings.adapter_name_or_path}/config.yaml")
+    source = HERE / "configs" / "infer.yaml"
+    settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
+    comment = f"infer.yaml and {settings.adapter_name_or_path}/config.yaml"
+    config = factory.write(settings, "chat", comment)
     command = factory.prepare({"LLAMAFACTORY_VERBOSITY": "WARN"}, "chat", shown(config))
 
     # -----------------------------------------------------------------------------

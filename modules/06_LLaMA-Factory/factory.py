@@ -1,5 +1,6 @@
-"""What the scripts of this stage share: running LLaMA-Factory's command line as a job, and settings that agree with training."""
+"""What the scripts share: LLaMA-Factory's command as a job, and settings as in the training."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,20 +10,18 @@ from pathlib import Path
 from lab import ROOT, RUNS, fail, shown
 
 FOLDER = RUNS / "06_LLaMA-Factory"
-# Of the engine's output, what tells a reader something: losses, how much is trained, and the training example as text.
+# Of the engine's output, what tells a reader something: losses, and how much is trained.
 TELLING = r"\{'(loss|train_runtime)|.*trainable params:"
 
-
-def cause(log: Path) -> str:
-    """The message that says why the engine stopped: its last exception, else its last line."""
-    text = log.read_text(errors="replace").strip() or "it wrote nothing"
-    causes = re.findall(r"(?m)^(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception): (.+)$", text)
-    own = [c for c in causes if "returned non-zero exit status" not in c]  # torchrun's words about a process that said why itself
-    return (own or causes or text.splitlines())[-1].strip()[:300]
+# -----------------------------------------------------------------------------
+# Its command
 
 
 def write(settings, name: str, comment: str) -> Path:
-    """The settings as YAML under runs/, seen from the repository root: LLaMA-Factory's launcher cuts paths at spaces."""
+    """The settings as a YAML file under runs/.
+
+    LLaMA-Factory's launcher cuts KEY=VALUE words at spaces, and so the settings go in as a file.
+    """
     from omegaconf import OmegaConf
 
     path = FOLDER / f"{name}.yaml"
@@ -31,61 +30,130 @@ def write(settings, name: str, comment: str) -> Path:
     return path
 
 
-def prepare(environment: dict[str, str], *words: str) -> list[str]:
-    """Print the command as a reader would type it at the repository root; returns it. The environment is set for it."""
-    os.environ.update(environment, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # it calls torchrun by name
+def prepare(environment: dict[str, str], *arguments: str) -> list[str]:
+    """Print the command as a reader would type it at the repository root, and return it.
+
+    Its environment is set, and the root is where it will run.
+    """
+    programs = Path(sys.executable).parent  # it calls torchrun by name
+    os.environ.update(environment, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
     os.chdir(ROOT)
-    print(" ".join([*(f"{k}={v}" for k, v in environment.items()), "llamafactory-cli", *words]), flush=True)
-    return ["llamafactory-cli", *words]
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    print(*variables, "llamafactory-cli", *arguments, flush=True)
+    return ["llamafactory-cli", *arguments]
 
 
-def run(name: str, command: list[str]) -> Path:
-    """Run it to its end as a job; its whole output goes to the log that is returned, what tells something to the screen.
+def show(lines, log) -> None:
+    """Copy the engine's `lines` to the file `log`, and what tells something to the screen.
+
+    The training example is a text of several lines; a line of token ids or an empty one ends it.
+    """
+    in_example = False
+    for line in lines:
+        log.write(line)
+        if line.startswith("error: "):
+            fail(line.removeprefix("error: ").strip())
+        begins = line.startswith(("inputs:", "labels:"))
+        ends = re.match(r"label_ids:|\[|$", line)
+        in_example = begins or (in_example and not ends)
+        if in_example or re.match(TELLING, line):
+            text = re.sub(r"^.*>> ", "", line.rstrip())
+            print(f"  {text[:150]}", flush=True)
+
+
+def run(name: str, command: list[str]) -> None:
+    """Run the command to its end as a job; its whole output goes to runs/.../NAME.log.
 
     Exit code 2 with the engine's own reason where it fails. Ctrl+C and SIGTERM leave no process.
     """
     log = FOLDER / f"{name}.log"
-    words = [sys.executable, "-m", "lab.launch", f"lf-{name}", *command]
-    process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, errors="replace")
+    job = [sys.executable, "-m", "lab.launch", f"lf-{name}", *command]
+    process = subprocess.Popen(job, text=True, stderr=subprocess.PIPE, errors="replace")
     try:
-        with log.open("w", encoding="utf-8") as out:
-            example = False
-            for line in process.stderr:
-                out.write(line)
-                if line.startswith("error: "):
-                    fail(line[7:].strip())
-                example = line.startswith(("inputs:", "labels:")) or (example and not re.match(r"label_ids:|\[|$", line))
-                if example or re.match(TELLING, line):
-                    print(f"  {re.sub(r'^.*>> ', '', line.rstrip())[:150]}", flush=True)
+        with log.open("w", encoding="utf-8") as file:
+            show(process.stderr, file)
         code = process.wait()
     finally:
         process.terminate()  # lab.launch then ends every process of the job
         process.wait()
+    whole = f"(whole log: {shown(log)})"
     if code in (130, 143):
-        print(f"ended from outside (Ctrl+C or make stop); whole log: {shown(log)}", file=sys.stderr)
+        print(f"ended from outside, by Ctrl+C or make stop {whole}", file=sys.stderr)
         raise SystemExit(code)
     if code == 137:
-        fail(f"LLaMA-Factory was killed, most likely because the memory was full: take a smaller batch or model (whole log: {shown(log)})")
+        fail(
+            "LLaMA-Factory was killed, most likely because the memory was full: "
+            f"take a smaller batch or model {whole}"
+        )
     if code:
-        fail(f"LLaMA-Factory stopped: {cause(log)} (whole log: {shown(log)})")
-    return log
+        fail(f"LLaMA-Factory stopped: {last_exception(log)} {whole}")
+
+
+def last_exception(log: Path) -> str:
+    """The message of the last exception in the engine's log, else its last line."""
+    text = log.read_text(errors="replace").strip() or "it wrote nothing"
+    messages = re.findall(r"(?m)^(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception): (.+)$", text)
+    # torchrun repeats that a process failed, after the process has said why.
+    own = [message for message in messages if "returned non-zero exit status" not in message]
+    return (own or messages or text.splitlines())[-1].strip()[:300]
+
+
+# -----------------------------------------------------------------------------
+# What later scripts take from the training
 
 
 def adapter_folder(path: str) -> Path:
     """The folder, if training has finished in it."""
     folder = ROOT / path
-    if not (folder / "adapter_config.json").is_file() or not (folder / "config.yaml").is_file():
+    if not all((folder / name).is_file() for name in ("adapter_config.json", "config.yaml")):
         fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first")
     return folder
 
 
+def base_model(path: str) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    folder = ROOT / path
+    if not folder.is_dir():
+        fail(f"the base model {path} of this adapter is gone: run 'make lf-train' again")
+    return folder
+
+
 def settings_for(source: Path, adapter: str, dtype: str):
-    """The settings in `source` with the model, template and system message that the adapter was trained with."""
+    """The settings in `source` with model, template and system message as in the training."""
     from omegaconf import OmegaConf
 
     folder = adapter_folder(adapter)
     trained = OmegaConf.load(folder / "config.yaml")
-    same = {key: trained[key] for key in ("model_name_or_path", "template", "default_system") if key in trained}
-    if not (ROOT / same["model_name_or_path"]).is_dir():
-        fail(f"the base model {same['model_name_or_path']} of this adapter is gone: run 'make lf-train' again")
-    return OmegaConf.merge(OmegaConf.load(source), same, {"adapter_name_or_path": shown(folder), "infer_dtype": dtype})
+    names = ("model_name_or_path", "template", "default_system")
+    same = {name: trained[name] for name in names if name in trained}
+    base_model(same["model_name_or_path"])
+    here = {"adapter_name_or_path": shown(folder), "infer_dtype": dtype}
+    return OmegaConf.merge(OmegaConf.load(source), same, here)
+
+
+# -----------------------------------------------------------------------------
+# The template
+
+
+def own_system_message(folder: Path) -> str | None:
+    """What the model's own chat template says before a user who gave no system message.
+
+    "" where it says nothing, None where the template is not of the ChatML kind.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    file = folder / "chat_template.jinja"
+    older = folder / "tokenizer_config.json"
+    source = None
+    if file.is_file():
+        source = file.read_text()
+    elif older.is_file():
+        source = json.loads(older.read_text()).get("chat_template")
+    if not isinstance(source, str):
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(source)
+    text = template.render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=True)
+    system = r"(?:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?"
+    chatml = re.fullmatch(system + r"<\|im_start\|>user\n.*", text, re.S)
+    return (chatml[1] or "") if chatml else None

@@ -1,9 +1,10 @@
-"""A stand-in for NVIDIA's pynvml: put this folder on PYTHONPATH, and describe the cards in FAKE_CARDS.
+"""A stand-in for NVIDIA's pynvml: put this folder on PYTHONPATH, and describe the cards in
+FAKE_CARDS.
 
     FAKE_CARDS='[{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}]'
 
-Unset or empty, there is no driver: nvmlInit raises, as it does on a machine without one. Only what the
-project calls is here; anything else raises AttributeError, so that a test sees a new call.
+Unset or empty, there is no driver: nvmlInit raises, as it does on a machine without one. Only what
+the project calls is here; anything else raises AttributeError, so that a test sees a new call.
 """
 
 import json
@@ -26,7 +27,11 @@ NVML_TEMPERATURE_GPU = 0
 nvmlMemory_v2 = 0x2000028
 
 
-MEMORY = {"memory": 24, "used": 0, "reserved": 0.35}  # GiB of a card that FAKE_CARDS says nothing else of
+MEMORY = {
+    "memory": 24,
+    "used": 0,
+    "reserved": 0.35,
+}  # GiB of a card that FAKE_CARDS says nothing else of
 
 
 def _cards() -> list[dict]:
@@ -77,8 +82,12 @@ def nvmlDeviceGetName(handle):
 
 def nvmlDeviceGetMemoryInfo(handle, version=None):
     card = _cards()[handle]
-    total, used, reserved = (int(card.get(f"{kind}_gib", default) * 2**30) for kind, default in MEMORY.items())
-    return SimpleNamespace(version=version, total=total, used=used, free=total - used - reserved, reserved=reserved)
+    total, used, reserved = (
+        int(card.get(f"{kind}_gib", default) * 2**30) for kind, default in MEMORY.items()
+    )
+    return SimpleNamespace(
+        version=version, total=total, used=used, free=total - used - reserved, reserved=reserved
+    )
 
 
 def nvmlDeviceGetCudaComputeCapability(handle):

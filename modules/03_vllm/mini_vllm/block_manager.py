@@ -1,8 +1,11 @@
-"""The paged KV cache's bookkeeping (PagedAttention, arXiv 2309.06180): no tensors here, only block numbers.
+"""The paged KV cache's bookkeeping: no tensors here, only block numbers.
 
-A block holds the keys and values of `block_size` tokens of one sequence. A full block is named by a hash of its tokens and of the
-block before it, so that equal names mean equal tokens from the very beginning: a new sequence with the same beginning shares it.
-A block nobody holds keeps its contents and its name until the room is needed; the longest unused goes first (LRU)."""
+PagedAttention: arXiv 2309.06180. A block holds the keys and values of `block_size` tokens of one
+sequence. A full block is named by a hash of its tokens and of the block before it, so that equal
+names mean equal tokens from the very beginning: a new sequence with the same beginning shares it. A
+block nobody holds keeps its contents and its name until the room is needed; the longest unused goes
+first (LRU).
+"""
 
 from array import array
 from collections import OrderedDict
@@ -14,29 +17,36 @@ from mini_vllm.sequence import Sequence
 
 class BlockManager:
     def __init__(self, num_blocks: int, block_size: int):
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.ref_counts = [0] * num_blocks  # how many sequences hold the block
         self.names: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}  # name -> block
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # held by nobody, the longest unused first
+        # Held by nobody, the longest unused first.
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     def hashes(self, seq: Sequence) -> list[bytes]:
         """Names of the sequence's full blocks, each chained to the one before."""
-        size, found = self.block_size, seq.block_hashes
-        for i in range(len(found), len(seq) // size):
+        size = self.block_size
+        names = seq.block_hashes
+        for i in range(len(names), len(seq) // size):
             tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
-            found.append(sha256((found[-1] if found else b"") + tokens).digest())
-        return found
+            before = names[-1] if names else b""
+            names.append(sha256(before + tokens).digest())
+        return names
 
     def match(self, seq: Sequence) -> list[int]:
-        """Cached blocks with the beginning of `seq`. At least one token is left to compute: its logits choose the next."""
+        """Cached blocks with the beginning of `seq`."""
+        # At least one token is left to compute: its logits choose the next.
         names = self.hashes(seq)[: (len(seq) - 1) // self.block_size]
         return [self.cached[name] for name in takewhile(self.cached.__contains__, names)]
 
     def allocate(self, seq: Sequence, num_tokens: int, prefix: list[int] = ()) -> bool:
-        """Let `seq` hold blocks for `num_tokens` tokens, beginning with the blocks `prefix`. False, and nothing changed, without room."""
-        new = -(-num_tokens // self.block_size) - len(seq.block_table) - len(prefix)
-        if new > len(self.free) - sum(self.ref_counts[block] == 0 for block in prefix):
+        """Let `seq` hold blocks for `num_tokens` tokens, `prefix` first. False without room."""
+        needed = -(-num_tokens // self.block_size)
+        new = needed - len(seq.block_table) - len(prefix)
+        free_in_prefix = sum(self.ref_counts[block] == 0 for block in prefix)
+        if new > len(self.free) - free_in_prefix:
             return False
         for block in prefix:
             self.ref_counts[block] += 1
@@ -44,21 +54,23 @@ class BlockManager:
         seq.block_table += prefix
         for _ in range(new):
             block, _ = self.free.popitem(last=False)
-            self.cached.pop(self.names[block], None)  # evicted: its contents are about to be overwritten
-            self.names[block], self.ref_counts[block] = None, 1
+            self.cached.pop(self.names[block], None)  # evicted: it is about to be overwritten
+            self.names[block] = None
+            self.ref_counts[block] = 1
             seq.block_table.append(block)
         return True
 
     def name_blocks(self, seq: Sequence) -> None:
-        """Offer the blocks that have just been filled to later sequences. The same contents in a second block stay unnamed."""
+        """Offer the blocks that have just been filled to later sequences."""
         first = (seq.num_computed_tokens - seq.num_scheduled_tokens) // self.block_size
         for i in range(first, seq.num_computed_tokens // self.block_size):
-            name, block = self.hashes(seq)[i], seq.block_table[i]
-            if self.cached.setdefault(name, block) == block:
+            name = self.hashes(seq)[i]
+            block = seq.block_table[i]
+            if self.cached.setdefault(name, block) == block:  # else another holds the same
                 self.names[block] = name
 
     def deallocate(self, seq: Sequence) -> None:
-        """Take all blocks from `seq`, the last first: a beginning is worth more to others than an end, and is evicted later."""
+        """Take all blocks from `seq`, the last first: others gain more by a beginning."""
         for block in reversed(seq.block_table):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:

@@ -1,8 +1,12 @@
-"""Continuous batching: before every step, decide anew who computes how many tokens (Orca, OSDI 2022; vLLM's V1 scheduler).
+"""Continuous batching: before every step, decide anew who computes how many tokens.
 
-There is no prefill phase and no decode phase. Every sequence has tokens that are known and tokens that are computed; a step computes
-some of the difference, at most `max_num_batched_tokens` over all sequences. A decoding sequence lacks one token, a new one its whole
-prompt, and a long prompt is computed in several steps beside others' decoding (chunked prefill)."""
+From Orca (OSDI 2022) and vLLM's V1 scheduler.
+
+There is no prefill phase and no decode phase. Every sequence has tokens that are known and tokens
+that are computed; a step computes some of the difference, at most `max_num_batched_tokens` over all
+sequences. A decoding sequence lacks one token, a new one its whole prompt, and a long prompt is
+computed in several steps beside others' decoding (chunked prefill).
+"""
 
 from collections import Counter, deque
 
@@ -11,17 +15,29 @@ from mini_vllm.sequence import Sequence
 
 
 class Scheduler:
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids=()):
-        self.block_manager, self.eos_token_ids = block_manager, set(eos_token_ids)
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids=(),
+    ):
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.eos_token_ids = set(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.stats = Counter()  # steps, computed tokens, tokens found in the cache at admission, preemptions
+        # Steps, computed tokens, tokens that were in the cache at admission, preemptions.
+        self.stats = Counter()
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step, `num_scheduled_tokens` set and blocks for those tokens held."""
-        manager, stats, budget, scheduled = self.block_manager, self.stats, self.max_num_batched_tokens, []
-        # 1. Who runs goes on. A sequence without room takes that of the youngest, which may be itself.
+        """The sequences of the next step: `num_scheduled_tokens` set, blocks for those held."""
+        manager = self.block_manager
+        stats = self.stats
+        budget = self.max_num_batched_tokens
+        scheduled: list[Sequence] = []
+        # 1. Who runs goes on. A sequence without room takes the youngest's, which may be itself.
         while len(scheduled) < len(self.running) and budget:
             seq = self.running[len(scheduled)]
             count = min(len(seq) - seq.num_computed_tokens, budget)
@@ -31,7 +47,8 @@ class Scheduler:
                 scheduled.append(seq)
             else:
                 self.preempt(self.running.pop())
-        # 2. What is left of the budget admits who waits, in order of arrival, while the whole of its known tokens finds room.
+        # 2. What is left of the budget admits who waits, in order of arrival, while there is room
+        # for all of its known tokens.
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             prefix = manager.match(seq)
@@ -47,13 +64,16 @@ class Scheduler:
         return scheduled
 
     def preempt(self, seq: Sequence) -> None:
-        """Give its blocks away and let it wait at the front. Its tokens are kept, its keys and values will be computed again."""
+        """Give its blocks away and let it wait at the front, to be computed again."""
         self.stats["preemptions"] += 1
         self.block_manager.deallocate(seq)
         self.waiting.appendleft(seq)
 
     def postprocess(self, scheduled: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Take note of what a step computed; `token_ids` are for those that are computed to their end. Returns who finished."""
+        """Take note of what a step computed. Returns who finished.
+
+        `token_ids` are the next tokens of those that are now computed to their end.
+        """
         tokens = iter(token_ids)
         for seq in scheduled:
             seq.num_computed_tokens += seq.num_scheduled_tokens

@@ -1,20 +1,23 @@
-"""One request: its tokens, the blocks that hold its keys and values, and how far it is computed."""
+"""One request: its tokens, the blocks that hold its keys and values, how far it is computed."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens (temperature 0: the likeliest) and when to stop. `seed` makes the draws of this request repeatable."""
+    """How to choose tokens (temperature 0: the likeliest) and when to stop."""
+
     max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # makes the draws of this request repeatable
     ignore_eos: bool = False
 
     def __post_init__(self):
         if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("max_tokens must be positive, temperature at least 0, top_p above 0 and at most 1")
+            raise ValueError(
+                "max_tokens must be positive, temperature at least 0, top_p above 0 and at most 1"
+            )
 
 
 @dataclass(eq=False)  # two requests with the same tokens are still two
@@ -24,8 +27,10 @@ class Sequence:
     params: SamplingParams = SamplingParams()
     num_computed_tokens: int = 0  # their keys and values are in the cache
     num_scheduled_tokens: int = 0  # will be computed in this step
-    block_table: list[int] = field(default_factory=list)  # tokens [i * block_size, (i+1) * block_size) are in block block_table[i]
-    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks; tokens are only appended, so these stay right
+    # Tokens [i * block_size, (i + 1) * block_size) are in block block_table[i].
+    block_table: list[int] = field(default_factory=list)
+    # Names of its full blocks: tokens are only appended, so these stay right.
+    block_hashes: list[bytes] = field(default_factory=list)
     finished: bool = False
 
     def __len__(self) -> int:

@@ -1,4 +1,6 @@
-"""Stand-ins for commands: python -m commands NAME [ARG ...]. Launchers run the script once, as the first of the processes."""
+"""Stand-ins for commands: python -m commands NAME [ARG ...]. Launchers run the script once, as the
+first of the processes.
+"""
 
 import json
 import os
@@ -15,7 +17,14 @@ def launch(count: int, words: list[str], **variables) -> None:
     """Run the script of `words` as process 0 of `count`, each with a card of its own."""
     if count > len(road.visible()):
         sys.exit(f"ValueError: {count} processes, {len(road.visible())} cards")
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    world = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     os.execve(sys.executable, [sys.executable, *words], os.environ | world | variables)
 
 
@@ -60,8 +69,12 @@ def llamafactory_cli(words: list[str]) -> None:
     if verb == "train":
         train(settings, adapter)
         return
-    trained_on = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert Path(trained_on).resolve() == model.resolve(), f"{adapter} is an adapter of {trained_on}, not of {model}"
+    trained_on = json.loads((adapter / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
+    assert Path(trained_on).resolve() == model.resolve(), (
+        f"{adapter} is an adapter of {trained_on}, not of {model}"
+    )
     if verb == "export":  # on the CPU
         merged = Path(settings["export_dir"])
         shutil.copytree(model, merged, dirs_exist_ok=True)
@@ -70,7 +83,10 @@ def llamafactory_cli(words: list[str]) -> None:
         road.take_cards()
         from vllm.entrypoints.openai import api_server
 
-        api_server.ARGS = road.engine_args("vllm serve", ["--model", str(model), "--served-model-name", os.environ["API_MODEL_NAME"]])
+        api_server.ARGS = road.engine_args(
+            "vllm serve",
+            ["--model", str(model), "--served-model-name", os.environ["API_MODEL_NAME"]],
+        )
         api_server.serve(os.environ["API_HOST"], int(os.environ["API_PORT"]))
 
 
@@ -81,25 +97,50 @@ def train(settings: dict, output: Path) -> None:
     assert settings["dataset"] in info, settings["dataset"]
     checkpoint = output / "checkpoint-1"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (output / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": settings["model_name_or_path"], "r": settings["lora_rank"]}))
-    (output / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": [{"loss": 1.0}]}))
+    (output / "adapter_config.json").write_text(
+        json.dumps(
+            {"base_model_name_or_path": settings["model_name_or_path"], "r": settings["lora_rank"]}
+        )
+    )
+    (output / "trainer_state.json").write_text(
+        json.dumps({"global_step": 1, "log_history": [{"loss": 1.0}]})
+    )
     (output / "all_results.json").write_text(json.dumps({"train_loss": 1.0, "train_runtime": 1.0}))
     for rank in range(int(os.environ.get("NPROC_PER_NODE", 1))):
-        (checkpoint / (f"rank_{rank}_optim_states.pt" if settings.get("deepspeed") else f"rng_state_{rank}.pth")).touch()
+        (
+            checkpoint
+            / (
+                f"rank_{rank}_optim_states.pt"
+                if settings.get("deepspeed")
+                else f"rng_state_{rank}.pth"
+            )
+        ).touch()
 
 
 class Page(BaseHTTPRequestHandler):
-    """200 for everything: an exporter, a web UI; and Prometheus with nothing to watch but one target that is up."""
+    """200 for everything: an exporter, a web UI; and Prometheus with nothing to watch but one
+    target that is up.
+    """
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        target = {"health": "up", "lastScrape": "2026", "lastError": "", "scrapeUrl": "", "labels": {"job": "vllm"}}
+        target = {
+            "health": "up",
+            "lastScrape": "2026",
+            "lastError": "",
+            "scrapeUrl": "",
+            "labels": {"job": "vllm"},
+        }
         group = {"rules": []}
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": {"activeTargets": [target], "groups": [group], "result": []}}).encode())
+        self.wfile.write(
+            json.dumps(
+                {"data": {"activeTargets": [target], "groups": [group], "result": []}}
+            ).encode()
+        )
 
 
 def page(host: str, port: int) -> None:
@@ -109,7 +150,9 @@ def page(host: str, port: int) -> None:
 
 
 def prometheus(words: list[str]) -> None:
-    address = next(word for word in words if word.startswith("--web.listen-address")).partition("=")[2]
+    address = next(word for word in words if word.startswith("--web.listen-address")).partition(
+        "="
+    )[2]
     page(address.split(":")[0], int(address.split(":")[1]))
 
 

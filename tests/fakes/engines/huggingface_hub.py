@@ -1,4 +1,6 @@
-"""Stand-in for the hub: the models of configs/models.yaml and no others; of each, its configuration, for weights would be large."""
+"""Stand-in for the hub: the models of configs/models.yaml and no others; of each, its
+configuration, for weights would be large.
+"""
 
 import json
 import os
@@ -16,7 +18,13 @@ def snapshot_download(name: str, **_) -> str:
         raise OSError(f"404 Client Error: there is no repository {name}")
     if "config" not in model:
         road.reached(f"the download of {name}")
-    folder = Path(os.environ["HF_HOME"], "hub", f"models--{name.replace('/', '--')}", "snapshots", "0123456789abcdef")
+    folder = Path(
+        os.environ["HF_HOME"],
+        "hub",
+        f"models--{name.replace('/', '--')}",
+        "snapshots",
+        "0123456789abcdef",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model["config"]))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": None}))

@@ -1,7 +1,9 @@
-"""What the stand-ins of the engines share: the cards they fill, the flags they take, and where a script's own work ends.
+"""What the stand-ins of the engines share: the cards they fill, the flags they take, and where a
+script's own work ends.
 
-Each does up to the first computation what the real one does: it refuses what that refuses, and holds its cards as long as it
-lives. It computes nothing. FAKE_ROAD names the folder in which they meet.
+Each does up to the first computation what the real one does: it refuses what that refuses, and
+holds its cards as long as it lives. It computes nothing. FAKE_ROAD names the folder in which they
+meet.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def take_cards(count: int | None = None) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            sys.exit(f"torch.OutOfMemoryError: CUDA out of memory. GPU {card} is full: another process holds it")
+            sys.exit(
+                f"torch.OutOfMemoryError: CUDA out of memory. GPU {card} is full: another process holds it"
+            )
         _held.append(file)
 
 
@@ -53,12 +57,20 @@ def engine_args(command: str, words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=command, allow_abbrev=False)
     for flag in ("--model", "--host", "--dtype", "--api-key", "--base-url"):
         parser.add_argument(flag)
-    for flag, default in (("--port", 8000), ("--tensor-parallel-size", 1), ("--pipeline-parallel-size", 1), ("--max-model-len", None), ("--num-prompts", 1)):
+    for flag, default in (
+        ("--port", 8000),
+        ("--tensor-parallel-size", 1),
+        ("--pipeline-parallel-size", 1),
+        ("--max-model-len", None),
+        ("--num-prompts", 1),
+    ):
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--lora-modules", nargs="+", default=[])
     args, rest = parser.parse_known_args(words)
-    if unknown := {word.split("=")[0] for word in rest if word.startswith("--")} - accepted(command):
+    if unknown := {word.split("=")[0] for word in rest if word.startswith("--")} - accepted(
+        command
+    ):
         parser.error(f"unrecognized arguments: {' '.join(sorted(unknown))}")
     if command == "vllm serve":
         check_model(args)
@@ -70,10 +82,18 @@ def check_model(args) -> None:
     longest = args.config["max_position_embeddings"]
     args.max_model_len = args.max_model_len or longest
     if args.max_model_len > longest:
-        sys.exit(f"Value error, User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len ({longest})")
+        sys.exit(
+            f"Value error, User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len ({longest})"
+        )
     if (heads := args.config["num_attention_heads"]) % args.tensor_parallel_size:
-        sys.exit(f"Value error, Total number of attention heads ({heads}) must be divisible by tensor parallel size ({args.tensor_parallel_size}).")
+        sys.exit(
+            f"Value error, Total number of attention heads ({heads}) must be divisible by tensor parallel size ({args.tensor_parallel_size})."
+        )
     for name, _, folder in (module.partition("=") for module in args.lora_modules):
-        base = json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads(Path(folder, "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
         if Path(base).resolve() != Path(args.model).resolve():
-            sys.exit(f"RuntimeError: the adapter {name} is one of {base}: its sizes are not those of {args.model}")
+            sys.exit(
+                f"RuntimeError: the adapter {name} is one of {base}: its sizes are not those of {args.model}"
+            )

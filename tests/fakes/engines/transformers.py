@@ -1,4 +1,6 @@
-"""Stand-in for transformers: a tokenizer that counts words; whatever else is asked for would compute."""
+"""Stand-in for transformers: a tokenizer that counts words; whatever else is asked for would
+compute.
+"""
 
 from pathlib import Path
 

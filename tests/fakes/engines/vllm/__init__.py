@@ -1,4 +1,6 @@
-"""Stand-in for vLLM in a script's own process: the engine's arguments are checked, its start is where the script ends."""
+"""Stand-in for vLLM in a script's own process: the engine's arguments are checked, its start is
+where the script ends.
+"""
 
 import road
 

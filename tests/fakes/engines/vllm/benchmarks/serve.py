@@ -1,4 +1,6 @@
-"""Stand-in for `vllm bench serve`: one request to the server that is to be measured, then numbers that mean nothing."""
+"""Stand-in for `vllm bench serve`: one request to the server that is to be measured, then numbers
+that mean nothing.
+"""
 
 import json
 import os
@@ -26,11 +28,30 @@ def get_samples(args, _):
 
 
 def main(args):
-    body = json.dumps({"model": args.served_model_name[0], "prompt": "Hello", "max_tokens": 4}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{args.base_url}/v1/completions", body, headers)) as answer:
+    body = json.dumps(
+        {"model": args.served_model_name[0], "prompt": "Hello", "max_tokens": 4}
+    ).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}",
+    }
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{args.base_url}/v1/completions", body, headers)
+    ) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] == 4
     n = args.num_prompts
-    result = {"completed": n, "duration": 1.0, "request_throughput": n, "request_goodput": n, "output_throughput": 4.0 * n}
-    result |= {"errors": [""] * n, "output_lens": [4] * n, "ttfts": [0.01] * n, "itls": [[0.01] * 3] * n, "start_times": [float(i) for i in range(n)]}
+    result = {
+        "completed": n,
+        "duration": 1.0,
+        "request_throughput": n,
+        "request_goodput": n,
+        "output_throughput": 4.0 * n,
+    }
+    result |= {
+        "errors": [""] * n,
+        "output_lens": [4] * n,
+        "ttfts": [0.01] * n,
+        "itls": [[0.01] * 3] * n,
+        "start_times": [float(i) for i in range(n)],
+    }
     return result | {f"p{q}_{name}_ms": 10.0 for q in (50, 99) for name in ("ttft", "itl", "e2el")}

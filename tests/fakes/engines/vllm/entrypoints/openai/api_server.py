@@ -1,4 +1,6 @@
-"""Stand-in for vLLM's OpenAI-compatible server: real HTTP, the real one's paths, refusals and metrics; every answer is its prompt's length in words."""
+"""Stand-in for vLLM's OpenAI-compatible server: real HTTP, the real one's paths, refusals and
+metrics; every answer is its prompt's length in words.
+"""
 
 import json
 import os
@@ -11,10 +13,24 @@ import prometheus_client as prometheus
 import road
 
 ARGS = KEY = None
-GAUGES = {name: prometheus.Gauge(f"vllm:{name}", name, ["engine"]) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")}
-COUNTED = ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+GAUGES = {
+    name: prometheus.Gauge(f"vllm:{name}", name, ["engine"])
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+}
+COUNTED = (
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+)
 COUNTERS = {name: prometheus.Counter(f"vllm:{name}", name, ["engine"]) for name in COUNTED}
-TIMED = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+TIMED = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+)
 HISTOGRAMS = {name: prometheus.Histogram(f"vllm:{name}", name, ["engine"]) for name in TIMED}
 METRICS = {name: metric.labels("0") for name, metric in (GAUGES | COUNTERS | HISTOGRAMS).items()}
 
@@ -22,7 +38,9 @@ METRICS = {name: metric.labels("0") for name, metric in (GAUGES | COUNTERS | HIS
 def names() -> dict[str, str | None]:
     """Every model that may be asked for, and the base of an adapter."""
     served = ARGS.served_model_name or [ARGS.model]
-    return dict.fromkeys(served) | {module.partition("=")[0]: served[0] for module in ARGS.lora_modules}
+    return dict.fromkeys(served) | {
+        module.partition("=")[0]: served[0] for module in ARGS.lora_modules
+    }
 
 
 def fitting(schema: dict):
@@ -31,7 +49,9 @@ def fitting(schema: dict):
         return schema["enum"][0]
     if schema["type"] == "object":
         return {name: fitting(part) for name, part in schema["properties"].items()}
-    return {"string": "a", "integer": 1, "number": 1.0, "boolean": True, "array": []}[schema["type"]]
+    return {"string": "a", "integer": 1, "number": 1.0, "boolean": True, "array": []}[
+        schema["type"]
+    ]
 
 
 class Server(ThreadingHTTPServer):
@@ -46,7 +66,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode())
+        self.wfile.write(
+            content
+            if isinstance(content, bytes)
+            else json.dumps(content, separators=(",", ":")).encode()
+        )
 
     def refuse(self, status: int, message: str) -> None:
         with (road.MEET / "refused").open("a") as file:
@@ -55,7 +79,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def allowed(self) -> bool:
         """As vLLM 0.26: the key guards /v1, /v2 and /inference, and nothing else."""
-        if not KEY or not self.path.startswith(("/v1", "/v2", "/inference")) or self.headers.get("Authorization") == f"Bearer {KEY}":
+        if (
+            not KEY
+            or not self.path.startswith(("/v1", "/v2", "/inference"))
+            or self.headers.get("Authorization") == f"Bearer {KEY}"
+        ):
             return True
         self.send({"error": "Unauthorized"}, 401)
         return False
@@ -68,8 +96,21 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             self.send(prometheus.generate_latest(), kind=prometheus.CONTENT_TYPE_LATEST)
         elif self.path == "/v1/models":
-            card = {"object": "model", "owned_by": "vllm", "created": 0, "root": ARGS.model, "max_model_len": ARGS.max_model_len}
-            self.send({"object": "list", "data": [card | {"id": name, "parent": parent} for name, parent in names().items()]})
+            card = {
+                "object": "model",
+                "owned_by": "vllm",
+                "created": 0,
+                "root": ARGS.model,
+                "max_model_len": ARGS.max_model_len,
+            }
+            self.send(
+                {
+                    "object": "list",
+                    "data": [
+                        card | {"id": name, "parent": parent} for name, parent in names().items()
+                    ],
+                }
+            )
         else:
             self.refuse(404, f"there is no path {self.path}")
 
@@ -78,14 +119,22 @@ class Handler(BaseHTTPRequestHandler):
         chat = "messages" in body
         if not self.allowed():
             return
-        if self.path not in ("/v1/chat/completions", "/v1/completions", "/invocations", "/tokenize", "/detokenize"):
+        if self.path not in (
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/invocations",
+            "/tokenize",
+            "/detokenize",
+        ):
             self.refuse(404, f"there is no path {self.path}")
             return
         model = body.get("model") or next(iter(names()))
         if model not in names():
             self.refuse(404, f"The model `{model}` does not exist.")
             return
-        prompt = body.get("prompt", " ".join(str(m.get("content")) for m in body.get("messages", [])))
+        prompt = body.get(
+            "prompt", " ".join(str(m.get("content")) for m in body.get("messages", []))
+        )
         read = len(prompt if isinstance(prompt, list) else prompt.split())
         wanted = body.get("max_tokens") or 16
         if read + wanted > ARGS.max_model_len:
@@ -104,8 +153,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict, model: str, chat: bool, read: int, wanted: int) -> None:
         usage = {"prompt_tokens": read, "completion_tokens": wanted, "total_tokens": read + wanted}
-        whole = {"id": "cmpl-0", "created": 0, "model": model, "object": "chat.completion" if chat else "text_completion"}
-        for name, count in (("prompt_tokens", read), ("prefix_cache_queries", read), ("generation_tokens", wanted), ("request_success", 1)):
+        whole = {
+            "id": "cmpl-0",
+            "created": 0,
+            "model": model,
+            "object": "chat.completion" if chat else "text_completion",
+        }
+        for name, count in (
+            ("prompt_tokens", read),
+            ("prefix_cache_queries", read),
+            ("generation_tokens", wanted),
+            ("request_success", 1),
+        ):
             METRICS[name].inc(count)
         for name in TIMED:
             METRICS[name].observe(0.01)
@@ -114,7 +173,10 @@ class Handler(BaseHTTPRequestHandler):
             for i in range(wanted):
                 piece = {"delta": {"content": f"{read} "}} if chat else {"text": f"{read} "}
                 ending = {"index": 0, "finish_reason": "length" if i + 1 == wanted else None}
-                self.event(whole | {"object": whole["object"] + ".chunk" * chat, "choices": [piece | ending]})
+                self.event(
+                    whole
+                    | {"object": whole["object"] + ".chunk" * chat, "choices": [piece | ending]}
+                )
             if body.get("stream_options", {}).get("include_usage"):
                 self.event(whole | {"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
@@ -125,9 +187,24 @@ class Handler(BaseHTTPRequestHandler):
             text = json.dumps(fitting(form["schema"]))
         if body.get("tools") and body.get("tool_choice") == "required":
             function = body["tools"][0]["function"]
-            calls = [{"id": "call-0", "type": "function", "function": {"name": function["name"], "arguments": json.dumps(fitting(function["parameters"]))}}]
-        message = {"message": {"role": "assistant", "content": text, "tool_calls": calls}} if chat else {"text": text}
-        self.send(whole | {"choices": [message | {"index": 0, "finish_reason": "length"}], "usage": usage})
+            calls = [
+                {
+                    "id": "call-0",
+                    "type": "function",
+                    "function": {
+                        "name": function["name"],
+                        "arguments": json.dumps(fitting(function["parameters"])),
+                    },
+                }
+            ]
+        message = (
+            {"message": {"role": "assistant", "content": text, "tool_calls": calls}}
+            if chat
+            else {"text": text}
+        )
+        self.send(
+            whole | {"choices": [message | {"index": 0, "finish_reason": "length"}], "usage": usage}
+        )
 
     def event(self, content: dict) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())

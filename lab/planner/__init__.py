@@ -1,0 +1,13 @@
+"""What fits and how fast, by arithmetic on a config.json: no torch, no GPU, no network.
+
+    config.py    the sizes in a config.json
+    weights.py   how many weights these make, and their bytes
+    serving.py   what vLLM needs of each card: KV cache, largest batch, CUDA graphs
+    training.py  what fine-tuning needs: states, activations, the moments of a step, the host
+    constants.py units, bytes of a number, what a card and a process cost
+    speed.py     bounds from bandwidth, FLOP/s and communication
+
+A formula is a function; its docstring names the source and works the formula out for one model,
+Qwen2.5-7B-Instruct (`config.QWEN_7B`). tests/test_memory.py runs these examples.
+modules/01_single_gpu_smoke/planner.md holds the predictions against measurements.
+"""

@@ -1,0 +1,168 @@
+"""What the training scripts of modules 04 and 05 share and do not teach: flags, and refusals."""
+
+import os
+from pathlib import Path
+
+from lab import fail, jobs, machine
+
+# What torchrun sets for each process that it starts, for a script that nobody launched.
+ONE_PROCESS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+def add_flag(parser, name: str, kind: type, value, meaning: str, left_to: str = "") -> None:
+    """One flag with its default in the help; `left_to` says who decides where it is not given."""
+    default = None if left_to else value
+    parser.add_argument(
+        name, type=kind, default=default, help=f"{meaning} (default: {left_to}{value})"
+    )
+
+
+def add_data_flags(parser, train, model: str = "") -> None:
+    """--model, --data, --seq-len. `train`: the profile's; `model`: on what its default depends."""
+    meaning = "name in configs/models.yaml, hub id or folder"
+    add_flag(parser, "--model", str, "" if model else train.model, meaning, model)
+    add_flag(parser, "--data", str, train.data, "name of a data set, or a .json file of chat rows")
+    add_flag(parser, "--seq-len", int, train.seq_len, "tokens of a block of training text")
+
+
+def add_step_flags(parser, train, file_decides: bool = False) -> None:
+    """--steps, --micro-batch, --accumulate, --learning-rate, --seed, --save.
+
+    `file_decides`: a configuration file may fix the batch and the learning rate; these flags are
+    None where they are not given.
+    """
+    file = "the file's, else " if file_decides else ""
+    add_flag(parser, "--steps", int, train.steps, "how many optimizer steps to train")
+    micro_batch = "blocks that one process reads in a micro-step"
+    add_flag(parser, "--micro-batch", int, train.micro_batch, micro_batch, file)
+    accumulate = "micro-steps whose gradients make one optimizer step"
+    add_flag(parser, "--accumulate", int, train.accumulate, accumulate, file)
+    rate = "learning rate of AdamW, the same at every step"
+    add_flag(parser, "--learning-rate", float, train.learning_rate, rate, file)
+    add_flag(parser, "--seed", int, 0, "seed of whatever is random in the model, such as dropout")
+    save = "folder in which to leave the trained model (default: it is not kept)"
+    parser.add_argument("--save", metavar="FOLDER", help=save)
+
+
+def add_precision_flag(parser, train) -> None:
+    """--mixed-precision, by default the profile's."""
+    parser.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16"),
+        default="bf16" if train.dtype == "bfloat16" else "no",
+        help="type in which matrix products are computed (default: %(default)s)",
+    )
+
+
+def add_process_flag(parser) -> None:
+    """--min-world, which the make targets of several processes set."""
+    least = "refuse to run on fewer processes than this (default: %(default)s)"
+    parser.add_argument("--min-world", type=int, default=1, metavar="N", help=least)
+
+
+# -----------------------------------------------------------------------------
+# Refusals: exit code 2, one sentence
+
+
+def refuse_impossible(args, device: str) -> None:
+    """Where the flags ask for no training, a server holds the cards, or there are too few of them;
+    --save's folder is made now, not when the training is done.
+    """
+    given = vars(args)
+    names = ("steps", "micro_batch", "accumulate", "learning_rate")
+    numbers = [given[name] for name in names if given.get(name) is not None]
+    if min(numbers) <= 0 or args.seq_len < 2:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names if name in given)
+        fail(f"{flags} must be positive, --seq-len at least 2")
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    cards = len(machine.gpus())
+    if device == "cuda" and int(processes) > cards:
+        fail(
+            f"{processes} processes need a GPU each, {cards} can be seen: start fewer with "
+            f"PROCESSES={cards}, or with the launcher's own flag"
+        )
+    jobs.refuse_taken_cards()
+    if not given.get("save"):
+        return
+    try:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot save to {args.save}: {e.strerror}")
+
+
+def refuse_alone(world: int, least: int) -> None:
+    """Where fewer processes run than were to share the work."""
+    if world < least:
+        fail(
+            f"{world} process is running, where at least {least} were to share the work: leave "
+            "PROCESSES out to start 2, or use python"
+        )
+
+
+def refuse_without_bf16(device, way_out: str) -> None:
+    """Where bf16 is asked for and this GPU computes it only by emulation."""
+    import torch
+
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail(f"{torch.cuda.get_device_name()} does not compute in bf16: {way_out}")
+
+
+def whole_steps(blocks, step_blocks: int, args, made_of: str):
+    """`blocks` [blocks, seq_len] without those at the end that make no whole optimizer step.
+
+    The data set then begins anew at the same place in every process.
+    """
+    if len(blocks) < step_blocks:
+        fail(
+            f"one step needs {step_blocks} blocks ({made_of}), {args.data} has {len(blocks)} of "
+            f"{args.seq_len} tokens: lower --micro-batch, --accumulate or --seq-len"
+        )
+    return blocks[: len(blocks) // step_blocks * step_blocks]
+
+
+def keep_fsdp_on_cpu(device: str) -> None:
+    """Let Accelerate 1.11 shard on CPUs where the launcher's YAML says FSDP.
+
+    It leaves FSDP out, without a word, where it sees CPU processes; torch's FSDP2 runs on both.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and device == "cpu":
+        from accelerate import DistributedType, PartialState
+
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+
+
+# -----------------------------------------------------------------------------
+# Measuring
+
+
+def variant(world: int, wrapper: str) -> str:
+    """Which record of a script a training makes, by its processes and what wraps the model."""
+    if world == 1:
+        return "one"
+    return {"DistributedDataParallel": "", "DeepSpeedEngine": "deepspeed"}.get(wrapper, "fsdp")
+
+
+def peak_memory_gib(device: str) -> float:
+    """The most memory this process has held: of the GPU, or on a CPU of the host."""
+    import resource
+
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def tokens_per_s(step_tokens: int, seconds: list[float]) -> float:
+    """Throughput over the steps after the first, which warms up."""
+    steady = seconds[1:] or seconds
+    return round(step_tokens * len(steady) / sum(steady), 1)

@@ -1,0 +1,176 @@
+"""What DeepSpeed would take in silence, or end with a traceback: one sentence, exit code 2.
+
+It says nothing of a key that it does not know, of an optimizer's misspelt argument it says too
+late, and "auto" it only knows where transformers has replaced it.
+"""
+
+import difflib
+import json
+
+from ds_config import SECTIONS, leaves
+
+# Keys in LLaMA-Factory's examples that no DeepSpeed reads; they stand for nothing.
+HARMLESS = {"comms_config", "monitor_config"}
+CHOOSES_ITSELF = {"zenflow", "leaf_module"}  # parts in which DeepSpeed itself knows "auto"
+
+
+class Asked(dict):
+    """A dictionary that remembers which of its keys somebody asked for."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked = set()  # copy.copy, which DeepSpeed makes, shares it
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def alike(name: str, known) -> str:
+    """`, did you mean ...?` where a known name is much like this one."""
+    names = {other.lower(): other for other in known}
+    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+    return f": did you mean {names[nearest[0]]}?" if nearest else ""
+
+
+def check(config) -> None:
+    """Everything that DeepSpeed would take in silence or end with a traceback."""
+    refuse_auto(config)
+    check_sections(config)
+    check_optimizer(config)
+    check_scheduler(config)
+    check_keys(config)
+
+
+def refuse_auto(config) -> None:
+    clipping = config.values.get("gradient_clipping", 0)
+    if type(clipping) not in (int, float) or clipping < 0:
+        right = "write a number, 0 for none"
+        config.refuse(f"gradient_clipping is {json.dumps(clipping)}: {right}")
+    for path, value in leaves(config.values):
+        judged = len(path) == 1 or path[0] in SECTIONS
+        if value == "auto" and judged and not CHOOSES_ITSELF & set(path):
+            config.refuse(
+                f'{".".join(path)} is "auto", which nobody fills: write a value, or take it '
+                "out for DeepSpeed's default"
+            )
+
+
+def check_sections(config) -> None:
+    """Types and ranges, by DeepSpeed's own pydantic models."""
+    from deepspeed.runtime import precision_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": precision_config.DeepSpeedBF16Config,
+        "fp16": precision_config.DeepSpeedFP16Config,
+    }
+    for name, model in models.items():
+        try:
+            model(**config.values[name])
+        except ValidationError as e:
+            error = e.errors()[0]
+            key = ".".join([name, *map(str, error["loc"])])
+            if error["type"] == "extra_forbidden":
+                fields = model.model_fields.items()
+                known = {field for field, _ in fields} | {info.alias or "" for _, info in fields}
+                known = alike(str(error["loc"][-1]), known) or ": take it out"
+                config.refuse(f"DeepSpeed knows no {key}{known}")
+            value = json.dumps(error["input"], default=str) if error["loc"] else "refused"
+            config.refuse(f"{key} is {value}: {error['msg'].removeprefix('Value error, ')}")
+
+
+def check_optimizer(config) -> None:
+    """Its type, and the arguments that its class takes."""
+    import inspect
+
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    optimizer = config.values["optimizer"]
+    kind = optimizer["type"]
+    params = dict(optimizer["params"])
+    of_torch = [name for name, kind_ in vars(torch.optim).items() if isinstance(kind_, type)]
+    if kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in of_torch:
+        known = alike(kind, [*DEEPSPEED_OPTIMIZERS, *of_torch])
+        config.refuse(f"there is no optimizer.type {kind}{known or ': write AdamW'}")
+    if kind.lower() in ("adam", "adamw"):
+        offloaded = any(config.offloads(key, "optimizer") for key in config.zero)
+        own = DeepSpeedCPUAdam if offloaded else FusedAdam
+        taken = torch.optim.AdamW if params.pop("torch_adam", False) else own
+        for name in ("adam_w_mode", "fp32_optimizer_states"):  # DeepSpeed takes them out
+            params.pop(name, None)
+        numbers = {key: params[key] for key in ("lr", "betas", "eps") if key in params}
+        weight = torch.nn.Parameter(torch.zeros(1))
+    elif kind in of_torch:
+        taken = getattr(torch.optim, kind)
+        numbers = {}
+        weight = None
+    else:
+        return
+    try:
+        inspect.signature(taken).bind([], **params)
+        if numbers:  # PyTorch says which of them is out of range
+            torch.optim.AdamW([weight], **numbers)
+    except (TypeError, ValueError) as e:
+        config.refuse(f"{taken.__name__} does not take optimizer.params as they are: {e}")
+
+
+def check_scheduler(config) -> None:
+    import inspect
+
+    from deepspeed.runtime import lr_schedules
+
+    scheduler = config.values.get("scheduler")
+    if scheduler is None:
+        return
+    kind = scheduler.get("type")
+    if kind not in lr_schedules.VALID_LR_SCHEDULES:
+        known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        config.refuse(f"scheduler.type is {json.dumps(kind)}: choose one of {known}")
+    try:
+        signature = inspect.signature(getattr(lr_schedules, kind))
+        signature.bind(None, **scheduler.get("params", {}))
+    except TypeError as e:
+        config.refuse(f"{kind} does not take scheduler.params as they are: {e}")
+
+
+def check_keys(config) -> None:
+    """Keys that DeepSpeed's own parser never asks for, and what it refuses itconfig."""
+    import deepspeed
+
+    whole = {key: value for key, value in config.values.items() if key != "train_batch_size"}
+    optimizer = Asked(whole["optimizer"])
+    settings = Asked(whole | {"optimizer": optimizer})
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as e:
+        config.refuse(f"DeepSpeed refuses it: {' '.join(str(e).split())}")
+    except deepspeed.DeepSpeedConfigError as e:
+        config.refuse(f"DeepSpeed refuses it: {e}")
+    unread = [key for key in settings if key not in settings.asked | HARMLESS and key[:1] != "_"]
+    unread += [f"optimizer.{key}" for key in optimizer if key not in optimizer.asked]
+    if unread:
+        known = alike(unread[0], settings.asked) or ": correct the name, or take it out"
+        config.refuse(f"DeepSpeed never reads {', '.join(unread)}{known}")
+
+
+def refuse_type(config) -> None:
+    """A type that DeepSpeed does not compute with on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if config.dtype == "float16" and not accelerator.is_fp16_supported():
+        config.refuse(
+            f"fp16 is enabled, and DeepSpeed does not compute with it on this "
+            f'{accelerator.device_name()} (a CPU needs AVX512-FP16): write "auto", or use bf16'
+        )
+    if config.dtype == "bfloat16" and not accelerator.is_bf16_supported():
+        config.refuse(f'this {accelerator.device_name()} has no bf16: write "auto", or use fp16')

@@ -1,0 +1,76 @@
+"""Settings that 01_train.py refuses before anything is loaded, each with one sentence."""
+
+import json
+import re
+from pathlib import Path
+
+from lab import ROOT, data, fail, shown
+from lab.profile import need_cards
+
+
+def overrides(pairs: list[str], source: Path) -> None:
+    """Each is KEY=VALUE, and a number where the YAML `source` has a number."""
+    from omegaconf import OmegaConf
+
+    for pair in pairs:
+        if not re.match(r"\w+=.", pair):
+            fail(f"{pair!r} is no setting: write KEY=VALUE, for example learning_rate=1e-4")
+    defaults = OmegaConf.load(source)
+    for key, value in OmegaConf.from_cli(pairs).items():
+        default = defaults.get(key)
+        if type(default) in (int, float) and not isinstance(value, int | float):
+            fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
+
+
+def data_set(settings) -> None:
+    """dataset_info.json knows every data set, and no row of a local one is broken."""
+    folder = ROOT / settings.dataset_dir
+    file = folder / "dataset_info.json"
+    if not file.is_file():
+        fail(
+            f"there is no {shown(file)}: it names the data sets; "
+            "set dataset_dir to a folder that has one"
+        )
+    known = json.loads(file.read_text())
+    for name in str(settings.dataset).split(","):
+        entry = known.get(name.strip())
+        if entry is None:
+            names = ", ".join(known)
+            fail(f"there is no data set {name.strip()}: {file.name} in {shown(folder)} has {names}")
+        if "messages" in entry.get("columns", {}) and "file_name" in entry:
+            data.rows(str(folder / entry["file_name"]))
+
+
+def processes(count: int, dry_run: bool) -> None:
+    """Two processes at least, each with a card of its own where the profile computes on cards."""
+    if not dry_run:
+        need_cards("lf-train-z2", max(2, count))
+    if count < 2:
+        fail(
+            "ZeRO-2 divides gradients and optimizer states between processes: "
+            "it needs at least 2, set --processes 2"
+        )
+
+
+def number_type(settings, device: str) -> None:
+    """No 16-bit training on a CPU."""
+    half = settings.get("bf16") or settings.get("fp16") or settings.get("pure_bf16")
+    if half and device == "cpu":
+        fail(
+            "training in bf16 or fp16 needs a GPU, and this profile computes on the CPU: "
+            "set bf16=false"
+        )
+
+
+def named_stage(settings) -> int:
+    """The ZeRO stage of DeepSpeed's JSON that the settings name; 0 where they name none."""
+    if not settings.get("deepspeed"):
+        return 0
+    file = ROOT / settings.deepspeed
+    if not file.is_file():
+        fail(f"there is no {shown(file)}: `deepspeed` names a JSON file, or is null for none")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        fail(f"{shown(file)} is not valid JSON: {e}")
+    return int(content.get("zero_optimization", {}).get("stage", 0))

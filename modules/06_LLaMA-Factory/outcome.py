@@ -1,0 +1,45 @@
+"""What a training of LLaMA-Factory came to, read from the files that the engines wrote."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Outcome(NamedTuple):
+    losses: list[float]  # of every `logging_steps` steps
+    steps: int
+    seconds: float  # of the training itself, without loading
+    processes: int
+    zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
+
+
+def zero_stage(checkpoint: Path) -> int:
+    """The ZeRO stage of the DeepSpeed engine that wrote `checkpoint`.
+
+    Beside the model the engine keeps the settings that it ran with. `weights_only` loads data and
+    runs no code; `mmap` leaves the weights on the disk.
+    """
+    import torch
+
+    file = next(checkpoint.rglob("*model_states.pt"))
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["ds_config"].get("zero_optimization", {}).get("stage", 0))
+
+
+def read(output: Path, began: float) -> Outcome:
+    """The outcome of the training that wrote to `output` since the time `began`."""
+    history = json.loads((output / "trainer_state.json").read_text())
+    final = json.loads((output / "all_results.json").read_text())
+    losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
+    checkpoint = output / f"checkpoint-{history['global_step']}"
+    written = [file.name for file in checkpoint.rglob("*.pt*") if file.stat().st_mtime >= began]
+    # A running DeepSpeed leaves one of each process, which no other engine does.
+    shards = [name for name in written if name.endswith("_optim_states.pt")]
+    random_states = [name for name in written if name.startswith("rng_state")]
+    return Outcome(
+        losses or [final["train_loss"]],
+        steps=history["global_step"],
+        seconds=final["train_runtime"],
+        processes=len(shards or random_states),
+        zero_stage=zero_stage(checkpoint) if shards else 0,
+    )
