@@ -27,6 +27,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("ARGS", None)
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
+PATIENCE = (
+    1200  # seconds until a command counts as hung: no limit on how slow a busy machine may be
+)
 
 # Programs that tests use beside those README asks for, and the Debian package of each; .ci/run
 # installs them all.
@@ -96,7 +99,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(order)))
 
 
-def run(*command, cwd=ROOT, timeout=300, check=None, **env) -> subprocess.CompletedProcess:
+def run(*command, cwd=ROOT, timeout=PATIENCE, check=None, **env) -> subprocess.CompletedProcess:
     """Run a command in a session of its own with the environment's programs first on PATH; `check`
     is the exit code it must have.
     """

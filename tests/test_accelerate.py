@@ -430,7 +430,7 @@ def test_interrupted_training_leaves_nothing(target, how, tiny_model):
         os.killpg(process.pid, signal.SIGINT)
     else:
         launcher.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode != 0 and target not in jobs.running()
     time.sleep(0.5)
     assert not [p for p in members if p.is_running() and p.status() != "zombie"]

@@ -218,7 +218,7 @@ def test_stop_ends_a_training(tiny_model):
                 break
         assert len(ours()) >= 4
         run("make", "stop", check=0)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode != 0 and not ours() and not shared_memory()
     finally:
         if process.poll() is None:
@@ -321,7 +321,7 @@ def test_forms_train(tiny_model, tmp_path, form, folder, optimizer):
     script = TRAIN.relative_to(folder)
     command = ["deepspeed", "--num_gpus=2", script, "--deepspeed", config]
     flags = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
-    found = result(run(*command, *flags, cwd=folder, timeout=550, **CPU))
+    found = result(run(*command, *flags, cwd=folder, **CPU))
     assert found["zero_stage"] == FORMS[form]["zero_optimization"]["stage"]
     assert found["optimizer"] == optimizer and len(found["losses"]) == 2
 

@@ -65,7 +65,6 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
         script,
         json.dumps([str(small_model), PROMPTS, TOKENS]),
         check=0,
-        timeout=400,
     )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert json.loads(line[7:]) == expected

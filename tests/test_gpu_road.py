@@ -158,7 +158,7 @@ class Machine:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
 
     def refused_requests(self) -> str:

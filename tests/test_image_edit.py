@@ -362,7 +362,7 @@ def test_interrupted_run(tiny, tmp_path):
         assert piece, shown
         shown += piece
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate(timeout=300)[1]
     assert (
         process.returncode == 130 and "Traceback" not in rest and rest.count("interrupted:") == 1
     ), rest[-2000:]

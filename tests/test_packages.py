@@ -22,7 +22,9 @@ def without(tmp_path):
 def pytest_run(**environment) -> list[str]:
     """The last lines of pytest over TESTS, and its exit code at the end."""
     command = [ROOT / ".venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    done = run(*command, TESTS_END_AT="inf", **environment)  # late in .ci/run a slow test is skipped for another reason
+    done = run(
+        *command, TESTS_END_AT="inf", **environment
+    )  # late in .ci/run a slow test is skipped for another reason
     return [*done.stdout.splitlines(), str(done.returncode)]
 
 

@@ -41,7 +41,7 @@ def by_vllm(folder: Path, adapter: Path | str = "") -> list[str]:
     program = ROOT / "tests/programs/vllm_chat.py"
     asked = json.dumps([str(folder), str(adapter), REQUESTS])
     command = ["python", "-m", "lab.profile", "python", program, asked]
-    lines = run(*command, check=0, timeout=600).stdout.splitlines()
+    lines = run(*command, check=0).stdout.splitlines()
     (answers,) = [line.removeprefix("TEXTS ") for line in lines if line.startswith("TEXTS ")]
     return json.loads(answers)
 

@@ -115,7 +115,7 @@ def test_interrupted_start_leaves_nothing(two_machines):
         "two machines, neither of them this one"
     )
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     assert "Traceback" not in err and not jobs.running()
     assert not [p for p in members if p.is_running() and p.status() != "zombie"]
