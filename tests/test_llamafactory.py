@@ -1,46 +1,56 @@
-"""Fine-tuning by LLaMA-Factory: the template, training, scoring, merging, serving, and what must be
-refused.
+"""Fine-tuning by LLaMA-Factory: templates, training, scoring, merging, serving, refusals.
+
+All with one short training of a tiny model: what a reader's own training teaches the real one is
+judged in test_claims.py, by the score that `make quickstart` has measured.
 """
 
 import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, python, refused, run
+from conftest import ENVIRONMENT, PATIENCE, ROOT, python, refused, run
 
 from lab import RUNS, data, jobs
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
-TRAIN, SCORE, MERGE, CHAT = (
-    MODULE / f"{name}.py" for name in ("01_train", "02_score", "03_merge", "04_chat")
-)
+TRAIN = MODULE / "01_train.py"
+SCORE = MODULE / "02_score.py"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # Qwen2.5-Instruct's published chat template, without its branches for tools.
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWEN = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+    {{- '<|im_start|>system\\nQWEN_SYSTEM<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
+    {%- if message.role == "user" or message.role == "assistant"
+           or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
-"""
+""".replace("QWEN_SYSTEM", QWEN_SYSTEM)
+NO_SYSTEM = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+NOT_CHATML = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
 CONVERSATION = [
     {"role": "user", "content": "Serve yi-34b on 2 GPUs."},
     {"role": "assistant", "content": '{"model": "yi-34b"}'},
@@ -57,29 +67,16 @@ def ours() -> list[str]:
     return [name for name in jobs.running() if name.startswith("lf-")]
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """The real model, tuned once by the profile's values: (folder, result)."""
-    folder = tmp_path_factory.mktemp("adapter") / "lora"
-    done = run("make", "lf-train", f"ARGS=output_dir={folder}", check=0)
-    return folder, result(done), done.stdout
+# Of a training that a model without content feels: 8 steps
+SHORT = ("template=chatml", "max_samples=64", "logging_steps=1", "learning_rate=0.02")
 
 
 @pytest.fixture(scope="module")
-def tiny_adapter(tiny_model, tmp_path_factory):
+def adapter(tiny_model, tmp_path_factory):
     """A few steps of the tiny model: (folder, result, stdout)."""
-    folder = tmp_path_factory.mktemp("tiny_adapter") / "tiny"
-    done = python(
-        TRAIN,
-        "--model",
-        tiny_model,
-        f"output_dir={folder}",
-        "template=chatml",
-        "max_samples=64",
-        "logging_steps=1",
-        "learning_rate=0.02",
-        check=0,
-    )
+    folder = tmp_path_factory.mktemp("adapter") / "tiny"
+    settings = [*SHORT, f"output_dir={folder}"]
+    done = run("make", "lf-train", f"ARGS=--model {tiny_model} {' '.join(settings)}", check=0)
     return folder, result(done), done.stdout
 
 
@@ -87,76 +84,72 @@ def tiny_adapter(tiny_model, tmp_path_factory):
 # Settings
 
 
-def parsed_by_the_engine(cases: dict[str, dict]) -> dict[str, dict | str]:
-    """LLaMA-Factory's own parser on each of the settings: what it understood, or its refusal. In a
-    process of its own.
-    """
-    code = (
-        "import json, sys\nfrom llamafactory.hparams import parser as p\nfrom transformers import HfArgumentParser\n"
-        "found = {}\n"
-        "for name, settings in json.loads(sys.argv[1]).items():\n"
-        "    try: parts = HfArgumentParser(p._TRAIN_ARGS if 'stage' in settings else p._INFER_ARGS).parse_dict(settings)\n"
-        "    except ValueError as e: found[name] = str(e)\n"
-        "    else: found[name] = {k: getattr(v, 'value', v) for part in parts for k, v in vars(part).items() if k in settings}\n"
-        "print(json.dumps(found))"
-    )
-    return result(python("-c", code, json.dumps(cases), check=0, CUDA_VISIBLE_DEVICES=""))
-
-
 def on_this_machine(settings: dict) -> dict:
     """Without the keys that need a GPU or a launcher."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in ("bf16", "deepspeed", "ddp_backend")
-    }
+    needing = ("bf16", "deepspeed", "ddp_backend")
+    return {key: value for key, value in settings.items() if key not in needing}
 
 
-def test_every_yaml_is_read_by_llamafactory():
-    """Its own parser takes every key with its value; one more key, and it refuses: nothing is
-    silently ignored.
+YAMLS = {
+    file.name: on_this_machine(yaml.safe_load(file.read_text()))
+    for file in MODULE.glob("configs/*.yaml")
+}
+PRINTED = [(profile, flags) for profile in ("cpu", "4090x2") for flags in ("", "--zero2")]
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[tuple, tuple]:
+    """What --dry-run prints under each profile and with each YAML: (settings, command)."""
+    texts = {}
+    for profile, flags in PRINTED:
+        command = ["python", TRAIN, "--dry-run", *flags.split(), "lora_rank=4"]
+        out = run(*command, PROFILE=profile, check=0).stdout
+        text, command = out.rsplit("\n\n", 1)
+        texts[profile, flags] = (yaml.safe_load(text), command.strip())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def understood(printed) -> dict[str, dict | str]:
+    """LLaMA-Factory's own parser on all settings below, in one process of its own."""
+    cases = dict(YAMLS)
+    for name, settings in YAMLS.items():
+        cases[f"{name} misspelt"] = settings | {"lora_rang": 8}
+    for case, (settings, _) in printed.items():
+        cases[str(case)] = on_this_machine(settings)
+    program = ROOT / "tests/programs/parse_settings.py"
+    return result(python(program, json.dumps(cases), check=0, CUDA_VISIBLE_DEVICES=""))
+
+
+def test_every_yaml_is_read_by_llamafactory(understood):
+    """Its own parser takes every key with its value.
+
+    One more key, and it refuses: nothing is silently ignored.
     """
-    files = {
-        f.name: on_this_machine(yaml.safe_load(f.read_text()))
-        for f in MODULE.glob("configs/*.yaml")
-    }
-    parsed = parsed_by_the_engine(
-        files | {f"{name}+": settings | {"lora_rang": 8} for name, settings in files.items()}
-    )
-    assert len(files) == 4
-    for name, settings in files.items():
-        assert parsed[f"{name}+"] == "Some keys are not used by the HfArgumentParser: ['lora_rang']"
-        assert isinstance(parsed[name], dict), parsed[name]
+    assert len(YAMLS) == 4
+    for name, settings in YAMLS.items():
+        refusal = "Some keys are not used by the HfArgumentParser: ['lora_rang']"
+        assert understood[f"{name} misspelt"] == refusal
+        assert isinstance(understood[name], dict), understood[name]
         for key, value in settings.items():
             expected = [] if key == "report_to" else value  # `none` becomes an empty list
-            assert parsed[name][key] in (expected, [expected]), (name, key)
+            assert understood[name][key] in (expected, [expected]), (name, key)
 
 
-def test_printed_settings_are_read_by_llamafactory():
+@pytest.mark.parametrize("profile, flags", PRINTED)
+def test_printed_settings_are_read_by_llamafactory(printed, understood, profile, flags):
     """YAML and profile together, as --dry-run prints them: the engine knows every key."""
-    cases = {}
+    settings, command = printed[profile, flags]
+    assert settings["lora_rank"] == 4
+    assert settings["template"] == {"cpu": "chatml", "4090x2": "qwen"}[profile]
+    assert settings["bf16"] == (profile != "cpu")
+    assert ("deepspeed" in settings) == bool(flags)
     folder = os.path.relpath(RUNS / "06_LLaMA-Factory", ROOT)
-    for profile in ("cpu", "4090x2"):
-        for script in ([], ["--zero2"]):
-            out = run(
-                "python", TRAIN, "--dry-run", *script, "lora_rank=4", PROFILE=profile, check=0
-            ).stdout
-            text, command = out.rsplit("\n\n", 1)
-            settings = yaml.safe_load(text)
-            assert (
-                settings["lora_rank"] == 4
-                and settings["template"] == {"cpu": "chatml", "4090x2": "qwen"}[profile]
-            )
-            assert settings["bf16"] == (profile != "cpu") and ("deepspeed" in settings) == bool(
-                script
-            )
-            assert command.strip().endswith(
-                f"llamafactory-cli train {folder}/{'lora_z2' if script else 'lora'}.yaml"
-            )
-            assert ("FORCE_TORCHRUN=1 NPROC_PER_NODE=2" in command) == bool(script)
-            cases[f"{profile} {script}"] = on_this_machine(settings)
-    for case, found in parsed_by_the_engine(cases).items():
-        assert isinstance(found, dict) and found["lora_rank"] == 4, (case, found)
+    name = "lora_z2" if flags else "lora"
+    assert command.endswith(f"llamafactory-cli train {folder}/{name}.yaml")
+    assert ("FORCE_TORCHRUN=1 NPROC_PER_NODE=2" in command) == bool(flags)
+    parsed = understood[str((profile, flags))]
+    assert isinstance(parsed, dict) and parsed["lora_rank"] == 4, parsed
 
 
 def test_zero2_yaml_is_the_other_but_for_three_keys():
@@ -172,51 +165,43 @@ def test_zero2_yaml_is_the_other_but_for_three_keys():
     assert (ROOT / two["deepspeed"]).is_file()
 
 
-def test_zero2_json_is_read_by_deepspeed():
-    code = (
-        "import json, sys\nfrom deepspeed.runtime.zero.config import DeepSpeedZeroConfig\nfrom deepspeed.runtime import constants\n"
-        "d = json.load(open(sys.argv[1]))\nnames = {v for v in vars(constants).values() if isinstance(v, str)} | {'bf16', 'zero_optimization'}\n"
-        "assert d.keys() <= names, d.keys() - names\nDeepSpeedZeroConfig(**d['zero_optimization'])\n"
-        "try: DeepSpeedZeroConfig(**d['zero_optimization'], no_such_key=1)\nexcept Exception as e: print('refused', type(e).__name__)"
-    )
-    assert (
-        "refused ValidationError"
-        in python("-c", code, MODULE / "configs/zero2.json", check=0).stdout
-    )
+def test_zero2_json_is_read_by_deepspeed(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    content = json.loads((MODULE / "configs/zero2.json").read_text())
+    names = {value for value in vars(constants).values() if isinstance(value, str)}
+    assert content.keys() <= names | {"bf16", "zero_optimization"}
+    DeepSpeedZeroConfig(**content["zero_optimization"])
+    with pytest.raises(ValueError, match="no_such_key"):
+        DeepSpeedZeroConfig(**content["zero_optimization"], no_such_key=1)
 
 
 # -----------------------------------------------------------------------------
 # The template
 
 
-def encoded(tokenizer, template: str | None, system: str | None = None) -> list[int]:
-    """The conversation as LLaMA-Factory encodes it for training, prompt and answer of every turn in
-    a row.
-    """
-    from llamafactory.data import template as t
+def encoded(tokenizer, name: str | None, system: str | None = None) -> list[int]:
+    """The conversation as LLaMA-Factory encodes it for training, turn after turn."""
+    from llamafactory.data import template
     from llamafactory.hparams import DataArguments
 
-    before = t.TEMPLATES[template].default_system if template else None
+    shared = template.TEMPLATES.get(name)  # by the whole process
+    before = shared.default_system if shared else None
     try:
-        found = t.get_template_and_fix_tokenizer(
-            tokenizer, DataArguments(template=template, default_system=system)
-        )
-        return [
-            token
-            for pair in found.encode_multiturn(tokenizer, CONVERSATION)
-            for part in pair
-            for token in part
-        ]
+        arguments = DataArguments(template=name, default_system=system)
+        made = template.get_template_and_fix_tokenizer(tokenizer, arguments)
+        turns = made.encode_multiturn(tokenizer, CONVERSATION)
+        return [token for prompt, answer in turns for token in [*prompt, *answer]]
     finally:
-        if template:
-            t.TEMPLATES[
-                template
-            ].default_system = before  # the templates are shared by the whole process
+        if shared:
+            shared.default_system = before
 
 
 def test_template_of_the_small_model(small_model):
-    """`chatml` alone leaves out the system message that the model's own template says; with
-    default_system both are equal.
+    """`chatml` alone leaves out the system message of the model's own template; default_system
+    puts it back.
     """
     from transformers import AutoTokenizer
 
@@ -237,29 +222,20 @@ def test_template_of_the_small_model(small_model):
 
 
 def test_template_of_qwen(small_model):
-    """`qwen` says what Qwen2.5's published template says, its default system message included (the
-    small tokenizer carries it).
-    """
+    """`qwen` says what Qwen2.5's published template says, its default system message included."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     tokenizer.chat_template = QWEN
     own = tokenizer.apply_chat_template(CONVERSATION, return_dict=False)
     assert encoded(tokenizer, "qwen") == own
-    assert tokenizer.chat_template == QWEN and "created by Alibaba Cloud" in tokenizer.decode(own)
+    assert tokenizer.chat_template == QWEN
+    assert QWEN_SYSTEM in tokenizer.decode(own)
     assert encoded(tokenizer, "chatml") != own
 
 
 @pytest.mark.parametrize(
-    "template, expected",
-    [
-        (QWEN, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-        (
-            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
-            "",
-        ),
-        ("{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}", None),
-    ],
+    "template, expected", [(QWEN, QWEN_SYSTEM), (NO_SYSTEM, ""), (NOT_CHATML, None)]
 )
 def test_own_system_message(tmp_path, small_model, template, expected):
     find = runpy.run_path(str(MODULE / "factory.py"))["own_system_message"]
@@ -268,27 +244,33 @@ def test_own_system_message(tmp_path, small_model, template, expected):
     assert find(small_model) == SYSTEM
 
 
-def test_training_and_serving_say_the_same(tiny_adapter, tmp_path):
-    """The text that training printed = the base model's own template = the template stored in the
-    merged folder.
-    """
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge") / "merged"
+    done = run("make", "lf-merge", f"ARGS=--adapter {adapter[0]} --output {folder}", check=0)
+    whole = (folder / "model.safetensors").stat().st_size
+    assert result(done)["merged_gb"] == pytest.approx(whole / 1e9, abs=0.001)
+    assert whole > 10 * (adapter[0] / "adapter_model.safetensors").stat().st_size
+    return folder
+
+
+def test_training_and_serving_say_the_same(adapter, merged):
+    """The text that training printed is the base model's own template, and the merged one's."""
     from transformers import AutoTokenizer
 
-    folder, _, out = tiny_adapter
-    merged = tmp_path / "merged"
-    python(MERGE, "--adapter", folder, "--output", merged, check=0)
-    row = data.rows("launch_en_train")
-    trained = re.sub(r"(?m)^  ", "", re.search(r"  inputs:\n(.*?)  labels:", out, re.S)[1])
-    (match,) = [r["messages"] for r in row if r["messages"][0]["content"] in trained]
+    folder, _, out = adapter
+    printed = re.search(r"  inputs:\n(.*?)  labels:", out, re.S)[1]
+    trained = re.sub(r"(?m)^  ", "", printed).strip()
+    rows = [row["messages"] for row in data.rows("launch_en_train")]
+    (messages,) = [row for row in rows if row[0]["content"] in trained]
     base = yaml.safe_load((folder / "config.yaml").read_text())["model_name_or_path"]
     for place in (ROOT / base, merged):
         tokenizer = AutoTokenizer.from_pretrained(place)
-        assert tokenizer.apply_chat_template(match, tokenize=False).strip() == trained.strip(), (
-            place
-        )
-        assert tokenizer.apply_chat_template(
+        assert tokenizer.apply_chat_template(messages, tokenize=False).strip() == trained, place
+        request = tokenizer.apply_chat_template(
             CONVERSATION[:1], add_generation_prompt=True, tokenize=False
-        ).endswith("GPUs.<|im_end|>\n<|im_start|>assistant\n")
+        )
+        assert request.endswith("GPUs.<|im_end|>\n<|im_start|>assistant\n")
 
 
 # -----------------------------------------------------------------------------
@@ -296,54 +278,60 @@ def test_training_and_serving_say_the_same(tiny_adapter, tmp_path):
 
 
 def test_training(adapter):
-    folder, found, out = adapter
-    assert found["losses"][0] > 20 * found["losses"][-1] and (
-        found["world_size"],
-        found["zero_stage"],
-    ) == (1, 0)
+    folder, trained, out = adapter
+    assert trained["losses"][0] > trained["losses"][-1] + 0.1
+    assert (trained["world_size"], trained["zero_stage"]) == (1, 0)
     assert SYSTEM in out and "trainable params" in out
-    assert all(
-        (folder / f).is_file()
-        for f in ("adapter_model.safetensors", "config.yaml", "training_loss.png")
-    )
+    for name in ("adapter_model.safetensors", "config.yaml", "training_loss.png"):
+        assert (folder / name).is_file()
 
 
-def test_score_before_and_after(adapter):
-    """Nothing right before, at least three of four after; the printed scores are those of the stored
-    answers.
-    """
-    done = run("make", "lf-score", f"ARGS=--adapter {adapter[0]} --limit 16", check=0)
-    found = result(done)
-    assert (
-        found["base_exact_pct"] == 0 and found["tuned_exact_pct"] >= 75 and found["row_count"] == 16
-    )
+def test_the_score_is_of_the_answers(adapter, tuned_answers):
+    """Each model gives its own greedy answers; the printed scores are those of what is stored."""
+    done = run("make", "lf-score", f"ARGS=--adapter {adapter[0]} --limit 4", check=0)
+    score = result(done)
     answers = json.loads((RUNS / "06_LLaMA-Factory/answers.json").read_text())
-    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:16]]
-    assert [a["wanted"] for a in answers] == wanted
-    assert (
-        sum(a["tuned"] != w for a, w in zip(answers, wanted, strict=True)) == found["wrong_count"]
-    )
+    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:4]]
+    assert [answer["wanted"] for answer in answers] == wanted
+    for answer, tuned in zip(answers, tuned_answers, strict=False):
+        assert begins_like(answer["tuned"], tuned)
+        assert answer["base"] != answer["tuned"]
+    assert score["row_count"] == 4
+    assert score["wrong_count"] == sum(answer["tuned"] != answer["wanted"] for answer in answers)
 
 
-def test_zero2_is_active_and_learns_the_same(tiny_adapter, tiny_model, tmp_path):
+def test_only_exact_answers_count(adapter, monkeypatch):
+    """Three of eight right before, six after: one character more or less is wrong."""
+    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:8]]
+    before = [*wanted[:3], *[text[:-1] for text in wanted[3:]]]
+    after = [wanted[0] + " ", *wanted[1:7], ""]
+    answers = iter([before, after])
+    metrics = []
+    monkeypatch.setenv("PROFILE", "cpu")
+    monkeypatch.syspath_prepend(str(MODULE))
+    main = runpy.run_path(str(SCORE), run_name="imported")["main"]
+    monkeypatch.setitem(main.__globals__, "greedy_answers", lambda *_: next(answers))
+    finish = SimpleNamespace(finish=lambda _, numbers, __: metrics.append(numbers))
+    monkeypatch.setitem(main.__globals__, "results", finish)
+    flags = ["--adapter", str(adapter[0]), "--limit", "8"]
+    monkeypatch.setattr(sys, "argv", [str(SCORE), *flags])
+    main()
+    (score,) = metrics
+    assert (score["base_exact_pct"], score["tuned_exact_pct"]) == (37.5, 75)
+    assert (score["row_count"], score["wrong_count"]) == (8, 2)
+
+
+def test_zero2_is_active_and_learns_the_same(adapter, tiny_model, tmp_path):
     """DeepSpeed's checkpoint says stage 2 of 2 processes; half of the rows in each gives the losses
     of one process.
     """
-    arguments = ["template=chatml", "max_samples=64", "logging_steps=1", "learning_rate=0.02"]
-    found = result(
-        run(
-            "make",
-            "lf-train-z2",
-            f"ARGS=--model {tiny_model} output_dir={tmp_path / 'z2'} {' '.join(arguments)}",
-            check=0,
-        )
-    )
-    assert (found["zero_stage"], found["world_size"]) == (2, 2)
-    assert (
-        found["losses"] == pytest.approx(tiny_adapter[1]["losses"], rel=1e-3)
-        and found["losses"][0] > found["losses"][-1] + 0.1
-    )
-    assert (tmp_path / "z2/adapter_model.safetensors").is_file()
+    folder = tmp_path / "z2"
+    settings = [*SHORT, f"output_dir={folder}"]
+    done = run("make", "lf-train-z2", f"ARGS=--model {tiny_model} {' '.join(settings)}", check=0)
+    trained = result(done)
+    assert (trained["zero_stage"], trained["world_size"]) == (2, 2)
+    assert trained["losses"] == pytest.approx(adapter[1]["losses"], rel=1e-3)
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.long
@@ -357,14 +345,13 @@ def test_plain_ddp_and_zero3_succeed(tiny_model, tmp_path, stage):
         deepspeed = tmp_path / "zero3.json"
         deepspeed.write_text(json.dumps(content))
     settings = (f"output_dir={tmp_path / 'x'}", "max_samples=16", f"deepspeed={deepspeed}")
-    found = result(python(TRAIN, "--zero2", "--model", tiny_model, *settings, check=0))
-    assert (found["zero_stage"], found["world_size"]) == (stage, 2)
+    trained = result(python(TRAIN, "--zero2", "--model", tiny_model, *settings, check=0))
+    assert (trained["zero_stage"], trained["world_size"]) == (stage, 2)
 
 
 def test_the_stage_is_read_without_running_code(tmp_path):
-    """Two processes and stage 2 from DeepSpeed's files; one that holds more than data is refused."""
+    """Two processes and stage 2 from DeepSpeed's files; a file with more than data is refused."""
     import pickle
-    import types
 
     import torch
 
@@ -380,23 +367,13 @@ def test_the_stage_is_read_without_running_code(tmp_path):
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
     assert read(tmp_path, 0.0) == ([2.0, 1.0], 4, 3.0, 2, 2)
-    torch.save(state | {"x": types.SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
+    torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         read(tmp_path, 0.0)
 
 
 # -----------------------------------------------------------------------------
 # Merging, chat, servers
-
-
-@pytest.fixture(scope="module")
-def merged(adapter, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("merge") / "merged"
-    found = result(
-        run("make", "lf-merge", f"ARGS=--adapter {adapter[0]} --output {folder}", check=0)
-    )
-    assert found["merged_gb"] > 10 * found["adapter_gb"] > 0
-    return folder
 
 
 def prompts(count: int) -> list[str]:
@@ -419,25 +396,47 @@ def greedy(model, tokenizer, requests: list[str]) -> list[list[int]]:
     ]
 
 
-def test_adapter_and_merged_model_answer_alike(adapter, merged, small_model):
-    """The same greedy tokens in float32, each through its own tokenizer and template; and the base
-    answers otherwise.
-    """
+@pytest.fixture(scope="module")
+def tuned_model(adapter, tiny_model):
     import torch
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter[0]).eval()
+
+
+@pytest.fixture(scope="module")
+def tuned_answers(tuned_model, tiny_model) -> list[str]:
+    """The first 60 tokens of what the adapter answers to the first two requests."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return [tokenizer.decode(answer) for answer in greedy(tuned_model, tokenizer, prompts(2))]
+
+
+def begins_like(answer: str, expected: str) -> bool:
+    """One goes on where the other ends, be it in the middle of a character."""
+    shorter = min(len(answer), len(expected.rstrip("\ufffd")))
+    return shorter > 10 and answer[:shorter] == expected[:shorter]
+
+
+def test_adapter_and_merged_model_answer_alike(tuned_model, merged, tiny_model):
+    """The same greedy tokens in float32, each through its own tokenizer and template.
+
+    The base answers otherwise.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     requests = prompts(6)
-    base = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, adapter[0]).eval()
-    expected = greedy(tuned, AutoTokenizer.from_pretrained(small_model), requests)
+    expected = greedy(tuned_model, AutoTokenizer.from_pretrained(tiny_model), requests)
     plain = AutoModelForCausalLM.from_pretrained(merged)
     assert plain.dtype == torch.float32
     assert greedy(plain, AutoTokenizer.from_pretrained(merged), requests) == expected
-    with tuned.disable_adapter():
-        assert (
-            greedy(tuned, AutoTokenizer.from_pretrained(small_model), requests[:1]) != expected[:1]
-        )
+    with tuned_model.disable_adapter():
+        base = greedy(tuned_model, AutoTokenizer.from_pretrained(tiny_model), requests)
+    assert all(before != after for before, after in zip(base, expected, strict=True))
 
 
 @pytest.fixture
@@ -457,8 +456,12 @@ def listening(port: int) -> list[str]:
     ]
 
 
-def test_api(adapter, no_jobs):
-    """It answers in the trained format on loopback only, refuses a second start, and ends whole."""
+def living(processes) -> list:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_api(adapter, tuned_answers, no_jobs):
+    """It answers as the adapter does, on loopback only, refuses a second start, and ends whole."""
     (request,) = prompts(1)
     out = run("make", "lf-api", f"ARGS=--adapter {adapter[0]}", check=0).stdout
     assert "http://127.0.0.1:8010/v1" in out and listening(8010) == ["127.0.0.1:8010"]
@@ -468,20 +471,15 @@ def test_api(adapter, no_jobs):
         body.encode(),
         {"Content-Type": "application/json"},
     )
-    answer = json.load(urllib.request.urlopen(call, timeout=120))["choices"][0]["message"][
-        "content"
-    ]
-    assert answer == data.rows("launch_en_test")[0]["messages"][1]["content"]
+    reply = json.load(urllib.request.urlopen(call, timeout=PATIENCE))
+    answer = reply["choices"][0]["message"]["content"]
+    assert begins_like(answer, tuned_answers[0])
     assert "already runs at http://127.0.0.1:8010" in refused(
         "make", "lf-api", f"ARGS=--adapter {adapter[0]}"
     )
     members = jobs.members(jobs.running()["lf-api"])
     jobs.stop(jobs.running()["lf-api"])
-    assert (
-        members
-        and not [p for p in members if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-        and not listening(8010)
-    )
+    assert members and not living(members) and not listening(8010)
 
 
 def test_webui(no_jobs):
@@ -492,54 +490,44 @@ def test_webui(no_jobs):
     assert "launch_en_train" in (RUNS / "06_LLaMA-Factory/webui/data/dataset_info.json").read_text()
 
 
-def test_port_in_use(tiny_adapter, no_jobs):
+def test_port_in_use(adapter, no_jobs):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"port {port} is in use" in refused(
-            "make", "lf-api", f"ARGS=--adapter {tiny_adapter[0]} --port {port}"
-        )
+        flags = f"--adapter {adapter[0]} --port {port}"
+        assert f"port {port} is in use" in refused("make", "lf-api", f"ARGS={flags}")
 
 
-def test_a_server_that_cannot_start_says_why(tiny_adapter, tmp_path, no_jobs):
+def test_a_server_that_cannot_start_says_why(adapter, tmp_path, no_jobs):
     """The base model has lost its weights: the engine's own reason, exit code 2, no process."""
-    import shutil
-
-    folder, broken = tmp_path / "adapter", tmp_path / "base"
-    shutil.copytree(tiny_adapter[0], folder)
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter[0], folder)
     base = yaml.safe_load((folder / "config.yaml").read_text())["model_name_or_path"]
+    broken = tmp_path / "base"
     shutil.copytree(ROOT / base, broken, ignore=shutil.ignore_patterns("*.safetensors"))
     settings = (folder / "config.yaml").read_text().replace(base, str(broken))
     (folder / "config.yaml").write_text(settings)
-    said = refused("make", "lf-api", f"ARGS=--adapter {folder}")
-    assert "stopped while starting" in said and "safetensors" in said and not ours()
+    sentence = refused("make", "lf-api", f"ARGS=--adapter {folder}")
+    assert "stopped while starting" in sentence and "safetensors" in sentence
+    assert not ours()
 
 
-def chat(adapter, text: str) -> str:
-    """The output of `make lf-chat` for this input."""
+def test_chat_with_piped_input(adapter, tuned_answers):
+    """The adapter's answer; the input ends without `exit`, which the readme's block says."""
+    (request,) = prompts(1)
     done = subprocess.run(
-        ["make", "lf-chat", f"ARGS=--adapter {adapter}"],
+        ["make", "lf-chat", f"ARGS=--adapter {adapter[0]}"],
         cwd=ROOT,
         env=ENVIRONMENT,
-        input=text,
+        input=f"{request}\n",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_chat_with_piped_input(adapter):
-    """The same answer as scoring gets."""
-    (request,) = prompts(1)
-    answer = data.rows("launch_en_test")[0]["messages"][1]["content"]
-    assert f"Assistant: {answer}\n" in chat(adapter[0], f"{request}\nexit\n")
-
-
-def test_chat_whose_input_ends_without_exit(tiny_adapter):
-    assert "Assistant: " in chat(tiny_adapter[0], "Hello\n")
+    answer = done.stdout.partition("Assistant: ")[2]
+    assert begins_like(answer, tuned_answers[0])
 
 
 # -----------------------------------------------------------------------------
@@ -551,7 +539,8 @@ def test_chat_whose_input_ends_without_exit(tiny_adapter):
     [
         (
             ["dataset=alpaca"],
-            "there is no data set alpaca: dataset_info.json in modules/06_LLaMA-Factory/data has launch_en_train",
+            "there is no data set alpaca: dataset_info.json in "
+            "modules/06_LLaMA-Factory/data has launch_en_train",
         ),
         (["dataset_dir=nowhere"], "there is no nowhere/dataset_info.json"),
         (["learning_rate=fast"], "learning_rate=fast is no number"),
@@ -575,23 +564,16 @@ def test_bf16_on_a_cpu():
 
 def test_broken_row(tmp_path):
     """A row without its answer: which row, which field, before LLaMA-Factory has seen the file."""
-    rows = [
-        *data.rows("launch_en_train")[:3],
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]},
-    ]
+    broken = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]
+    rows = [*data.rows("launch_en_train")[:3], {"messages": broken}]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
-    info = {
-        "mine": json.loads((MODULE / "data/dataset_info.json").read_text())["launch_en_train"]
-        | {"file_name": "mine.json"}
-    }
+    described = json.loads((MODULE / "data/dataset_info.json").read_text())["launch_en_train"]
+    info = {"mine": described | {"file_name": "mine.json"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    assert "row 4: field `content` of the assistant" in refused(
-        "python", TRAIN, f"dataset_dir={tmp_path}", "dataset=mine"
-    )
+    command = ["python", TRAIN, f"dataset_dir={tmp_path}", "dataset=mine"]
+    assert "row 4: field `content` of the assistant" in refused(*command)
     (tmp_path / "mine.json").unlink()
-    assert "there is no data set" in refused(
-        "python", TRAIN, f"dataset_dir={tmp_path}", "dataset=mine"
-    )
+    assert "there is no data set" in refused(*command)
 
 
 @pytest.mark.parametrize("target", ["lf-score", "lf-merge", "lf-chat", "lf-api"])
@@ -599,16 +581,18 @@ def test_missing_adapter(target, tmp_path):
     assert "run 'make lf-train' first" in refused("make", target, f"ARGS=--adapter {tmp_path}")
 
 
-def test_a_refusal_by_the_engine_is_one_sentence_and_keeps_what_was_trained(
-    tiny_adapter, tiny_model
-):
-    folder = tiny_adapter[0]
-    before = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
-    said = refused("python", TRAIN, "--model", tiny_model, f"output_dir={folder}", "lora_rang=8")
-    assert "Some keys are not used by the HfArgumentParser: ['lora_rang']" in said
-    assert {
-        f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()
-    } == before and not ours()
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_a_refusal_by_the_engine_is_one_sentence_and_keeps_what_was_trained(adapter, tiny_model):
+    folder = adapter[0]
+    before = contents(folder)
+    sentence = refused(
+        "python", TRAIN, "--model", tiny_model, f"output_dir={folder}", "lora_rang=8"
+    )
+    assert "Some keys are not used by the HfArgumentParser: ['lora_rang']" in sentence
+    assert contents(folder) == before and not ours()
 
 
 @pytest.mark.parametrize(
@@ -641,43 +625,37 @@ def test_interrupted_training_leaves_nothing(tiny_model, tmp_path, how):
                 break
         leader = psutil.Process(jobs.running()["lf-x"]["pid"])
         members = [leader, *leader.children(recursive=True)]
-        assert (
-            sum("launcher.py" in " ".join(p.cmdline()) for p in members) >= 3
-        )  # torchrun and its two workers
+        launched = [p for p in members if "launcher.py" in " ".join(p.cmdline())]
+        assert len(launched) >= 3  # torchrun and its two workers
         if how == "ctrl-c":
             os.killpg(process.pid, signal.SIGINT)
         elif how == "sigterm":
             process.terminate()
         else:
             jobs.stop(jobs.running()["lf-x"])
-        process.communicate(timeout=300)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode != 0
-        deadline = time.monotonic() + 20
-        while [
-            p for p in members if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-        ] and time.monotonic() < deadline:
+        while living(members):  # the test's own time limit ends this
             time.sleep(0.2)
-        assert (
-            not [p for p in members if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-            and "lf-x" not in jobs.running()
-        )
+        assert "lf-x" not in jobs.running()
     finally:
         process.kill()
-        if "lf-x" in (running := jobs.running()):
+        running = jobs.running()
+        if "lf-x" in running:
             jobs.stop(running["lf-x"])
 
 
-def test_what_the_readme_says_of_the_package():
-    """No src/train.py and no examples in the wheel, no `eval`, and vLLM as a back end only up to
-    0.11.
-    """
+def test_what_the_readme_says_of_the_package(monkeypatch):
+    """No src/train.py and no examples in the wheel, no `eval`, vLLM only up to 0.11."""
     from importlib.metadata import files
 
-    names = [str(f) for f in files("llamafactory")]
-    assert names and not [
-        f for f in names if f.endswith("src/train.py") or f.startswith("examples/")
-    ]
-    done = run("llamafactory-cli", "eval")
-    assert done.returncode != 0 and "NotImplementedError" in done.stderr
+    from llamafactory import cli
+
+    names = [str(file) for file in files("llamafactory")]
+    assert names
+    assert not [n for n in names if n.endswith("src/train.py") or n.startswith("examples/")]
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "eval"])
+    with pytest.raises(NotImplementedError):
+        cli.main()
     source = (ROOT / ".venv/lib").glob("python3*/site-packages/llamafactory/hparams/parser.py")
     assert 'check_version("vllm>=0.4.3,<=0.11.0")' in next(source).read_text()
