@@ -18,9 +18,9 @@ from conftest import ENVIRONMENT, ROOT, python, refused, run
 from lab import jobs
 
 MODULE = ROOT / "modules/04_Accelerate"
-DDP, ACCELERATE, MIXED = (
-    MODULE / f"{name}.py" for name in ("01_train_ddp", "02_train_accelerate", "03_mixed_precision")
-)
+DDP = MODULE / "01_train_ddp.py"
+ACCELERATE = MODULE / "02_train_accelerate.py"
+MIXED = MODULE / "03_mixed_precision.py"
 CONFIGS = sorted((MODULE / "configs").glob("*.yaml"))
 # A learning rate at which a step that forgot the other process's gradients would be seen in the
 # losses.
@@ -33,9 +33,15 @@ def result(done) -> dict:
 
 def make(target: str, *flags, **variables) -> dict:
     settings = [f"{name}={value}" for name, value in variables.items()]
-    return result(
-        run("make", "-s", target, *settings, f"ARGS={' '.join(map(str, flags))}", check=0)
-    )
+    arguments = " ".join(map(str, flags))
+    return result(run("make", "-s", target, *settings, f"ARGS={arguments}", check=0))
+
+
+def in_turn(*runs: list, **env) -> list[dict]:
+    """The result of each run, [script, flag, ...], all in one process of one training each."""
+    words = [[str(word) for word in run] for run in runs]
+    done = python(ROOT / "tests/programs/in_turn.py", json.dumps(words), check=0, **env)
+    return [json.loads(line) for line in result(done)]
 
 
 def weights(folder) -> dict:
@@ -45,16 +51,32 @@ def weights(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one(tiny_model, tmp_path_factory) -> dict:
-    """One process with four blocks a step: what the others must equal. Its saved model is in
-    result["saved"].
-    """
+def alone(tiny_model, tmp_path_factory) -> dict[str, dict]:
+    """The trainings of one process, each with four blocks a step. The first saves its model."""
     folder = tmp_path_factory.mktemp("one")
-    found = result(
-        python(DDP, "--model", tiny_model, *FLAGS, "--micro-batch", "4", "--save", folder, check=0)
-    )
-    assert found["world_size"] == 1 and found["losses"][-1] < found["losses"][0] - 0.1
-    return found | {"saved": folder}
+    flags = ["--model", tiny_model, *FLAGS]
+    whole = [*flags, "--micro-batch", "4"]
+    accumulated = [*flags, "--micro-batch", "1", "--accumulate", "4"]
+    bf16 = ["--mixed-precision", "bf16"]
+    runs = {
+        "one": [DDP, *whole, "--save", folder],
+        "01_train_ddp accumulated": [DDP, *accumulated],
+        "01_train_ddp bf16": [DDP, *whole, *bf16],
+        "02_train_accelerate accumulated": [ACCELERATE, *accumulated],
+        "02_train_accelerate bf16": [ACCELERATE, *whole, *bf16],
+    }
+    results = dict(zip(runs, in_turn(*runs.values()), strict=True))
+    results["one"]["saved"] = folder
+    return results
+
+
+@pytest.fixture
+def one(alone) -> dict:
+    """What the others must equal. Its saved model is in result["saved"]."""
+    trained = alone["one"]
+    assert trained["world_size"] == 1
+    assert trained["losses"][-1] < trained["losses"][0] - 0.1
+    return trained
 
 
 SAME = [
@@ -78,46 +100,26 @@ def test_two_processes_compute_what_one_does(
     """Four blocks a step on two processes, at once or accumulated: the losses of one process, and
     at the end its weights.
     """
-    flags = [
-        "--model",
-        tiny_model,
-        *FLAGS,
-        "--micro-batch",
-        batch[0],
-        "--accumulate",
-        batch[1],
-        "--save",
-        tmp_path / "saved",
-    ]
-    found = make(target, *flags, **variables)
-    assert found["world_size"] == 2 and found["wrapper"] == wrapper
-    assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
-    ours, theirs = weights(tmp_path / "saved"), weights(one["saved"])
-    if (
-        "lm_head.weight" in ours
-    ):  # FSDP's gathered weights hold the tied embedding under both of its names
+    micro_batch, accumulate = batch
+    flags = ["--model", tiny_model, *FLAGS, "--micro-batch", micro_batch]
+    flags += ["--accumulate", accumulate, "--save", tmp_path / "saved"]
+    trained = make(target, *flags, **variables)
+    assert trained["world_size"] == 2 and trained["wrapper"] == wrapper
+    assert trained["losses"] == pytest.approx(one["losses"], rel=5e-6)
+    ours = weights(tmp_path / "saved")
+    theirs = weights(one["saved"])
+    if "lm_head.weight" in ours:  # FSDP's gathered weights hold the tied embedding twice
         assert ours.pop("lm_head.weight").equal(ours["model.embed_tokens.weight"])
-    assert ours.keys() == theirs.keys() and all(
-        (ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs
-    )
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs)
 
 
-@pytest.mark.parametrize("script", [ACCELERATE, DDP], ids=lambda f: f.stem)
-def test_one_process_accumulates(one, tiny_model, script):
-    found = result(
-        python(
-            script,
-            "--model",
-            tiny_model,
-            *FLAGS,
-            "--micro-batch",
-            "1",
-            "--accumulate",
-            "4",
-            check=0,
-        )
-    )
-    assert found["losses"] == pytest.approx(one["losses"], rel=5e-6)
+SCRIPTS = [DDP.stem, ACCELERATE.stem]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_process_accumulates(one, alone, script):
+    assert alone[f"{script} accumulated"]["losses"] == pytest.approx(one["losses"], rel=5e-6)
 
 
 @pytest.mark.long
@@ -125,59 +127,32 @@ def test_gradients_are_means_not_sums(tree, tiny_model):
     """Adam does not see a gradient that is twice too long, SGD does: both scripts with their
     optimizer exchanged.
     """
-    found = []
-    for script, micro, accumulate in ((DDP, 4, 1), (DDP, 1, 4), (ACCELERATE, 1, 4)):
-        copy = tree / script.relative_to(ROOT)
+    for script in (DDP, ACCELERATE):
         text = script.read_text()
         assert text.count("torch.optim.AdamW(") == 1
+        copy = tree / script.relative_to(ROOT)
         copy.write_text(text.replace("torch.optim.AdamW(", "torch.optim.SGD("))
-        flags = [
-            "--model",
-            tiny_model,
-            "--steps",
-            "4",
-            "--seq-len",
-            "64",
-            "--learning-rate",
-            "0.5",
-            "--micro-batch",
-            micro,
-            "--accumulate",
-            accumulate,
-        ]
-        found.append(
-            result(python(copy, *flags, cwd=tree, PYTHONPATH=str(tree), check=0))["losses"]
-        )
-    assert found[0][-1] < found[0][0] - 0.01
-    assert found[1] == pytest.approx(found[0], rel=5e-6) and found[2] == pytest.approx(
-        found[0], rel=5e-6
-    )
+    flags = ["--model", tiny_model, "--steps", "4", "--seq-len", "64", "--learning-rate", "0.5"]
+    whole = [*flags, "--micro-batch", "4"]
+    accumulated = [*flags, "--micro-batch", "1", "--accumulate", "4"]
+    ddp, accelerate = (tree / script.relative_to(ROOT) for script in (DDP, ACCELERATE))
+    runs = ([ddp, *whole], [ddp, *accumulated], [accelerate, *accumulated])
+    losses = [trained["losses"] for trained in in_turn(*runs, cwd=tree, PYTHONPATH=str(tree))]
+    assert losses[0][-1] < losses[0][0] - 0.01
+    assert losses[1] == pytest.approx(losses[0], rel=5e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=5e-6)
 
 
 @pytest.mark.long
 def test_the_data_begins_anew(tiny_model):
     """More steps than the data set has: it is read again from its first block."""
-    rows = json.loads((ROOT / "modules/06_LLaMA-Factory/data/launch_en_test.json").read_text())[:4]
+    rows = json.loads((ROOT / "modules/06_LLaMA-Factory/data/launch_en_test.json").read_text())
     small = Path(tiny_model) / "four.json"
-    small.write_text(json.dumps(rows))
-    for script in (DDP, ACCELERATE):
-        flags = [
-            "--model",
-            tiny_model,
-            "--data",
-            small,
-            "--steps",
-            "5",
-            "--seq-len",
-            "64",
-            "--learning-rate",
-            "1e-9",
-            "--micro-batch",
-            "1",
-            "--accumulate",
-            "2",
-        ]
-        losses = result(python(script, *flags, check=0))["losses"]
+    small.write_text(json.dumps(rows[:4]))
+    flags = ["--model", tiny_model, "--data", small, "--steps", "5", "--seq-len", "64"]
+    flags += ["--learning-rate", "1e-9", "--micro-batch", "1", "--accumulate", "2"]
+    for trained in in_turn([DDP, *flags], [ACCELERATE, *flags]):
+        losses = trained["losses"]
         period = next(n for n in (2, 3, 4) if losses[n] == pytest.approx(losses[0], abs=1e-5))
         assert losses[period:] == pytest.approx(losses[: 5 - period], abs=1e-5)
 
@@ -202,39 +177,25 @@ def test_impossible_flags(script, flags, words):
 
 
 def test_too_few_blocks(tiny_model):
-    said = refused(
-        "make", "-s", "train-ddp", f"ARGS=--model {tiny_model} --micro-batch 500 --seq-len 64"
-    )
-    assert (
-        "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has"
-        in said
-    )
-    said = refused(
-        "python",
-        ACCELERATE,
-        "--model",
-        tiny_model,
-        "--micro-batch",
-        "500",
-        "--accumulate",
-        "2",
-        "--seq-len",
-        "64",
-    )
-    assert (
-        "one step needs 1000 blocks (1 processes x 2 micro-steps x 500), launch_en_train has"
-        in said
-    )
-    assert "lower --steps or --micro-batch" in refused(
-        "python", MIXED, "--model", tiny_model, "--steps", "9999"
-    )
+    few = "one step needs 1000 blocks (1 processes x 2 micro-steps x 500), launch_en_train has"
+    flags = ["--model", tiny_model, "--seq-len", "64", "--micro-batch", "500", "--accumulate", "2"]
+    assert few in refused("python", ACCELERATE, *flags)
+    fewer = "lower --steps or --micro-batch"
+    assert fewer in refused("python", MIXED, "--model", tiny_model, "--steps", "9999")
 
 
-@pytest.mark.parametrize("target", ["train-ddp", "train-accelerate"])
-def test_one_process_shares_nothing(target):
-    assert "1 process is running, where at least 2 were to share the work" in refused(
-        "make", "-s", target, "PROCESSES=1"
-    )
+@pytest.mark.long  # the readme's block is refused so, by its exit code, in `make test`
+def test_too_few_blocks_for_two(tiny_model):
+    flags = f"--model {tiny_model} --micro-batch 500 --seq-len 64"
+    few = "one step needs 1000 blocks (2 processes x 1 micro-steps x 500), launch_en_train has"
+    assert few in refused("make", "-s", "train-ddp", f"ARGS={flags}")
+
+
+def test_one_process_shares_nothing():
+    """By Accelerate's launcher, and the script alone; torchrun's exit code is in the readme."""
+    one = "1 process is running, where at least 2 were to share the work"
+    assert one in refused("make", "-s", "train-accelerate", "PROCESSES=1")
+    assert one in refused("python", DDP, "--min-world", "2")
 
 
 def test_unknown_config():
@@ -260,21 +221,9 @@ def test_multi_cpu_starts_one_process(tmp_path):
         (MODULE / "configs/ddp.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU")
         + "use_cpu: true\n"
     )
-    said = refused(
-        "python",
-        "-m",
-        "lab.launch",
-        "train-multi-cpu",
-        "accelerate",
-        "launch",
-        "--config_file",
-        config,
-        ACCELERATE,
-        "--min-world",
-        "2",
-        PROFILE="cpu",
-    )
-    assert "1 process is running" in said
+    launch = ["python", "-m", "lab.launch", "train-multi-cpu", "accelerate", "launch"]
+    script = ["--config_file", config, ACCELERATE, "--min-world", "2"]
+    assert "1 process is running" in refused(*launch, *script, PROFILE="cpu")
 
 
 # -----------------------------------------------------------------------------
@@ -370,41 +319,32 @@ def test_readme_shows_the_lines_of_the_pair():
 
 
 def test_mixed_precision(tiny_model):
-    found = result(python(MIXED, "--model", tiny_model, "--seq-len", "64", check=0, PROFILE="cpu"))
-    assert (found["fp32_product"], found["bf16_product"]) == ("float32", "bfloat16")
+    flags = ["--model", tiny_model, "--seq-len", "64"]
+    mixed = result(python(MIXED, *flags, check=0, PROFILE="cpu"))
+    assert (mixed["fp32_product"], mixed["bf16_product"]) == ("float32", "bfloat16")
     for name in ("fp32_parameters", "fp32_gradients", "bf16_parameters", "bf16_gradients"):
-        assert found[name] == "float32", name
-    assert (
-        0 < found["bf16_loss_difference_ratio"] < 0.01 and found["fp32_loss_difference_ratio"] == 0
-    )
-    assert found["bf16_judged_difference_ratio"] < 0.01
-    assert 0.01 < found["update_lost_ratio"] < 1
+        assert mixed[name] == "float32", name
+    assert 0 < mixed["bf16_loss_difference_ratio"] < 0.01
+    assert mixed["fp32_loss_difference_ratio"] == 0
+    assert mixed["bf16_judged_difference_ratio"] < 0.01
+    assert 0.01 < mixed["update_lost_ratio"] < 1
 
 
-@pytest.mark.parametrize("script", [DDP, ACCELERATE], ids=lambda f: f.stem)
-def test_bf16_is_used(one, tiny_model, script):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bf16_is_used(one, alone, script):
     """--mixed-precision bf16 changes the losses, a little."""
-    losses = result(
-        python(
-            script,
-            "--model",
-            tiny_model,
-            *FLAGS,
-            "--micro-batch",
-            "4",
-            "--mixed-precision",
-            "bf16",
-            check=0,
-        )
-    )["losses"]
-    assert losses == pytest.approx(one["losses"], rel=1e-2) and losses != pytest.approx(
-        one["losses"], rel=1e-6
-    )
+    losses = alone[f"{script} bf16"]["losses"]
+    assert losses == pytest.approx(one["losses"], rel=1e-2)
+    assert losses != pytest.approx(one["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
     "target, how",
-    [("train-ddp", "ctrl-c"), ("train-accelerate", "ctrl-c"), ("train-ddp", "launcher killed")],
+    [
+        ("train-ddp", "ctrl-c"),
+        pytest.param("train-accelerate", "ctrl-c", marks=pytest.mark.long),
+        ("train-ddp", "launcher killed"),
+    ],
 )
 def test_interrupted_training_leaves_nothing(target, how, tiny_model):
     command = ["make", "-s", target, f"ARGS=--model {tiny_model} --steps 100000 --seq-len 64"]
@@ -423,9 +363,8 @@ def test_interrupted_training_leaves_nothing(target, how, tiny_model):
     launcher = psutil.Process(jobs.running()[target]["pid"])
     members = [launcher, *launcher.children(recursive=True)]
     assert len(members) >= 3  # the launcher and two processes
-    assert len({os.getsid(p.pid) for p in members}) >= 3, (
-        "torchrun's processes each have a session of their own"
-    )
+    sessions = {os.getsid(member.pid) for member in members}
+    assert len(sessions) >= 3, "torchrun's processes each have a session of their own"
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
     else:

@@ -1,5 +1,7 @@
-"""DeepSpeed: every ZeRO stage computes what plain data parallelism computes, holds the bytes it
-promises, and refuses bad input.
+"""DeepSpeed: every ZeRO stage computes what plain data parallelism does, and holds what it says.
+
+One launch of two processes trains at every stage, one after another; that each make target starts
+its own is in the readme's blocks.
 """
 
 import itertools
@@ -23,7 +25,12 @@ MODULE = ROOT / "modules/05_DeepSpeed"
 TRAIN = MODULE / "train.py"
 CONFIGS = [MODULE / "ds_config.json", *sorted((MODULE / "configs").glob("*.json"))]
 CPU = {"PROFILE": "cpu"}  # on GPUs too: what is compared is computed in fp32
-STEPS, MICRO_BATCH, ACCUMULATE, LEARNING_RATE = 5, 2, 2, "1e-3"
+STEPS = 5
+MICRO_BATCH = 2
+ACCUMULATE = 2
+LEARNING_RATE = "1e-3"
+FORMS = json.loads(Path(__file__).with_name("deepspeed_forms.json").read_text())
+SMALL_FORM = "LLaMA-Factory ds_z3"
 # Bytes per parameter of (parameters, gradients, optimizer states) in each of 2 processes in fp32,
 # written out.
 BYTES = {0: (4, 4, 8), 1: (4, 4, 6), 2: (4, 2, 6), 3: (2, 2, 6)}
@@ -60,42 +67,46 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stages(tiny_model, saved) -> dict[int, dict]:
-    """One training at each stage, two processes each, started as the readme says; stage 3 also
-    saves.
+def trained(tiny_model, saved, tmp_path_factory) -> list[dict]:
+    """A training at each stage in the same two processes, then by a form that people use, and at
+    the end stage 3 again, which saves.
     """
-    batch = f"--micro-batch {MICRO_BATCH} --accumulate {ACCUMULATE}"
-    flags = f"--model {tiny_model} {batch} --learning-rate {LEARNING_RATE}"
-    found = {}
-    for stage in BYTES:
-        more = f" --steps {STEPS - 1} --save {saved}" if stage == 3 else f" --steps {STEPS}"
-        done = run("make", f"train-z{stage}", f"ARGS={flags}{more}", **CPU)
-        found[stage] = result(done)
-        assert len(done.stdout.splitlines()) == 1, "the launcher's chatter belongs to stderr"
-    return found
+    flags = ["--model", tiny_model, "--micro-batch", MICRO_BATCH, "--accumulate", ACCUMULATE]
+    flags += ["--learning-rate", LEARNING_RATE]
+    form = tmp_path_factory.mktemp("form") / "ds_config.json"
+    form.write_text(json.dumps(FORMS[SMALL_FORM]))
+    short = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
+    configs = [MODULE / f"configs/z{stage}.json" for stage in BYTES]
+    runs = [[TRAIN, "--deepspeed", config, *flags, "--steps", STEPS] for config in configs[:3]]
+    runs.append([TRAIN, "--deepspeed", form, *short])
+    last = ["--steps", STEPS - 1, "--save", saved]
+    runs.append([TRAIN, "--deepspeed", configs[3], *flags, *last])
+    words = json.dumps([[str(word) for word in run] for run in runs])
+    launch = ["-m", "lab.launch", "train-stages", "deepspeed", "--num_gpus", "2"]
+    done = python(*launch, ROOT / "tests/programs/in_turn.py", words, check=0, **CPU)
+    (line,) = done.stdout.splitlines()  # the launcher's chatter belongs to stderr
+    return [json.loads(last_line) for last_line in json.loads(line)]
+
+
+@pytest.fixture(scope="module")
+def stages(trained) -> dict[int, dict]:
+    *first, _, last = trained
+    return dict(enumerate([*first, last]))
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model) -> list[float]:
     """Losses of one process without DeepSpeed that sees the same blocks in every step."""
-    flags = [
-        "--steps",
-        STEPS,
-        "--micro-batch",
-        2 * MICRO_BATCH,
-        "--accumulate",
-        ACCUMULATE,
-        "--learning-rate",
-        LEARNING_RATE,
-    ]
-    return result(
-        python("modules/04_Accelerate/01_train_ddp.py", "--model", tiny_model, *flags, **CPU)
-    )["losses"]
+    flags = ["--model", tiny_model, "--steps", STEPS, "--micro-batch", 2 * MICRO_BATCH]
+    flags += ["--accumulate", ACCUMULATE, "--learning-rate", LEARNING_RATE]
+    return result(python("modules/04_Accelerate/01_train_ddp.py", *flags, **CPU))["losses"]
 
 
 @pytest.mark.parametrize("stage", BYTES)
 def test_the_engine_runs_the_stage_of_the_target(stages, stage):
     assert (stages[stage]["zero_stage"], stages[stage]["world_size"]) == (stage, 2)
+    recipe = run("make", "-n", f"train-z{stage}", check=0).stdout
+    assert f"--deepspeed modules/05_DeepSpeed/configs/z{stage}.json" in recipe
 
 
 @pytest.mark.parametrize("stage", BYTES)
@@ -104,9 +115,8 @@ def test_losses_are_those_of_one_process(stages, reference, stage):
     same numbers, step by step.
     """
     losses = stages[stage]["losses"]
-    assert len(losses) == STEPS - (stage == 3) and losses[-1] < losses[0] - 0.1, (
-        "the losses must fall, or equality proves little"
-    )
+    assert len(losses) == STEPS - (stage == 3)
+    assert losses[-1] < losses[0] - 0.1, "the losses must fall, or equality proves little"
     for ours_, theirs in zip(losses, reference, strict=False):
         assert ours_ == pytest.approx(theirs, rel=5e-6)
 
@@ -145,14 +155,11 @@ def test_compare(stages, reference):
     """The trainings above side by side, from their records; others, with another learning rate or
     not run, are named and left out.
     """
-    done = run("make", "-s", "train-compare", check=0)
-    found = result(done)
-    assert (
-        found["engine_count"] >= 5
-        and found["compared_step_count"] == STEPS - 1
-        and found["largest_difference_ratio"] < 5e-6
-    )
-    assert all(f"train_z{stage}_difference_ratio" in found for stage in BYTES)
+    compared = result(run("make", "-s", "train-compare", check=0))
+    assert compared["engine_count"] >= 5
+    assert compared["compared_step_count"] == STEPS - 1
+    assert compared["largest_difference_ratio"] < 5e-6
+    assert all(f"train_z{stage}_difference_ratio" in compared for stage in BYTES)
 
 
 def test_compare_refuses_and_leaves_out(tmp_path, reference):
@@ -166,11 +173,9 @@ def test_compare_refuses_and_leaves_out(tmp_path, reference):
     record["config"]["seed"] = 7
     (tmp_path / "04_Accelerate/01_train_ddp.json").write_text(json.dumps(record))
     done = run("make", "-s", "train-compare", check=2, RECORDS=str(tmp_path))
-    assert (
-        "other settings: make train-ddp (seed 7, not 0)" in done.stdout
-        and "not run: make train-z3" in done.stdout
-        and "nothing to compare" in done.stderr
-    )
+    assert "other settings: make train-ddp (seed 7, not 0)" in done.stdout
+    assert "not run: make train-z3" in done.stdout
+    assert "nothing to compare" in done.stderr
 
 
 def test_every_stage_saves_memory(stages):
@@ -188,17 +193,14 @@ def test_a_stage_3_model_is_saved_whole(stages, saved, reference):
     from lab import data
 
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
-    assert (
-        all(w.numel() for w in model.parameters())
-        and sum(w.numel() for w in model.parameters()) == stages[3]["parameters_count"]
-    )
+    sizes = [weight.numel() for weight in model.parameters()]
+    assert all(sizes) and sum(sizes) == stages[3]["parameters_count"]
     blocks = data.blocks(AutoTokenizer.from_pretrained(saved), "launch_en_train", 128)
     per_step = 2 * MICRO_BATCH * ACCUMULATE
     batch = blocks[(STEPS - 1) * per_step : STEPS * per_step]
     with torch.no_grad():
-        assert model(input_ids=batch, labels=batch).loss.item() == pytest.approx(
-            reference[STEPS - 1], rel=5e-6
-        )
+        loss = model(input_ids=batch, labels=batch).loss.item()
+    assert loss == pytest.approx(reference[STEPS - 1], rel=5e-6)
 
 
 @pytest.mark.long
@@ -228,7 +230,6 @@ def test_stop_ends_a_training(tiny_model):
 # -----------------------------------------------------------------------------
 # Configurations
 
-FORMS = json.loads(Path(__file__).with_name("deepspeed_forms.json").read_text())
 PROFILE = SimpleNamespace(dtype="float32", micro_batch=2, accumulate=1, learning_rate=1e-4)
 HIDDEN = 64
 
@@ -304,26 +305,23 @@ def test_bfloat16_is_the_old_name_of_bf16(judged):
     assert judged({"bfloat16": {"enabled": True}}).dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    "form, folder, optimizer",
-    [
-        # It compiles CPUAdam and computes in bf16, which a CPU without AVX-512 emulates.
-        pytest.param("original design", MODULE, "DeepSpeedCPUAdam", marks=pytest.mark.long),
-        ("LLaMA-Factory ds_z3", ROOT, "AdamW"),
-    ],
-)
+# It compiles CPUAdam and computes in bf16, which a CPU without AVX-512 emulates.
+@pytest.mark.long
 @pytest.mark.timeout(600)
-def test_forms_train(tiny_model, tmp_path, form, folder, optimizer):
-    """By the launcher, two processes; the first one by the original command, from its folder."""
-    file = tmp_path / "ds_config.json"
-    file.write_text(json.dumps(FORMS[form]))
-    config = "ds_config.json" if folder == MODULE else file
-    script = TRAIN.relative_to(folder)
-    command = ["deepspeed", "--num_gpus=2", script, "--deepspeed", config]
+def test_the_original_command_trains(tiny_model):
+    """From the module's folder, with the original file, word for word."""
+    command = ["deepspeed", "--num_gpus=2", "train.py", "--deepspeed", "ds_config.json"]
     flags = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
-    found = result(run(*command, *flags, cwd=folder, **CPU))
-    assert found["zero_stage"] == FORMS[form]["zero_optimization"]["stage"]
-    assert found["optimizer"] == optimizer and len(found["losses"]) == 2
+    offloaded = result(run(*command, *flags, cwd=MODULE, **CPU))
+    assert offloaded["zero_stage"] == FORMS["original design"]["zero_optimization"]["stage"]
+    assert offloaded["optimizer"] == "DeepSpeedCPUAdam" and len(offloaded["losses"]) == 2
+
+
+def test_a_form_of_auto_trains(trained):
+    """LLaMA-Factory's: its engine runs what transformers' rules have filled in."""
+    by_form = trained[3]
+    assert by_form["zero_stage"] == FORMS[SMALL_FORM]["zero_optimization"]["stage"]
+    assert by_form["optimizer"] == "AdamW" and len(by_form["losses"]) == 2
 
 
 def test_fp16_is_refused_where_the_cpu_lacks_it(judged, capsys):
@@ -418,24 +416,20 @@ def test_bad_data(tiny_model):
         (["--micro-batch", "9999"], "lower --micro-batch"),
     ):
         command = ["python", TRAIN, "--deepspeed", MODULE / "configs/z2.json", *flags]
-        said = refused(*command, "--model", tiny_model, WORLD_SIZE="2", RANK="0", **CPU)
-        assert words in said
+        assert words in refused(*command, "--model", tiny_model, WORLD_SIZE="2", RANK="0", **CPU)
 
 
 def test_one_process_is_refused():
-    """By the script alone, and through make, the launcher and the job that carries both: exit code
-    2, one sentence, nothing left.
-    """
+    """By the script alone; through make and the launcher, by the readme's block."""
     assert "at least 2, here is 1" in refused("python", TRAIN, **CPU)
-    assert "at least 2, here is 1" in refused("make", "train-z2", "PROCESSES=1", **CPU)
 
 
 def test_state_bytes_table():
     """112 / 70 / 63 / 56 GB for 7B on 2 GPUs; 4x and 8x only as limits."""
-    found = result(python("modules/05_DeepSpeed/01_state_bytes.py"))
-    assert [found[f"mixed_z{stage}_gb"] for stage in range(4)] == [112, 70, 63, 56]
-    assert [found[f"fp32_z{stage}_gb"] for stage in range(4)] == [112, 84, 70, 56]
-    assert found["estimate_stage2_gpu_gb"] == 7 * 2 + 7 * 18 / 2
+    gigabytes = result(python("modules/05_DeepSpeed/01_state_bytes.py"))
+    assert [gigabytes[f"mixed_z{stage}_gb"] for stage in range(4)] == [112, 70, 63, 56]
+    assert [gigabytes[f"fp32_z{stage}_gb"] for stage in range(4)] == [112, 84, 70, 56]
+    assert gigabytes["estimate_stage2_gpu_gb"] == 7 * 2 + 7 * 18 / 2
     many = result(python("modules/05_DeepSpeed/01_state_bytes.py", "--processes", 4096))
     assert [round(many[f"mixed_z{stage}_saved_ratio"], 1) for stage in range(3)] == [1, 4, 8]
     for flag, value in itertools.product(("--parameters", "--processes", "--card-gb"), ("0", "-1")):
@@ -445,8 +439,5 @@ def test_state_bytes_table():
 
 def test_nothing_is_left_running():
     time.sleep(1)
-    assert (
-        not ours()
-        and not shared_memory()
-        and not [name for name in jobs.running() if name.startswith("train-z")]
-    )
+    assert not ours() and not shared_memory()
+    assert not [name for name in jobs.running() if name.startswith("train-")]

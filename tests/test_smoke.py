@@ -8,6 +8,7 @@ from conftest import ROOT, RUNS, python, refused
 
 from lab import machine
 
+MODULE = ROOT / "modules/01_single_gpu_smoke"
 PACKAGES = [
     "torch",
     "vllm",
@@ -21,10 +22,17 @@ PACKAGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    """{package: "", or the traceback of its import}: all in one process, as torch takes longest."""
+    done = python("tests/programs/import_each.py", *PACKAGES, check=0)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("package", PACKAGES)
-def test_package_imports(package):
-    python("-c", f"import {package}", check=0, timeout=120)
+def test_package_imports(imported, package):
+    assert imported[package] == ""
 
 
 @pytest.mark.smoke
@@ -39,20 +47,10 @@ def test_versions_are_the_locks():
 
 @pytest.mark.smoke
 def test_module_01_passes(small_model):
-    done = python(
-        "modules/01_single_gpu_smoke/01_smoke.py",
-        "--matmul-size",
-        "256",
-        "--copy-mib",
-        "16",
-        check=0,
-    )
+    done = python(MODULE / "01_smoke.py", "--matmul-size", "256", "--copy-mib", "16", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        result["wrong_count"] == 0
-        and result["decode_tok_per_s"] > 0
-        and result["device_count"] >= 1
-    )
+    assert result["wrong_count"] == 0
+    assert result["decode_tok_per_s"] > 0 and result["device_count"] >= 1
 
 
 def test_a_wrong_product_is_found(tmp_path):
@@ -68,15 +66,8 @@ def test_a_wrong_product_is_found(tmp_path):
         "            torch.mm = wrong\n"
         "sys.meta_path.insert(0, Hook())\n"
     )
-    done = python(
-        "modules/01_single_gpu_smoke/01_smoke.py",
-        "--matmul-size",
-        "128",
-        "--copy-mib",
-        "1",
-        check=1,
-        PYTHONPATH=str(tmp_path),
-    )
+    small = ("--matmul-size", "128", "--copy-mib", "1")
+    done = python(MODULE / "01_smoke.py", *small, check=1, PYTHONPATH=str(tmp_path))
     assert "WRONG" in done.stdout and json.loads(done.stdout.splitlines()[-1])["wrong_count"] == 2
 
 
@@ -84,47 +75,24 @@ def test_roofline(small_model):
     """Invariants inside one run: a batch makes tokens cheaper, work is bound where its intensity
     says, nothing is far above the roof.
     """
-    done = python(
-        "modules/01_single_gpu_smoke/03_roofline.py",
-        "--batches",
-        "1",
-        "8",
-        "--prompt",
-        "64",
-        check=0,
-    )
+    done = python(MODULE / "03_roofline.py", "--batches", "1", "8", "--prompt", "64", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["batching_speedup_ratio"] > 1.2 and result["ridge_ratio"] > 0
     assert all(0 < value < 1.5 for name, value in result.items() if name.endswith("of_roof_ratio"))
-    bound = dict(
-        re.findall(
-            r"^  (decode, batch 1|prefill, 64 tokens|training, 64 tokens) .* (memory|arithmetic)$",
-            done.stdout,
-            re.M,
-        )
-    )
-    assert (
-        bound.keys() == {"decode, batch 1", "prefill, 64 tokens", "training, 64 tokens"}
-        and bound["decode, batch 1"] == "memory"
-    )
+    kinds = ("decode, batch 1", "prefill, 64 tokens", "training, 64 tokens")
+    shown = rf"^  ({'|'.join(kinds)}) .* (memory|arithmetic)$"
+    bound = dict(re.findall(shown, done.stdout, re.M))
+    assert bound.keys() == set(kinds) and bound["decode, batch 1"] == "memory"
     assert (RUNS / "01_single_gpu_smoke/roofline.png").stat().st_size > 10_000
-    assert "at least 1" in refused(
-        "python", "modules/01_single_gpu_smoke/03_roofline.py", "--batches", "0"
-    )
+    assert "at least 1" in refused("python", MODULE / "03_roofline.py", "--batches", "0")
 
 
 def test_memory_goes_where_arithmetic_says(small_model):
     """Every step adds what its formula says, gives back what it should, and a fragmented allocator
     keeps more than tensors hold.
     """
-    done = python(
-        "modules/01_single_gpu_smoke/04_where_memory_goes.py",
-        "--batch",
-        "2",
-        "--tokens",
-        "128",
-        check=0,
-    )
+    script = MODULE / "04_where_memory_goes.py"
+    done = python(script, "--batch", "2", "--tokens", "128", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
     steps = [
         name.removesuffix("_predicted_gib") for name in result if name.endswith("_predicted_gib")
@@ -144,35 +112,22 @@ def test_memory_goes_where_arithmetic_says(small_model):
         added, predicted = result[f"{step}_added_gib"], result[f"{step}_predicted_gib"]
         assert added == pytest.approx(predicted, rel=0.1, abs=0.05), step
         assert result[f"{step}_peak_gib"] >= result[f"{step}_holds_gib"] - 0.05, step
-    allocator = (
-        "segments"
-        if machine.gpus() and result["machine"] != f"cpu-{machine.cores()}c"
-        else "c_library"
-    )
-    assert result[f"{allocator}_every_second_one_freed_ratio"] > 1.2, (
-        "half of the first blocks' room is lost"
-    )
-    assert "at least 1" in refused(
-        "python", "modules/01_single_gpu_smoke/04_where_memory_goes.py", "--batch", "0"
-    )
+    on_gpu = machine.gpus() and result["machine"] != f"cpu-{machine.cores()}c"
+    allocator = "segments" if on_gpu else "c_library"
+    lost = "half of the first blocks' room is lost"
+    assert result[f"{allocator}_every_second_one_freed_ratio"] > 1.2, lost
+    assert "at least 1" in refused("python", script, "--batch", "0")
 
 
 def test_gauges(small_model):
     """Each load moves the gauge that it should move; the amounts are the machine's own affair."""
-    done = python("modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "2", check=0)
+    done = python(MODULE / "05_gauges.py", "--seconds", "2", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["product_over_number_ratio"] > 1000
-    assert (
-        result["memory_held_memory_gib"] > result["idle_memory_gib"] + 0.5
-        and result["memory_held_tflop_per_s"] == 0
-    )
-    assert (
-        0.2
-        < result["product_half_the_time_tflop_per_s"] / result["matrix_product_tflop_per_s"]
-        < 0.9
-    )
+    assert result["memory_held_memory_gib"] > result["idle_memory_gib"] + 0.5
+    assert result["memory_held_tflop_per_s"] == 0
+    half_the_time = result["product_half_the_time_tflop_per_s"]
+    assert 0.2 < half_the_time / result["matrix_product_tflop_per_s"] < 0.9
     assert 0 <= result["idle_util_pct"] <= 100 and result["copy_gb_per_s"] > 1
     assert (RUNS / "01_single_gpu_smoke/gauges.png").stat().st_size > 10_000
-    assert "at least 2" in refused(
-        "python", "modules/01_single_gpu_smoke/05_gauges.py", "--seconds", "1"
-    )
+    assert "at least 2" in refused("python", MODULE / "05_gauges.py", "--seconds", "1")
