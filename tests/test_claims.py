@@ -1,13 +1,15 @@
-"""The claims of modules 03 and 05 hold in the records that their commands have just stored.
+"""The claims of modules 03, 05 and 06 hold in the records that their commands have just stored.
 
 Each test is one claim, by ratios inside one run; made.py sees to it that the run is of this
 session.
 """
 
+import json
 import re
 
 import made
 import pytest
+from conftest import ROOT, run
 
 from lab import machine
 
@@ -110,10 +112,10 @@ def test_two_nodes_compute_what_one_does(two_machines):
     """
     pipeline = made.record("03_vllm/14_two_nodes-pp", "make two-nodes")
     tensor = made.record("03_vllm/14_two_nodes-tp", 'make two-nodes ARGS="--parallel tp"')
-    for run in (pipeline, tensor):
-        assert run["same_tokens_ratio"] == 1
-        assert run["left_count"] == 0
-        assert 1 < run["sent_per_token_bytes"] / run["payload_per_token_bytes"] < 2.5
+    for kind in (pipeline, tensor):
+        assert kind["same_tokens_ratio"] == 1
+        assert kind["left_count"] == 0
+        assert 1 < kind["sent_per_token_bytes"] / kind["payload_per_token_bytes"] < 2.5
     assert tensor["sent_per_token_bytes"] > 20 * pipeline["sent_per_token_bytes"]
 
 
@@ -137,3 +139,36 @@ def test_the_offloaded_optimizer():
         for kind in ("parameter", "gradient", "optimizer")
     }
     assert per_parameter == pytest.approx({"parameter": 2, "gradient": 2, "optimizer": 6}, rel=0.02)
+
+
+# -----------------------------------------------------------------------------
+# A fine-tuning of the whole length, which `make quickstart` has
+
+
+@pytest.fixture
+def score(monkeypatch) -> dict:
+    """Its score before and after, as measured with the code as it is, else measured now."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import quickstart
+
+    stage = "06_LLaMA-Factory"
+
+    def measured() -> dict:
+        if not quickstart.SUMMARY.is_file():
+            return {}
+        outcome = json.loads(quickstart.SUMMARY.read_text())["stages"].get(stage, {})
+        current = outcome.get("ok") and outcome["state"] == quickstart.state(stage)
+        return outcome["result"] if current else {}
+
+    if not measured():
+        run("make", "quickstart", f"ARGS=--only {stage}", check=0)
+    return measured()
+
+
+def test_a_fine_tuning_teaches_what_the_model_did_not_know(score):
+    """Held-out requests: none answered to the letter before, three of four or more after."""
+    assert score["row_count"] == 24
+    assert score["base_exact_pct"] == 0
+    assert score["tuned_exact_pct"] >= 75
+    right = 24 - score["wrong_count"]
+    assert score["tuned_exact_pct"] == pytest.approx(100 * right / 24, abs=0.1)
