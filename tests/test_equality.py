@@ -19,7 +19,7 @@ PROMPTS = [
     "The three primary colours are",
     "Explain why the sky is blue. " * 12,
 ]
-TOKENS = 32
+TOKENS = 20
 
 VLLM = """
 import json, sys
@@ -49,28 +49,18 @@ def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     mini = LLM(small_model, dtype="float32", kv_cache_gib=0.1)
-    assert [
-        o["token_ids"]
-        for o in mini.generate(
-            PROMPTS, [SamplingParams(max_tokens=TOKENS, ignore_eos=True)] * len(PROMPTS)
-        )
-    ] == expected
+    greedy = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    outputs = mini.generate(PROMPTS, [greedy] * len(PROMPTS))
+    assert [output["token_ids"] for output in outputs] == expected
 
     script = tmp_path / "generate.py"
     script.write_text(VLLM)
-    done = python(
-        "-m",
-        "lab.profile",
-        "python",
-        script,
-        json.dumps([str(small_model), PROMPTS, TOKENS]),
-        check=0,
-    )
+    asked = json.dumps([str(small_model), PROMPTS, TOKENS])
+    done = python("-m", "lab.profile", "python", script, asked, check=0)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert json.loads(line[7:]) == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), (
-        "the prompts must lead to different texts"
-    )
+    assert json.loads(line.removeprefix("TOKENS ")) == expected
+    different = {tuple(tokens) for tokens in expected}
+    assert len(different) == len(PROMPTS), "the prompts must lead to different texts"
 
 
 @pytest.mark.long

@@ -391,7 +391,8 @@ def test_stops_at_eos(qwen2):
     [
         (
             {"architectures": ["MixtralForCausalLM"]},
-            "is a MixtralForCausalLM: this small engine computes LlamaForCausalLM and Qwen2ForCausalLM only",
+            "is a MixtralForCausalLM: this small engine computes LlamaForCausalLM "
+            "and Qwen2ForCausalLM only",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},

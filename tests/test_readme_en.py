@@ -1,4 +1,4 @@
-"""The two READMEs say the same, in two languages, and what they say of files and downloads is true."""
+"""The two READMEs say the same in two languages, and it is true of files and downloads."""
 
 import re
 
