@@ -34,14 +34,16 @@ def result(done) -> dict:
 def make(target: str, *flags, **variables) -> dict:
     settings = [f"{name}={value}" for name, value in variables.items()]
     arguments = " ".join(map(str, flags))
-    return result(run("make", "-s", target, *settings, f"ARGS={arguments}", check=0))
+    done = run("make", "-s", target, *settings, f"ARGS={arguments}", check=0)
+    (line,) = done.stdout.splitlines()  # the launchers' chatter belongs to stderr
+    return json.loads(line)
 
 
 def in_turn(*runs: list, **env) -> list[dict]:
     """The result of each run, [script, flag, ...], all in one process of one training each."""
     words = [[str(word) for word in run] for run in runs]
     done = python(ROOT / "tests/programs/in_turn.py", json.dumps(words), check=0, **env)
-    return [json.loads(line) for line in result(done)]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def weights(folder) -> dict:

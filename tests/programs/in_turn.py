@@ -2,7 +2,7 @@
 
     in_turn.py '[["SCRIPT", "ARGUMENT", ...], ...]'
 
-The last line is JSON: of each script, the last line of its output. The first that fails ends it.
+Of each script it prints the last line of its output, its result; the first that fails ends it.
 Under the deepspeed launcher each process does so, the processes meet once for all scripts, and the
 first one prints.
 """
@@ -30,7 +30,6 @@ def main() -> None:
         import torch.distributed
 
         torch.distributed.destroy_process_group = lambda: None
-    last_lines = []
     environment = dict(os.environ)
     for script, *arguments in json.loads(runs):
         sys.argv = [script, *of_the_launcher, *arguments]
@@ -38,12 +37,11 @@ def main() -> None:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             runpy.run_path(script, run_name="__main__")
-        last_lines += output.getvalue().splitlines()[-1:]
+        for line in output.getvalue().splitlines()[-1:]:
+            print(line, flush=True)
         forget_accelerate()
         os.environ.clear()
         os.environ.update(environment)
-    if last_lines:
-        print(json.dumps(last_lines))
 
 
 main()
