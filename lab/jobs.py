@@ -176,8 +176,9 @@ def refuse_taken_cards() -> None:
     for name, job in running().items() if own else ():
         taken = [str(gpu["index"]) for gpu in own if gpu["uuid"] in job.get("cards", [])]
         if taken:
+            gpus = ", ".join(taken)
             fail(
-                f"the server {name} at {job['address']} holds the memory of GPU {', '.join(taken)}: "
+                f"the server {name} at {job['address']} holds the memory of GPU {gpus}: "
                 "end it with 'make stop' first"
             )
 

@@ -142,7 +142,7 @@ def fast_bfloat16() -> bool:
 
 
 def memory_cap_gib() -> float | None:
-    """GiB a card to which MEMORY_CAP_GIB caps a larger GPU, to stand in for a 24 GB card, or None."""
+    """GiB to which MEMORY_CAP_GIB caps each GPU, to stand in for a 24 GB card; None without."""
     cap = os.environ.get("MEMORY_CAP_GIB")
     try:
         return float(cap) if cap else None
