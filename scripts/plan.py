@@ -387,7 +387,7 @@ def predicted(model: Model, args: argparse.Namespace) -> dict:
 
 
 def image_edit(args: argparse.Namespace) -> dict:
-    """The arithmetic of modules/02_qwen_image_edit/recipes.py for these cards."""
+    """The recipes of modules/02_qwen_image_edit/recipes.py on these cards."""
     import runpy
     from pathlib import Path
 
@@ -417,7 +417,7 @@ def image_edit(args: argparse.Namespace) -> dict:
     cards = {place: round(gib, 2) for place, gib in need.items() if place != "host"}
     fullest = max(cards, key=cards.get)
     lying = {
-        c: sum(module["stored_bytes"](*item, how) for item in tensors[c].items())
+        c: module["stored_gib"](tensors[c], how) * constants.GIB
         for c, (_, how) in recipes[args.recipe].items()
     }
     places = {c: where for c, (where, _) in recipes[args.recipe].items()}
