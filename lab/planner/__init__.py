@@ -9,6 +9,7 @@
     constants.py units, bytes of a number, what a card and a process cost
 
 A formula is a function; its docstring names the source and works the formula out for one model,
-Qwen2.5-7B-Instruct (`config.QWEN_7B`; images.py: Qwen-Image-Edit). tests/test_memory.py runs these examples.
-modules/01_single_gpu_smoke/planner.md holds the predictions against measurements.
+Qwen2.5-7B-Instruct (`config.QWEN_7B`; in images.py Qwen-Image-Edit). tests/test_memory.py runs
+these examples. modules/01_single_gpu_smoke/planner.md walks through the files in this order, and
+holds the predictions against measurements.
 """
