@@ -73,17 +73,14 @@ def moved(text: str, ports: dict[int, int]) -> str:
 
 
 class Machine:
-    """A copy of the repository in `folder`, on a machine with two 4090s whose ports are free ones."""
+    """A copy of the repository in `folder`, on a machine with two 4090s and free ports."""
 
     def __init__(self, folder: Path):
-        self.tree, self.meet, self.ports = (
-            folder / "videofen",
-            folder / "meet",
-            {port: free_port() for port in PORTS},
-        )
-        for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split(
-            "\0"
-        ):
+        self.tree = folder / "videofen"
+        self.meet = folder / "meet"
+        self.ports = {port: free_port() for port in PORTS}
+        listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout
+        for name in listed.split("\0"):
             if name and (ROOT / name).is_file() and not name.startswith("results/"):
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.tree / name)
@@ -151,9 +148,8 @@ class Machine:
         }
 
     def bash(self, code: str, **variables) -> subprocess.CompletedProcess:
-        words = ["bash", "-euo", "pipefail", "-c", moved(code, self.ports)]
         return subprocess.run(
-            words,
+            ["bash", "-euo", "pipefail", "-c", moved(code, self.ports)],
             cwd=self.tree,
             env=self.environment | variables,
             capture_output=True,
@@ -175,29 +171,29 @@ def machine(tmp_path):
     made.bash("make stop")
 
 
+def is_run(line: str) -> bool:
+    return not any(re.fullmatch(pattern, line.strip()) for pattern in LEFT_OUT)
+
+
 def walk(file: str, folder: Path) -> list[str]:
     """Run the page's blocks in their order, each in a shell of its own, as a reader who has done
     nothing before; what was wrong.
     """
-    machine, wrong = Machine(folder), []
+    machine = Machine(folder)
+    wrong = []
     for block in BLOCKS:
         if block.file != file or block.mark in ("self", "netns"):
             continue
-        done = machine.bash(
-            "\n".join(
-                line
-                for line in block.code.splitlines()
-                if not any(re.fullmatch(pattern, line.strip()) for pattern in LEFT_OUT)
-            )
-        )
-        ended = "stand-in:" in done.stderr  # so far that only a computation could refuse
-        if done.returncode != (2 if block.mark == "exit 2" and not ended else 0):
-            wrong.append(
-                f"{block.id} [{block.mark}] exit code {done.returncode}\n{block.code}{done.stdout[-300:]}{done.stderr[-600:]}"
-            )
+        done = machine.bash("\n".join(line for line in block.code.splitlines() if is_run(line)))
+        computes = "stand-in:" in done.stderr  # so far that only a computation could refuse
+        if done.returncode != (2 if block.mark == "exit 2" and not computes else 0):
+            ended = f"{block.id} [{block.mark}] exit code {done.returncode}"
+            output = f"{done.stdout[-300:]}{done.stderr[-600:]}"
+            wrong.append(f"{ended}\n{block.code}{output}")
         if refused := machine.refused_requests():
             wrong.append(f"{block.id} [{block.mark}] {refused}")
-    if "nothing of this repository is running" not in (left := machine.bash("make stop").stdout):
+    left = machine.bash("make stop").stdout
+    if "nothing of this repository is running" not in left:
         wrong.append(f"{file} leaves something running: {left}")
     return wrong
 

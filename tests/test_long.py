@@ -1,4 +1,4 @@
-"""Slow proofs: a clone set up from nothing in an awkward place; everything again without a network."""
+"""Slow proofs: a clone set up from nothing in an awkward place, and all without a network."""
 
 import os
 import subprocess

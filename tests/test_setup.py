@@ -27,19 +27,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = "awk bash cat chmod cp cut df dirname env grep head id ln mkdir mktemp mv readlink rm sed sha256sum sort timeout uname".split()
+TOOLS = (
+    "awk bash cat chmod cp cut df dirname env grep head id ln mkdir mktemp mv readlink rm sed "
+    "sha256sum sort timeout uname"
+).split()
+# Variables that must not come from outside, by their beginnings.
 STEERING = (
-    "CONDA",
-    "MAMBA",
-    "LOCK",
-    "ENV",
-    "YES",
-    "VIRTUAL_ENV",
-    "PYTHON",
-    "UV_PYTHON",
-    "XDG_DATA",
-    "KUBERNETES",
-)  # variables that must not come from outside
+    *("CONDA", "MAMBA", "LOCK", "ENV", "YES"),
+    *("VIRTUAL_ENV", "PYTHON", "UV_PYTHON", "XDG_DATA", "KUBERNETES"),
+)
 ENTRY = r"(?m)^(?:idna|iniconfig|pip|setuptools|uv)==.*\n(?: .*\n)*"
 LOCKS = {
     name: "".join(re.findall(ENTRY, (ROOT / f"locks/{name}.txt").read_text()))
@@ -50,7 +46,10 @@ FILLED = {
     for name, lock in LOCKS.items()
 }  # {package: version}
 REAL_PYTHON = f'exec "{sys._base_executable}" "$@"'
-BARE_PYTHON = f'case "$*" in *"-m pip"*|*"-m venv"*|*ensurepip*) echo "No module named $2" >&2; exit 1 ;; esac\n{REAL_PYTHON}'
+BARE_PYTHON = f"""case "$*" in
+*"-m pip"*|*"-m venv"*|*ensurepip*) echo "No module named $2" >&2; exit 1 ;;
+esac
+{REAL_PYTHON}"""
 NEWER_PYTHON = f'case "$2" in *version_info[[]*) echo 3.13; exit ;; esac\n{BARE_PYTHON}'
 
 pytestmark = pytest.mark.skipif(
@@ -62,21 +61,16 @@ class Tree:
     """A small copy of the repository, and the machine on which it is set up."""
 
     def __init__(self, base, empty):
-        self.root, self.bin, self.log, self.empty = (
-            base / "路径",
-            base / "bin",
-            base / "conda.log",
-            empty,
-        )
-        self.conda_prefix, self.machine = base / "miniforge/envs/videofen", base / "machine"
-        scripts = ("scripts/setup.sh", "scripts/machine.sh", "scripts/get_uv.py")
+        self.root = base / "路径"
+        self.bin = base / "bin"
+        self.log = base / "conda.log"
+        self.empty = empty
+        self.conda_prefix = base / "miniforge/envs/videofen"
+        self.machine = base / "machine"
         for name in (
-            *scripts,
-            "pyproject.toml",
-            "environment.yml",
-            "lab/__init__.py",
-            "locks/cpu.txt",
-            "locks/gpu.txt",
+            *("scripts/setup.sh", "scripts/machine.sh", "scripts/get_uv.py"),
+            *("pyproject.toml", "environment.yml", "lab/__init__.py"),
+            *("locks/cpu.txt", "locks/gpu.txt"),
         ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
@@ -122,7 +116,9 @@ class Tree:
             name,
             f"""echo {name} "$@" >> '{self.log}'
 case "$*" in
-"env list") printf '# environments:\\n{other}\\n' /opt/old; [ ! -d '{self.conda_prefix}' ] || printf '{row}\\n' '{self.conda_prefix}' ;;
+"env list")
+    printf '# environments:\\n{other}\\n' /opt/old
+    [ ! -d '{self.conda_prefix}' ] || printf '{row}\\n' '{self.conda_prefix}' ;;
 "env create -f environment.yml") {create.format(self.empty, self.conda_prefix)} ;;
 *) exit 9 ;;
 esac""",
@@ -186,13 +182,17 @@ esac""",
 
 
 def installed(prefix):
-    code = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    code = (
+        "import json\n"
+        "from importlib.metadata import distributions\n"
+        "print(json.dumps({package.name: package.version for package in distributions()}))"
+    )
     return json.loads(subprocess.check_output([prefix / "bin/python", "-c", code], cwd="/"))
 
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """An environment to copy, with pip, setuptools and uv: what conda makes from environment.yml."""
+    """An environment with pip, setuptools and uv, to copy: what conda makes of environment.yml."""
     prefix = tmp_path_factory.mktemp("empty")
     subprocess.run([sys._base_executable, "-m", "venv", prefix], check=True)
     (prefix / "conda-meta").mkdir()
@@ -369,7 +369,8 @@ def test_gpu_lock(tree):
     tree.refuses("older than CUDA 13 supports")
     tree.gpu(driver="580.95.05", memory_mib=16376)
     tree.refuses(
-        "has 16 GiB, and the profiles take cards of 22 GiB and more: compute on the CPU: make setup LOCK=cpu"
+        "has 16 GiB, and the profiles take cards of 22 GiB and more: "
+        "compute on the CPU: make setup LOCK=cpu"
     )
     tree.gpu(driver="580.95.05", capability="7.5")
     tree.refuses("(compute capability 7.5) has no bfloat16")
@@ -429,7 +430,8 @@ WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
         (
             "installed, but not loaded",
             {},
-            'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver."; exit 9',
+            'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA "'
+            "driver.; exit 9",
         ),
         ("finds no card that it can use", {}, "echo 'No devices were found'; exit 6"),
         ("nvidia-smi fails (Unknown Error)", {}, "echo Unknown Error; exit 255"),
@@ -519,7 +521,7 @@ def test_folder_of_others_is_left(tree):
 
 
 def uv_stub(tree, install):
-    """The real uv, but it finds no Python of this machine, and fetches one by the script `install`."""
+    """The real uv, but it finds no Python here, and fetches one by the script `install`."""
     tree.stub(
         "uv",
         f"""case "$*" in
@@ -579,11 +581,12 @@ def offered_python(tmp_path_factory):
     ids=["another version", "without headers"],
 )
 def test_python_is_fetched_by_uv(tree, offered_python, python):
-    """uv downloads, verifies and unpacks a real 3.11, as it would one of python-build-standalone."""
+    """uv downloads, verifies and unpacks a real 3.11, as one of python-build-standalone."""
     tree.stub("python3", python)
     uv_stub(tree, "echo no route to github >&2; exit 1")
     tree.refuses(
-        "could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone's releases"
+        "could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of "
+        "python-build-standalone's releases"
     )
     tree.refuses("no environment yet", "--check")
     uv_stub(tree, f'exec "{tree.empty}/bin/uv" "$@"')
@@ -645,10 +648,11 @@ def index(tmp_path):
     }
     server.pages[f"/files/{names[-1]}"] = wheel.getvalue()
     server.lock = tmp_path / "lock.txt"
-    server.lock.write_text(
-        f"uv==1.2.3 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{hashlib.sha256(wheel.getvalue()).hexdigest()}\nx==1\n"
-    )
-    server.folder, server.address = tmp_path / "uv here", f"http://127.0.0.1:{server.server_port}"
+    digests = ("0" * 64, hashlib.sha256(wheel.getvalue()).hexdigest())
+    hashes = " \\\n".join(f"    --hash=sha256:{digest}" for digest in digests)
+    server.lock.write_text(f"uv==1.2.3 \\\n{hashes}\nx==1\n")
+    server.folder = tmp_path / "uv here"
+    server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -722,10 +726,13 @@ def test_blank_in_the_path(tree):
     tree.refuses("make setup ENV=venv")
     assert ".venv is a link to it" in tree.works(ENV="venv")
     first = tree.venv.readlink()
-    assert first.parent == Path(tree.environment["XDG_DATA_HOME"], "videofen") and " " not in str(
-        first
+    assert first.parent == Path(tree.environment["XDG_DATA_HOME"], "videofen")
+    assert " " not in str(first)
+    ask = (
+        "import sys, sysconfig\n"
+        "paths = sysconfig.get_paths().values()\n"
+        "print(sys.prefix, sys.executable, *paths, sep='\\n')"
     )
-    ask = "import sys, sysconfig; print(sys.prefix, sys.executable, *sysconfig.get_paths().values(), sep='\\n')"
     for program in ("python", "python3"):
         paths = subprocess.check_output([tree.venv / "bin" / program, "-c", ask], text=True)
         assert paths.startswith(f"{first}\n") and " " not in paths
