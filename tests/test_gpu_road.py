@@ -288,10 +288,6 @@ def test_only_the_cards_that_a_server_fills_are_refused(monkeypatch):
         else:
             with pytest.raises(SystemExit):
                 jobs.refuse_taken_cards()
-    assert (
-        engine.cards_filled(
-            ["--tensor-parallel-size", "2", "--model", "m", "--tensor-parallel-size", "1"]
-        )
-        == 1
-    )
+    given_twice = ["--tensor-parallel-size", "2", "--model", "m", "--tensor-parallel-size", "1"]
+    assert engine.cards_filled(given_twice) == 1
     assert engine.cards_filled(["-tp", "2", "--pipeline-parallel-size", "2"]) == 4

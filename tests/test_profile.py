@@ -33,9 +33,8 @@ def test_every_profile_loads():
     )
     cpu = profiles["cpu"]
     for section, values in cpu.items():
-        assert (
-            section == "requires" or f"profile.{section}" in source or f'"{section}"' in source
-        ), f"no script reads {section}"
+        read = f"profile.{section}" in source or f'"{section}"' in source
+        assert read or section == "requires", f"no script reads {section}"
         for name, other in profiles.items():
             assert cpu.keys() == other.keys(), name
             if isinstance(values, dict) and section not in ("env", "requires"):
@@ -268,10 +267,8 @@ def test_deepspeed_gets_the_cards_that_were_chosen(monkeypatch):
     """
     command = "deepspeed --num_gpus 2 train.py --deepspeed z2.json".split()
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 2}, {"index": 3}])
-    assert (
-        launch.by_card(command)
-        == "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
-    )
+    named = "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
+    assert launch.by_card(command) == named
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 0}, {"index": 1}])
     assert launch.by_card(command) == command
     monkeypatch.setattr(machine, "gpus", list)
@@ -510,12 +507,8 @@ def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "RUNS", tmp_path / "a blank/runs")
     places = profile.writable_home()
     assert places["HF_HOME"] == str(tmp_path / "a blank/runs/cache/huggingface")
-    assert (
-        " "
-        not in places["TORCH_EXTENSIONS_DIR"]
-        + places["TORCHINDUCTOR_CACHE_DIR"]
-        + places["TRITON_CACHE_DIR"]
-    )
+    for variable in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert " " not in places[variable]
 
 
 def test_compiling_without_openssl(tmp_path):

@@ -172,12 +172,8 @@ esac""",
         """Set-up ends with code 2 and one line of error, which holds `sentence`."""
         code, out, err = self.setup(*args, **variables)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert (
-            code == 2
-            and len(errors) == 1
-            and sentence in errors[0]
-            and "Traceback" not in out + err
-        ), out + err
+        assert code == 2 and len(errors) == 1 and sentence in errors[0], out + err
+        assert "Traceback" not in out + err
         return out
 
 
@@ -404,6 +400,7 @@ def test_found_lock_is_not_kept(tree):
 
 
 WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
+NO_ANSWER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
 
 
 @pytest.mark.parametrize(
@@ -430,8 +427,7 @@ WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
         (
             "installed, but not loaded",
             {},
-            'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA "'
-            "driver.; exit 9",
+            f'echo "{NO_ANSWER}"; exit 9',
         ),
         ("finds no card that it can use", {}, "echo 'No devices were found'; exit 6"),
         ("nvidia-smi fails (Unknown Error)", {}, "echo Unknown Error; exit 255"),
@@ -459,10 +455,9 @@ def test_card_without_a_working_driver(tree, sentence, files, smi):
     tree.refuses(sentence)
     tree.refuses("then repeat make setup, or compute on the CPU: make setup LOCK=cpu")
     assert not tree.venv.exists()
+    # Past the driver, stopped by the next thing.
     tree.stub("df", "echo; echo sda 0 0 1048576")
-    assert "not used" in tree.refuses(
-        "1 GiB free", LOCK="cpu"
-    )  # past the driver, stopped by the next thing
+    assert "not used" in tree.refuses("1 GiB free", LOCK="cpu")
 
 
 def test_wsl2_without_an_nvidia_card(tree):
@@ -705,12 +700,8 @@ def test_uv_that_cannot_be_fetched(index, what, sentence):
             "http://127.0.0.1:9/simple" if what == "nobody answers" else "mirror/simple"
         )
     done = get_uv(index, **variables)
-    assert (
-        done.returncode == 2
-        and sentence in done.stderr
-        and done.stderr.count("\n") == 1
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and sentence in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (index.folder / "uv").exists()
 
 

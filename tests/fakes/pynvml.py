@@ -103,8 +103,10 @@ def nvmlSystemGetCudaDriverVersion():
 
 
 def nvmlDeviceGetComputeRunningProcesses(handle):
-    processes = _cards()[handle].get("processes", [])
-    return [SimpleNamespace(pid=p["pid"], usedGpuMemory=int(p["gib"] * 2**30)) for p in processes]
+    return [
+        SimpleNamespace(pid=process["pid"], usedGpuMemory=int(process["gib"] * 2**30))
+        for process in _cards()[handle].get("processes", [])
+    ]
 
 
 nvmlDeviceGetGraphicsRunningProcesses = nvmlDeviceGetComputeRunningProcesses
