@@ -96,9 +96,7 @@ def records(name: str) -> dict[str, dict]:
 
 
 def differences(record: dict, language: str) -> list[str]:
-    """What to know of a record before believing it: other versions than the lock's, code that was
-    not committed, its notes.
-    """
+    """Versions other than the lock's, code not committed, the record's notes."""
     phrases = WORDS[language]
     lines = []
     if differ := record.get("versions_differ"):
@@ -111,8 +109,9 @@ def differences(record: dict, language: str) -> list[str]:
 
 
 def remarks(used: dict[str, dict], language: str) -> list[str]:
-    """What differs in the records {name: record} of a table, each thing once: a line for the names
-    that share it.
+    """What differs in the records {name: record} of a table, each thing once.
+
+    Names that share something share a line.
     """
     comma, colon, semicolon, stop = WORDS[language]["marks"]
     names: dict[str, list[str]] = {}  # a difference: whose it is
@@ -202,9 +201,7 @@ class Compared(NamedTuple):
 
 
 def errors(use: str) -> list[Compared]:
-    """What the planner predicts of the records of `make calibrate` with that use (fit, test), or of
-    module 05's states.
-    """
+    """Predicted and measured: `make calibrate` with that use (fit, test), or module 05's states."""
     if use == "states":
         files = sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json"))
         return [states(file.stem, json.loads(file.read_text())) for file in files]

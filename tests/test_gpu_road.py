@@ -1,12 +1,11 @@
-"""A reader's way through the readmes on two RTX 4090s: every block that runs there, in order, over
-stand-ins of the engines.
+"""A reader's way through the readmes on two RTX 4090s, over stand-ins of the engines.
 
-Real here: bash, make, every script of the repository up to its first computation (arguments,
-profile, detection, the refusal of cards that a server holds, jobs, `make stop`), and every client
-of a server. Stand-ins (tests/fakes/engines): vLLM's server, which is real HTTP, holds its cards,
-and takes the flags of the locked vLLM; the launchers; LLaMA-Factory's command line with its
-settings' names; the hub, which has the models of configs/models.yaml. An import of torch is where a
-script ends.
+Every block that runs there, in its order. Real here: bash, make, every script of the repository up
+to its first computation (arguments, profile, detection, the refusal of cards that a server holds,
+jobs, `make stop`), and every client of a server. Stand-ins (tests/fakes/engines): vLLM's server,
+which is real HTTP, holds its cards, and takes the flags of the locked vLLM; the launchers;
+LLaMA-Factory's command line with its settings' names; the hub, which has the models of
+configs/models.yaml. An import of torch is where a script ends.
 
 So order, names, models and flags are proved. Not: that anything computes, fits the memory or is
 fast, nor what a script does with its results (the same blocks run for real, with the cpu profile
@@ -176,8 +175,9 @@ def is_run(line: str) -> bool:
 
 
 def walk(file: str, folder: Path) -> list[str]:
-    """Run the page's blocks in their order, each in a shell of its own, as a reader who has done
-    nothing before; what was wrong.
+    """Run the page's blocks in their order, a shell each; what was wrong.
+
+    As a reader who has done nothing before.
     """
     machine = Machine(folder)
     wrong = []
@@ -200,8 +200,9 @@ def walk(file: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def walks(request, tmp_path_factory):
-    """{page: its walk}, two pages at a time, each on a machine of its own; only those whose tests
-    were asked for.
+    """{page: its walk}, two pages at a time, each on a machine of its own.
+
+    Only pages whose tests were asked for.
     """
     files = [
         item.callspec.params["file"]
@@ -215,9 +216,7 @@ def walks(request, tmp_path_factory):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file", FILES)
 def test_a_page_on_two_4090s(walks, file):
-    """The page's blocks work in their order, ask for no model that is not served, and end what they
-    start.
-    """
+    """The page's blocks work, ask for no model that is not served, and end what they start."""
     wrong = walks[file].result()
     assert not wrong, "\n\n".join(wrong)
 
@@ -239,8 +238,9 @@ ENGINES = re.compile(
 
 
 def test_everything_that_computes_is_refused_beside_a_server(machine):
-    """Each script itself, and make targets that start it in processes; the one sentence says what
-    to do. On the CPU profile both may run.
+    """One sentence says what to do: each script itself, and make targets that start processes.
+
+    On the CPU profile both may run.
     """
     assert machine.bash("make vllm-serve").returncode == 0
     scripts = [*ROOT.glob("modules/*/[0-9][0-9]_*.py"), ROOT / "modules/05_DeepSpeed/train.py"]

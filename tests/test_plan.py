@@ -290,8 +290,9 @@ def test_which_of_the_cards_count(answer_on, monkeypatch):
     ids=["with FP8", "without"],
 )
 def test_an_fp8_cache_needs_a_word(answer_on, card, suggestion, way):
-    """vLLM reads it by FlashInfer, which nvcc compiles; Triton's attention reads it where the card
-    has FP8. No card without is advised to it.
+    """vLLM reads it by FlashInfer, which nvcc compiles; on cards with FP8, Triton reads it too.
+
+    No card without is advised to it.
     """
     line = "serve --model qwen2.5-7b-instruct --gpus 1 --max-model-len 32768 --concurrency 5"
     advised = answer_on([card], line)
@@ -346,9 +347,7 @@ def test_the_readme_shows_what_appears():
 
 
 def test_calibration_lines(answer):
-    """Every line of configs/calibration.yaml is a command line of the planner that it says fits,
-    and no test line is a fit line.
-    """
+    """Every line is a command of the planner that it says fits, and no test line is a fit line."""
     cases = read_yaml(ROOT / "configs/calibration.yaml")
     assert {case["use"] for case in cases.values()} == {"fit", "test"}
     assert len({case["plan"] for case in cases.values()}) == len(cases)
@@ -409,8 +408,9 @@ def tables(plan):
 
 @pytest.mark.parametrize("use", ["fit", "test"])
 def test_predictions_hold_against_measurement(tables, use):
-    """The goals: serving within 5 %, the peak of training within 10 % (of the host: 15 %), on lines
-    that fixed no constant, and on the others.
+    """Serving within 5 %, the peak of training within 10 %, the host's within 15 %.
+
+    On lines that fixed no constant, and on the others.
     """
     rows = tables.errors(use)
     goals = {"weights (GiB)": 0.05, "KV tokens": 0.05, "peak (GiB)": 0.1, "host (GiB)": 0.15}
@@ -489,9 +489,7 @@ def test_a_refusal_of_the_command():
 
 
 def test_quantised_checkpoints_are_understood():
-    """Published sizes of Qwen2.5-32B-Instruct-GPTQ-Int4 (19.3 GB) and -AWQ, from what their
-    config.json says.
-    """
+    """Qwen2.5-32B-Instruct-GPTQ-Int4 and -AWQ have 19.3 GB, as their config.json has it."""
     config = models.config("qwen2.5-32b-instruct")
     for method in ("gptq", "awq"):
         model = read(config | {"quantization_config": {"quant_method": method, "bits": 4}})
@@ -501,8 +499,9 @@ def test_quantised_checkpoints_are_understood():
 
 
 def test_communication_model():
-    """The alpha-beta model at its edges: one card moves nothing; large messages go at the ring's 2
-    (n-1)/n; small ones by latency.
+    """The alpha-beta model at its edges.
+
+    One card moves nothing; large messages go at the ring's 2 (n-1)/n; small ones by latency.
     """
     machine = speed.Machine(gpus=1024, gpus_per_node=8)
 

@@ -1,6 +1,4 @@
-"""Profiles and models: detection, overriding, and one clear sentence for everything a user may get
-wrong.
-"""
+"""Profiles and models: detection, overriding, and one sentence for what users get wrong."""
 
 import http.server
 import json
@@ -21,9 +19,7 @@ SMOKE = "modules/01_single_gpu_smoke/01_smoke.py"
 
 
 def test_every_profile_loads():
-    """All profiles hold the same settings, every one of which some script reads; env applies to
-    every launcher.
-    """
+    """All profiles hold the same settings, every one of which some script reads."""
     profiles = {f.stem: profile.read_yaml(f) for f in profile.FOLDER.glob("*.yaml")}
     assert profiles.keys() == {"cpu", "4090x1", "4090x2"}
     source = "".join(
@@ -180,9 +176,7 @@ MACHINES = {
 
 @pytest.mark.parametrize("case", MACHINES)
 def test_machines(case, filled):
-    """Which profile, which cards, and what is said of the rest: at most one sentence, and none
-    where nothing is left aside.
-    """
+    """Which profile, which cards, and at most one sentence of what is left aside."""
     expected = MACHINES[case]
     environment = described(expected.cards, **expected.user)
     done = run(filled(expected.lock), "-c", SHOW, check=0, **environment)
@@ -211,8 +205,9 @@ def test_said_once(filled):
 
 
 def test_locks_that_cannot(filled):
-    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU; --help and --dry-run show
-    what would be.
+    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU.
+
+    --help and --dry-run show what would be.
     """
     on_cpus = filled("cpu")
     two = described([RTX4090] * 2)
@@ -262,8 +257,9 @@ def test_one_card_runs_one_process(filled):
 
 
 def test_deepspeed_gets_the_cards_that_were_chosen(monkeypatch):
-    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus
-    (deepspeed/launcher/runner.py), so cards are named.
+    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus, so cards are named.
+
+    Source: deepspeed/launcher/runner.py.
     """
     command = "deepspeed --num_gpus 2 train.py --deepspeed z2.json".split()
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 2}, {"index": 3}])
@@ -297,8 +293,9 @@ VISIBLE = {
 
 @pytest.mark.parametrize("chosen", VISIBLE)
 def test_cuda_visible_devices(chosen):
-    """As CUDA reads it: indices or beginnings of UUIDs; what names no card ends the list, a card
-    named twice empties it.
+    """As CUDA reads it: indices, or beginnings of UUIDs.
+
+    What names no card ends the list, a card named twice empties it.
     """
     cards = [
         {"index": i, "uuid": f"GPU-{uuid}"} for i, uuid in enumerate(("aa0", "aa1", "b2", "c3"))
@@ -323,9 +320,7 @@ def test_machine_names(monkeypatch):
 
 
 def test_no_proxy_for_this_machine():
-    """A proxy that nobody answers for, and a server here: every client that the scripts use reaches
-    the server.
-    """
+    """Past a proxy that nobody answers for, every client of the scripts reaches a server here."""
     code = (
         "import sys, urllib.request\n"
         "import lab, httpx\n"
@@ -391,8 +386,9 @@ def test_programs_without_activation():
 
 
 def test_memory_cap(monkeypatch):
-    """A larger card that stands in for a 24 GB one: the allocator's ceiling, beside the profile's
-    own settings; else nothing changes.
+    """A larger card stands in for a 24 GB one by the allocator's ceiling.
+
+    The profile's own settings stay; without a cap nothing changes.
     """
     h100 = {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}
     monkeypatch.setattr(machine, "gpus", lambda: [h100] * 2)
@@ -440,8 +436,9 @@ def test_unknown_model_and_missing_folder(tmp_path):
 
 
 def test_hub_out_of_reach():
-    """A hub id that cannot be had: one sentence that names the mirror variables (a port where
-    nobody listens stands for the hub).
+    """A hub id that cannot be had: one sentence that names the mirror variables.
+
+    A port where nobody listens stands for the hub.
     """
     for variable in (
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -452,9 +449,7 @@ def test_hub_out_of_reach():
 
 
 def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
-    """HF_ENDPOINT and USE_MODELSCOPE_HUB decide where a model comes from: a server here sees the
-    requests.
-    """
+    """The hub's variables decide where a model comes from: a server here sees the requests."""
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -490,8 +485,9 @@ def test_read_only_home(small_model):
 
 
 def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
-    """HOME writable: nothing is moved. HOME with a blank: only what compiles. HOME read-only:
-    everything, compiled things apart if runs/ has a blank.
+    """HOME writable: nothing is moved. With a blank: what compiles. Read-only: everything.
+
+    Compiled things lie apart if runs/ has a blank.
     """
     from lab import profile
 

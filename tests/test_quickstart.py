@@ -32,9 +32,7 @@ TWO = ["--only", "01_single_gpu_smoke", "03_vllm"]
 
 @pytest.fixture
 def stages(tree):
-    """(tree, script): the headline scripts of 01 and 03 replaced by stand-ins that append to a file
-    each time they run.
-    """
+    """(tree, script): the scripts of 01 and 03 are stand-ins that note each time they run."""
     # The copy shares this repository's environment.
     (tree / "scripts/setup.sh").write_text("#!/bin/sh\n")
     (tree / ".venv").symlink_to(ROOT / ".venv")
@@ -100,9 +98,7 @@ def test_interrupted_and_resumed(stages):
 
 
 def test_lines_while_it_works(stages):
-    """Which stage, what it does, how far it is and where its output is; the output itself stays
-    there.
-    """
+    """Which stage, what it does, how far it is; its output stays in a file that is named."""
     tree, script = stages
     file = tree / "scripts/quickstart.py"
     file.write_text(file.read_text().replace("REPORT_EVERY_S = 15", "REPORT_EVERY_S = 1"))
@@ -120,9 +116,7 @@ def test_lines_while_it_works(stages):
 
 
 def test_what_is_forgotten(stages):
-    """A text changes no result: ticked tasks and readmes leave a stage done. Code and values do
-    not.
-    """
+    """Ticked tasks and readmes leave a stage done, since they change no result; values do not."""
     tree, script = stages
     script("03_vllm").write_text("raise SystemExit('not yet')")
     quickstart(tree, check=1)
@@ -146,9 +140,7 @@ def test_arguments_are_not_the_stages(stages):
 
 
 def test_one_card(stages, filled):
-    """What divides work over two cards has a stand-in on one: no stage asks for what the machine
-    does not have.
-    """
+    """What divides work over two cards has a stand-in on one, and no stage asks for two."""
     tree, _ = stages
     (tree / ".venv").unlink()
     (tree / ".venv").symlink_to(filled("gpu").parent.parent)

@@ -37,8 +37,9 @@ class Page(html.parser.HTMLParser):
 
 
 def test_report(tree, records):
-    """`make report`: a section for every stage that was run, a plot each, the records' own numbers,
-    and nothing from elsewhere.
+    """`make report`: a section and a plot for every stage that was run, nothing from elsewhere.
+
+    The numbers are the records' own.
     """
     here = {"cwd": tree, "PYTHONPATH": str(tree), "RECORDS": str(records)}
     out = python("scripts/report.py", check=0, **here).stdout
@@ -93,9 +94,7 @@ def ran(tree, command: str, make: str = "", profile: str = "cpu") -> None:
 
 
 def test_progress(tree):
-    """A task is done by its own command, with its own flags and profile, by the file it writes, or
-    by a tick.
-    """
+    """A task is done by its own command with its flags and profile, by its file, or by a tick."""
     tasks = {f.parent.name: f.read_text().count("- [ ] ") for f in tree.glob("modules/*/PLAN.md")}
     out = progress(tree)
     assert all(re.search(rf"(?m)^{stage} .* 0/{count}$", out) for stage, count in tasks.items()), (
@@ -184,8 +183,9 @@ def test_progress_names_one_next_step(tree):
 
 
 def test_tasks_that_want_two_cards(tree):
-    """On one card the next step is never one that has to be refused; the Makefile says which
-    targets start two processes.
+    """On one card the next step is never one that has to be refused.
+
+    The Makefile says which targets start two processes.
     """
     script = runpy.run_path(str(ROOT / "scripts/progress.py"), run_name="imported")
     makefile = (ROOT / "Makefile").read_text()
@@ -252,9 +252,7 @@ def test_every_task_leaves_a_trace(command):
 
 @pytest.mark.parametrize("readme, language", [("README.md", "zh"), ("README.en.md", "en")])
 def test_claims(readme, language):
-    """Each claim has its row, and a sentence outside the table that links to it; a measured one has
-    a number.
-    """
+    """Each claim has its row, a sentence that links to it, a number where it was measured."""
     text = (ROOT / readme).read_text()
     table = re.search(r"<!-- claims .*?<!-- /claims -->", text, re.S)[0]
     rows = {m[1]: m[0] for m in re.finditer(r'(?m)^\| <a id="claim-([\w-]+)"></a>.*$', table)}
@@ -269,9 +267,7 @@ def test_claims(readme, language):
 
 
 def test_claims_go_by_records_that_exist_or_will():
-    """A claim's record is of a script of ours, and where a machine has the record, it has the
-    metric.
-    """
+    """A claim's record is of a script of ours; where a machine has it, it has the metric."""
     for entry in CLAIMS:
         assert set(entry) <= {"id", "claim", "measured", "source", "precisely"}
         assert set(entry["claim"]) == set(entry["precisely"]) == {"zh", "en"}

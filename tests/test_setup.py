@@ -1,5 +1,4 @@
-"""scripts/setup.sh, run for real in a small copy of the tree: each way to an environment, each
-refusal, what a kill leaves.
+"""scripts/setup.sh in a small copy of the tree: ways to an environment, refusals, kills.
 
 The copy's locks hold a few small packages, cut with their hashes out of the real ones. PATH is one
 folder of links to the tools that the scripts call, so that no conda or GPU of this machine shows
@@ -108,8 +107,9 @@ class Tree:
     def conda(
         self, name="conda", row="videofen  *  %s", create="mkdir -p '{1}' && cp -a '{0}/.' '{1}'"
     ):
-        """A conda that lists `videofen` where its prefix exists, creates it with the script
-        `create`, and logs each call.
+        """A conda that lists `videofen` where its prefix exists, and logs each call.
+
+        It creates the environment with the script `create`.
         """
         other = row.replace("videofen", "videofen-old")
         self.stub(
@@ -144,9 +144,7 @@ esac""",
         self.stub("df", "echo Filesystem; echo /dev/sda 0 0 104857600")
 
     def setup(self, *args, kill_at=None, **variables):
-        """Returns (exit code, stdout, stderr); killed, with all that it started, once the path
-        `kill_at` is there.
-        """
+        """(exit code, stdout, stderr); killed, with all it started, once `kill_at` is there."""
         job = subprocess.Popen(
             [self.root / "scripts/setup.sh", *args],
             env=self.environment | variables,
@@ -529,9 +527,7 @@ esac""",
 
 @pytest.fixture(scope="module")
 def offered_python(tmp_path_factory):
-    """A list of downloads for uv that names one archive: the Python that runs this, with its
-    library and headers.
-    """
+    """A list of downloads for uv with one archive: this Python, its library and headers."""
     folder = tmp_path_factory.mktemp("offered")
     archive, prefix = folder / "python.tar.gz", Path(sys.base_prefix)
     parts = [
@@ -709,8 +705,9 @@ def test_uv_that_cannot_be_fetched(index, what, sentence):
 
 
 def test_blank_in_the_path(tree):
-    """The environment stands elsewhere, .venv is a link to it, and Python that is started by the
-    link does not learn of the blank.
+    """The environment stands elsewhere, and .venv is a link to it.
+
+    Python that is started by the link does not learn of the blank.
     """
     tree.root = tree.root.rename(tree.root.with_name("路径 with space"))
     tree.conda()

@@ -1,5 +1,6 @@
-"""A stand-in for NVIDIA's pynvml: put this folder on PYTHONPATH, and describe the cards in
-FAKE_CARDS.
+"""A stand-in for NVIDIA's pynvml: FAKE_CARDS describes the cards.
+
+Put this folder on PYTHONPATH.
 
     FAKE_CARDS='[{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}]'
 

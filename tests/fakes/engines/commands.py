@@ -1,5 +1,6 @@
-"""Stand-ins for commands: python -m commands NAME [ARG ...]. Launchers run the script once, as the
-first of the processes.
+"""Stand-ins for commands: python -m commands NAME [ARG ...].
+
+Launchers run the script once, as the first of the processes.
 """
 
 import json
@@ -118,9 +119,7 @@ def train(settings: dict, output: Path) -> None:
 
 
 class Page(BaseHTTPRequestHandler):
-    """200 for everything: an exporter, a web UI; and Prometheus with nothing to watch but one
-    target that is up.
-    """
+    """200 for everything: an exporter, a web UI, a Prometheus whose one target is up."""
 
     def log_message(self, *_):
         pass

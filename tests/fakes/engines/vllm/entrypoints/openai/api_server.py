@@ -1,5 +1,6 @@
-"""Stand-in for vLLM's OpenAI-compatible server: real HTTP, the real one's paths, refusals and
-metrics; every answer is its prompt's length in words.
+"""Stand-in for vLLM's server: real HTTP, the real one's paths, refusals and metrics.
+
+Every answer is its prompt's length in words.
 """
 
 import json
