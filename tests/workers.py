@@ -1,8 +1,8 @@
 """Several tests at a time (pytest-xdist, `-n auto`), none in another's way.
 
 The first worker has the machine as it is. Each further one has a network of its own, in which the
-ports 8000, 29500 ... are free, a /dev/shm of its own, whose files DeepSpeed names by its port, and a
-folder of its own for what runs write (RUNS).
+ports 8000, 29500 ... are free, a /dev/shm of its own, whose files DeepSpeed names by its port, and
+a folder of its own for what runs write (RUNS).
 """
 
 import fcntl
