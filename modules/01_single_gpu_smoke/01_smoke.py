@@ -24,19 +24,6 @@ TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 1e-2}
 QUESTION = "What is the capital of France? Answer in one sentence."
 
 
-class Clock:
-    """A streamer for `generate`, which hands it the prompt and then every new token."""
-
-    def __init__(self):
-        self.stamps: list[float] = []
-
-    def put(self, _tokens):
-        self.stamps.append(time.perf_counter())
-
-    def end(self):
-        """Nothing is left to do."""
-
-
 def main() -> None:
     profile = load_profile()
     formatter = argparse.RawDescriptionHelpFormatter
@@ -196,6 +183,19 @@ def main() -> None:
     print(f"\n{'all right' if not wrong else 'WRONG: ' + ', '.join(wrong)}")
     results.finish(__file__, metrics, vars(args))
     raise SystemExit(1 if wrong else 0)
+
+
+class Clock:
+    """A streamer for `generate`, which hands it the prompt and then every new token."""
+
+    def __init__(self):
+        self.stamps: list[float] = []
+
+    def put(self, _tokens):
+        self.stamps.append(time.perf_counter())
+
+    def end(self):
+        """Nothing is left to do."""
 
 
 if __name__ == "__main__":

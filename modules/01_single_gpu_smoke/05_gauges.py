@@ -167,7 +167,7 @@ def main() -> None:
     watcher.join()
 
     print()
-    table(["load", "util", "memory", "clock", "power", "work done", ""], rows)
+    table(["load", "util", "memory", "clock", "power", "computed", "moved"], rows)
     times = metrics["matrix_product_tflop_per_s"] / metrics["one_number_tflop_per_s"]
     metrics["product_over_number_ratio"] = round(times, 0)
     print(f"\nthe matrix product does {times:,.0f} times the arithmetic of adding to one number")
