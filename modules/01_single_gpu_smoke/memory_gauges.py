@@ -16,35 +16,30 @@ class CardMemory:
 
     gives_back_by = "torch.cuda.empty_cache()"
 
-    def holds(self) -> int:
-        """Of living tensors."""
+    def __init__(self):
         import torch
 
-        return torch.cuda.memory_allocated()
+        self.cuda = torch.cuda
+
+    def holds(self) -> int:
+        """Of living tensors."""
+        return self.cuda.memory_allocated()
 
     def keeps(self) -> int:
         """Taken from the card, for tensors and for later."""
-        import torch
-
-        return torch.cuda.memory_reserved()
+        return self.cuda.memory_reserved()
 
     def give_back(self) -> None:
         """Let the allocator return what no tensor holds."""
-        import torch
-
-        torch.cuda.empty_cache()
+        self.cuda.empty_cache()
 
     def begin_peak(self) -> None:
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
+        self.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
         """The most that tensors held since `begin_peak`."""
-        import torch
-
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated()
 
 
 class ProcessMemory:

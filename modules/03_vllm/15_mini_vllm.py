@@ -6,8 +6,8 @@
     python modules/03_vllm/15_mini_vllm.py --only mini --enforce-eager      # no CUDA graphs
     python modules/03_vllm/15_mini_vllm.py --requests 256 --repeat 3        # worth quoting: medians
 
-64 blocks are too few for all requests. Small chunks of prompts are read beside others' decoding.
-What CUDA graphs are worth is seen on a GPU only.
+In the second, 64 blocks are too few for all requests; in the third, small chunks of prompts are
+read beside others' decoding; the fourth shows on a GPU what CUDA graphs are worth.
 
 Look at: what the scheduler did, a line a second: prompts are read and tokens are made in the same
 steps, a finished request's blocks go to the next one at once. Then at the ratio: what is left of
