@@ -55,6 +55,9 @@ def separate(config) -> None:
 
 def settle(worker: str, root: Path) -> Path:
     """The folder that this worker's commands write into; makes its network and its /dev/shm."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+        # OpenMP threads sleep while they wait: spinning, they hold cores that other workers need.
+        os.environ["GOMP_SPINCOUNT"] = "0"
     if worker == "gw0":
         return root / "runs"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
