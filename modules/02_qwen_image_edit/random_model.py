@@ -182,11 +182,8 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
         filled += 2 * math.prod(shape)
     where = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            if len(shards) > 1
-            else f"{stem}.safetensors"
-        )
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"{stem}{part}.safetensors"
         header = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
