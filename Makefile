@@ -212,7 +212,7 @@ test-long: setup ## the slow proofs
 lint: env ## ruff, its format, and the measures of scripts/lint.py
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check --quiet .
-	@$(PY) scripts/lint.py --show
+	@$(PY) scripts/lint.py
 
 snapshot: env ## write what the doctor finds into .CLAUDE.md, for an AI assistant
 	@$(PY) scripts/doctor.py --snapshot $(ARGS)

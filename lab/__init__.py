@@ -1,4 +1,4 @@
-"""Plumbing that no stage teaches: profiles, models, result records, machine facts, background jobs."""
+"""Plumbing that no stage teaches: profiles, models, records, the machine, background jobs."""
 
 import os
 import sys

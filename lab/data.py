@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from lab import ROOT, fail, shown
+from lab.training import add_flag
 
 FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 
@@ -105,30 +106,11 @@ def trace(count: int, mean: float, most: int, sigma: float, seed: int) -> list[t
 
 def add_trace_flags(parser, defaults) -> None:
     """The flags that `trace_of` reads; `defaults`: the profile's `throughput`."""
-    parser.add_argument(
-        "--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--mean-tokens",
-        type=float,
-        default=defaults.mean_tokens,
-        help="mean output length (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=defaults.max_tokens,
-        help="longest output (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sigma",
-        type=float,
-        default=0.8,
-        help="spread of the lengths, 0: all equal (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the requests (default: %(default)s)"
-    )
+    add_flag(parser, "--requests", int, defaults.requests, "how many requests to send")
+    add_flag(parser, "--mean-tokens", float, defaults.mean_tokens, "mean length of the outputs")
+    add_flag(parser, "--max-tokens", int, defaults.max_tokens, "length of the longest output")
+    add_flag(parser, "--sigma", float, 0.8, "spread of the lengths, 0: all equal")
+    add_flag(parser, "--seed", int, 0, "seed of the random lengths and prompts")
 
 
 def trace_of(args) -> list[tuple[str, int]]:

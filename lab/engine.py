@@ -1,7 +1,7 @@
-"""vLLM as the scripts share it: its arguments as a command line, what its server offers, why it
-stopped, and its engine in this process.
+"""vLLM as the scripts share it.
 
-modules/03_vllm/closed_loop.py drives that engine step by step.
+Its arguments as a command line, what its server offers, why it stopped, and its engine in this
+process. modules/03_vllm/closed_loop.py drives that engine step by step.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""Background jobs of this repository: started in a session of their own, listed in runs/jobs,
-stopped whole.
+"""Background jobs: started in a session of their own, listed in runs/jobs, stopped whole.
 
 A job's processes are those of its session (whose id survives its leader's death) and those that
 inherited its mark, a random word in the environment: torchrun gives each worker a session of its
@@ -28,9 +27,9 @@ MARKS = "LAB_JOBS"
 
 
 def start(name: str, command: list[str], log: Path | int | None, **facts) -> subprocess.Popen:
-    """Run `command` as a job, its output in the file `log` (None: on the screen; subprocess.PIPE:
-    as text to the caller).
+    """Run `command` as a job, its output in the file `log`.
 
+    `log` None: on the screen; subprocess.PIPE: as text to the caller.
     `facts` (address ...) are kept in the job's file.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -73,22 +72,21 @@ def _keep(job: dict) -> None:
 
 def members(job: dict) -> list[psutil.Process]:
     """Living processes of the job: of its session, or marked as its own."""
-    found = []
+    living = []
     reused = False  # its process id, and so its session's, now belongs to somebody else
     for process in psutil.process_iter():
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
             if _marked(process, job["mark"]):
-                found.append(process)
+                living.append(process)
             elif os.getsid(process.pid) == job["pid"] and not reused:
-                reused = (
-                    process.pid == job["pid"] and abs(process.create_time() - job["created"]) > 1
-                )
-                found += [] if reused else [process]
+                younger = abs(process.create_time() - job["created"]) > 1
+                reused = process.pid == job["pid"] and younger
+                living += [] if reused else [process]
         except (ProcessLookupError, PermissionError, psutil.Error):
             continue
-    return found
+    return living
 
 
 def _marked(process: psutil.Process, mark: str) -> bool:
@@ -114,11 +112,12 @@ def running() -> dict[str, dict]:
 
 
 def stop(job: dict, grace_s: float = 25) -> int:
-    """End every process of the job: SIGTERM to its leader, which ends its workers itself, then to
-    what the leader left behind, SIGKILL to what still lives after `grace_s` seconds (vLLM: 10 to
-    let requests finish, about 5 to take itself down).
-    Returns how many processes ended. The job's file says `stopping` meanwhile: whoever waits for
-    the job knows that it was asked to end.
+    """End every process of the job and return how many there were.
+
+    SIGTERM to its leader, which ends its workers itself, then to what the leader left behind;
+    SIGKILL to what still lives after `grace_s` seconds (vLLM: 10 to let requests finish, about 5
+    to take itself down). The job's file says `stopping` meanwhile: whoever waits for the job knows
+    that it was asked to end.
     """
     count = len(members(job))
     _keep(job | {"stopping": True})
@@ -128,9 +127,10 @@ def stop(job: dict, grace_s: float = 25) -> int:
         if time.monotonic() > deadline:
             _signal(left, signal.SIGKILL)
         else:
-            leader = [p for p in left if p.pid == job["pid"]]
-            _signal([p for p in leader or left if p.pid not in told], signal.SIGTERM)
-            told |= {p.pid for p in leader or left}
+            leader = [process for process in left if process.pid == job["pid"]]
+            first = leader or left
+            _signal([process for process in first if process.pid not in told], signal.SIGTERM)
+            told |= {process.pid for process in first}
         time.sleep(0.1)
     (FOLDER / f"{job['name']}.json").unlink(missing_ok=True)
     return count
@@ -154,8 +154,9 @@ def port_taken(port: int) -> bool:
 
 
 def refuse_taken_port(port: int, way_out: str) -> None:
-    """Exit code 2 where another program listens on 127.0.0.1:`port`; `way_out` says how to take
-    another one.
+    """Exit code 2 where another program listens on 127.0.0.1:`port`.
+
+    `way_out` says how to take another one.
     """
     if port_taken(port):
         fail(f"port {port} is in use by another program: end it, or {way_out}")
@@ -167,8 +168,7 @@ def cards() -> list[str]:
 
 
 def refuse_taken_cards() -> None:
-    """Exit code 2 where a server of this repository holds a GPU that this process is about to fill:
-    it would run out of memory.
+    """Exit code 2 where a server of this repository holds a GPU that this process would fill.
 
     A server is a job started with the fact `cards`. On a CPU both run, only more slowly.
     """
@@ -176,8 +176,9 @@ def refuse_taken_cards() -> None:
     for name, job in running().items() if own else ():
         taken = [str(gpu["index"]) for gpu in own if gpu["uuid"] in job.get("cards", [])]
         if taken:
+            gpus = ", ".join(taken)
             fail(
-                f"the server {name} at {job['address']} holds the memory of GPU {', '.join(taken)}: "
+                f"the server {name} at {job['address']} holds the memory of GPU {gpus}: "
                 "end it with 'make stop' first"
             )
 
@@ -190,7 +191,7 @@ def wait_healthy(
     cause: Callable[[], str],
     timeout_s: float = 900,
 ) -> float:
-    """Seconds until `url` answered with HTTP 200, a line of the job's log every 5 s meanwhile.
+    """Seconds until `url` answered with HTTP 200; a line of the job's log every 5 s meanwhile.
 
     A job that ends first, is not healthy after `timeout_s`, or whose wait is interrupted leaves no
     process; `cause()` says why it ended, for the one sentence of exit code 2.
@@ -201,27 +202,32 @@ def wait_healthy(
         while not ready:
             if process.poll() is not None:
                 fail(f"{name} stopped while starting: {cause()} (whole log: {shown(log)})")
-            if (now := time.monotonic()) - began > timeout_s:
+            now = time.monotonic()
+            if now - began > timeout_s:
+                patience = f"{timeout_s:.0f} s"
                 fail(
-                    f"{name} was not healthy after {timeout_s:.0f} s and was ended; its log: {shown(log)}"
+                    f"{name} was not healthy after {patience} and was ended; its log: {shown(log)}"
                 )
             if now - reported >= 5:
                 reported = now
-                lines = [
-                    line.strip()
-                    for line in log.read_text(errors="replace").splitlines()
-                    if line.strip()
-                ]
-                print(f"  {now - began:4.0f} s  {(lines or ['starting'])[-1][:120]}", flush=True)
+                print(f"  {now - began:4.0f} s  {_last_line(log)}", flush=True)
             try:
                 with urllib.request.urlopen(url, timeout=2) as answer:
                     ready = answer.status == 200
             except (urllib.error.URLError, OSError):
                 time.sleep(0.25)
     finally:
-        if not ready and name in (jobs := running()):
-            stop(jobs[name])
+        living = {} if ready else running()
+        if name in living:
+            stop(living[name])
     return time.monotonic() - began
+
+
+def _last_line(log: Path) -> str:
+    """Of what the job has written so far, as much as a screen shows."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    written = [line for line in lines if line] or ["starting"]
+    return written[-1][:120]
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:

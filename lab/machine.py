@@ -1,6 +1,4 @@
-"""What this machine is: its name under results/, its processors and memory, the versions that
-matter.
-"""
+"""What this machine is: its name under results/, its processors, its cards, its versions."""
 
 import math
 import os
@@ -11,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from lab import fail
+from lab import ROOT, fail
 
 PACKAGES = (
     "torch",
@@ -50,7 +48,8 @@ def cards() -> list[dict]:
 
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        count = pynvml.nvmlDeviceGetCount()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
         driver = pynvml.nvmlSystemGetDriverVersion()
         return [card(handle, index, driver) for index, handle in enumerate(handles)]
     except pynvml.NVMLError:
@@ -96,7 +95,7 @@ def visible(cards: list[dict], chosen: str | None) -> list[dict]:
 
 
 def gpus() -> list[dict]:
-    """The cards that CUDA sees now: `cards` after CUDA_VISIBLE_DEVICES, which `load_profile` sets."""
+    """The cards that CUDA sees now: CUDA_VISIBLE_DEVICES, which `load_profile` sets, says which."""
     return visible(cards(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -126,25 +125,24 @@ def cores() -> int:
 
 
 @cache
+def processor() -> dict[str, str]:
+    """What Linux says of the first processor: {"model name": ..., "flags": ...}."""
+    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    lines = [line.partition(":") for line in first.splitlines()]
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions; PyTorch's way without them is hundreds
-    of times slower.
+    """Whether this CPU has instructions for bfloat16: without, PyTorch is hundreds of times slower.
 
     What oneDNN asks for (PyTorch, aten/src/ATen/native/mkldnn/Utils.h): AVX-512, or AVX-NE-CONVERT.
     """
-    flags = set()
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("flags"):
-                flags = set(line.split())
-                break
+    flags = set(processor().get("flags", "").split())
     return {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
 
 
 def memory_cap_gib() -> float | None:
-    """GiB a card to which a larger GPU is capped (variable MEMORY_CAP_GIB), to stand in for a 24 GB
-    card; None without a cap.
-    """
+    """GiB to which MEMORY_CAP_GIB caps each GPU, to stand in for a 24 GB card; None without."""
     cap = os.environ.get("MEMORY_CAP_GIB")
     try:
         return float(cap) if cap else None
@@ -154,71 +152,65 @@ def memory_cap_gib() -> float | None:
 
 def model(name: str) -> str:
     """A card's model in one word: NVIDIA GeForce RTX 3090 Ti -> 3090ti."""
-    words = re.sub(r"NVIDIA|GeForce|RTX|Tesla", "", name).split()
-    return "".join(words[: 2 if words[1:2] in (["D"], ["Ti"], ["SUPER"]) else 1]).lower()
+    number, *rest = re.sub(r"NVIDIA|GeForce|RTX|Tesla", "", name).split()
+    variant = rest[0] if rest and rest[0] in ("D", "Ti", "SUPER") else ""
+    return (number + variant).lower()
 
 
 def name() -> str:
-    """Name under results/: `cpu-2c`, `4090x2`, `h100`, `h200-cap24` (24 GB a card emulated by a
-    cap).
-    """
+    """Name under results/: `cpu-2c`, `4090x2`, `h200-cap24` (24 GB a card emulated by a cap)."""
     if not gpus():
         return f"cpu-{cores()}c"
     models = [model(gpu["name"]) for gpu in gpus()]
+    alike = len(set(models)) == 1
     count = f"x{len(models)}" if len(models) > 1 else ""
-    here = models[0] + count if len(set(models)) == 1 else "-".join(models)
-    return here + (f"-cap{memory_cap_gib():.0f}" if memory_cap_gib() else "")
+    cap = memory_cap_gib()
+    suffix = f"-cap{cap:.0f}" if cap else ""
+    return (models[0] + count if alike else "-".join(models)) + suffix
 
 
 def describe() -> dict:
     """The machine as a result record keeps it."""
-    with open("/proc/cpuinfo") as f:
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in f if line.startswith("model name")),
-            "unknown",
-        )
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cards_used = [{key: gpu[key] for key in RECORDED} for gpu in gpus()]
     facts = {
         "name": name(),
-        "cpu": cpu,
+        "cpu": processor().get("model name", "unknown"),
         "cores": cores(),
         "ram_gib": round(ram, 1),
-        "gpus": cards_used,
+        "gpus": [{key: gpu[key] for key in RECORDED} for gpu in gpus()],
     }
-    return facts | ({"memory_cap_gib": memory_cap_gib()} if memory_cap_gib() else {})
+    if memory_cap_gib():
+        facts["memory_cap_gib"] = memory_cap_gib()
+    return facts
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Installed versions of `packages`, by default the engines, without importing them."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @cache
 def commit() -> str:
-    """Short commit of this repository as the process began, `-dirty` where its code is another;
-    "unknown" without git or checkout.
+    """Short commit of this repository as the process began, `-dirty` where its code is another.
+
+    "unknown" without git, without a checkout, or in the checkout of something else.
     """
-    from lab import ROOT
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", ROOT, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        if git("rev-parse", "--show-toplevel") != str(
-            ROOT
-        ):  # the folder lies in a checkout of something else
+        if git("rev-parse", "--show-toplevel") != str(ROOT):
             return "unknown"
-        return git("rev-parse", "--short=10", "HEAD") + (
-            "-dirty" if git("status", "--porcelain", "--", *CODE) else ""
-        )
+        changed = git("status", "--porcelain", "--", *CODE)
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def git(*arguments: str) -> str:
+    """What this git command prints here."""
+    command = ["git", "-C", ROOT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,10 +1,11 @@
-"""From a model's name to a folder that every engine can load (configs/models.yaml lists each model
-once).
+"""From a model's name to a folder that every engine can load.
 
-The hub variables work as everywhere: HF_ENDPOINT names a Hugging Face mirror; USE_MODELSCOPE_HUB=1
-or VLLM_USE_MODELSCOPE=1 downloads from ModelScope instead.
+configs/models.yaml lists each model once. The hub variables work as everywhere: HF_ENDPOINT names
+a Hugging Face mirror; USE_MODELSCOPE_HUB=1 or VLLM_USE_MODELSCOPE=1 downloads from ModelScope
+instead.
 """
 
+import json
 import os
 import re
 import shutil
@@ -22,9 +23,7 @@ def catalogue() -> dict[str, dict]:
 
 
 def entry(name: str) -> tuple[str, dict]:
-    """(name, its entry) for a name, Hugging Face id or ModelScope id of configs/models.yaml; (name,
-    {}) for anything else.
-    """
+    """(name, its entry) for a name or a hub's id in configs/models.yaml; else (`name`, {})."""
     for key, model in catalogue().items():
         if name.lower() in (key, model["hub"].lower(), model["modelscope"].lower()):
             return key, model
@@ -32,28 +31,16 @@ def entry(name: str) -> tuple[str, dict]:
 
 
 def config(name: str) -> dict:
-    """What the model's config.json says. `name` is one of configs/models.yaml, a config.json, a
-    folder that holds one, or a hub id.
+    """What the model's config.json says.
 
+    `name` is one of configs/models.yaml, a config.json, a folder that holds one, or a hub id.
     Only a hub id that configs/models.yaml does not list needs the network (one small file). Raises
     SystemExit(2) with one sentence.
     """
-    import json
-
     known = entry(name)[1].get("config")
     if known:
         return dict(known)
-    file = Path(name).expanduser()
-    if file.is_dir():
-        file = file / "config.json"
-        if not file.is_file():
-            fail(f"the folder {name} holds no model: there is no config.json in it")
-    elif not file.is_file():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            fail(
-                f"there is no model {name}: give a name of configs/models.yaml, a folder, a config.json or an organisation/model id of the hub"
-            )
-        file = _from_hub(name, "the config.json of", "give a config.json", file="config.json")
+    file = _config_file(name)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
@@ -63,54 +50,81 @@ def config(name: str) -> dict:
     return content
 
 
-def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
-    """The model's folder, or one `file` of it, from the hub that the environment names; one
-    sentence and exit code 2 where it cannot be had.
-    """
-    model = entry(name)[1]
-    try:
-        if from_modelscope():
-            from modelscope import model_file_download, snapshot_download
-
-            hub = model.get("modelscope", name)
-            return Path(model_file_download(hub, file) if file else snapshot_download(hub))
-        from huggingface_hub import hf_hub_download, snapshot_download
-
-        hub = model.get("hub", name)
-        return Path(
-            hf_hub_download(hub, file)
-            if file
-            else snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"])
-        )
-    except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+def _config_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path, name) / "config.json"
+    if path.is_file():
+        return path
+    if not _is_hub_id(name):
         fail(
-            f"could not get {what} {name}: {reason} -- check the name and the network, or {way_out}"
+            f"there is no model {name}: give a name of configs/models.yaml, a folder, "
+            "a config.json or an organisation/model id of the hub"
         )
+    return _from_hub(name, "the config.json of", "give a config.json", file="config.json")
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    """`folder`, if it holds a model; `name` is how the user gave it."""
+    if not (folder / "config.json").is_file():
+        fail(f"the folder {name} holds no model: there is no config.json in it")
+    return folder
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
+    """The model's folder, or one `file` of it, from the hub that the environment names.
+
+    Raises SystemExit(2) with one sentence where it cannot be had.
+    """
+    download = _download_from_modelscope if from_modelscope() else _download_from_hugging_face
+    try:
+        return Path(download(name, file))
+    except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        advice = f"check the name and the network, or {way_out}"
+        fail(f"could not get {what} {name}: {lines[0][:200]} -- {advice}")
+
+
+def _download_from_modelscope(name: str, file: str) -> str:
+    from modelscope import model_file_download, snapshot_download
+
+    hub = entry(name)[1].get("modelscope", name)
+    return model_file_download(hub, file) if file else snapshot_download(hub)
+
+
+def _download_from_hugging_face(name: str, file: str) -> str:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    hub = entry(name)[1].get("hub", name)
+    if file:
+        return hf_hub_download(hub, file)
+    return snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"])
 
 
 def from_modelscope() -> bool:
-    return any(
-        os.environ.get(v, "").lower() in ("1", "true", "yes")
-        for v in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE")
-    )
+    """Whether a variable asks for ModelScope instead of Hugging Face."""
+    values = [os.environ.get(name, "") for name in ("USE_MODELSCOPE_HUB", "VLLM_USE_MODELSCOPE")]
+    return any(value.lower() in ("1", "true", "yes") for value in values)
 
 
 def served_names(name: str) -> list[str]:
-    """Names under which a server answers for this model: the short one and its hub id; for another
-    folder, its own.
+    """Names under which a server answers for this model: the short one and its hub id.
+
+    For a folder of the user's, the folder's own name.
     """
-    cached = re.search(
-        r"/models--([^/]+)/snapshots/[^/]+/?$", name
-    )  # where the hub's library keeps a model
+    # Where the hub's library keeps a model.
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+/?$", name)
     if cached:
         name = cached[1].replace("--", "/")
     key, model = entry(name)
-    return (
-        [key, model["hub"]]
-        if model
-        else [name if "/" not in name or not Path(name).is_dir() else Path(name).name]
-    )
+    if model:
+        return [key, model["hub"]]
+    is_folder = "/" in name and Path(name).is_dir()
+    return [Path(name).name if is_folder else name]
 
 
 def model_folder(name: str) -> Path:
@@ -123,30 +137,26 @@ def model_folder(name: str) -> Path:
     if "package" in model:
         return _from_package(key, model)
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            fail(f"the folder {name} holds no model: there is no config.json in it")
-        return Path(name).resolve()
+        return _in_folder(Path(name), name).resolve()
     if name.startswith((".", "/", "~")):
         fail(f"there is no model folder {name}")
-    if not model and name.count("/") != 1:
+    if not model and not _is_hub_id(name):
         fail(
-            f"unknown model {name}: choose one of {', '.join(catalogue())} (configs/models.yaml), an organisation/model id of the hub, or a folder"
+            f"unknown model {name}: choose one of {', '.join(catalogue())} "
+            "(configs/models.yaml), an organisation/model id of the hub, or a folder"
         )
     return _from_hub(name, "model", "set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
 
 
 def _from_package(key: str, model: dict) -> Path:
-    """Convert the GGUF file that a Python package ships into a Hugging Face folder, once (about 30
-    s).
-    """
+    """Convert the GGUF file in a Python package into a Hugging Face folder, once (about 30 s)."""
     folder = RUNS / "models" / key
     if (folder / "config.json").is_file():
         return folder
-    package = find_spec(model["package"])
+    name = model["package"]
+    package = find_spec(name)
     if package is None:
-        fail(
-            f"package {model['package']}, which carries model {key}, is not installed: run 'make setup'"
-        )
+        fail(f"package {name}, which carries model {key}, is not installed: run 'make setup'")
     print(f"unpacking {key} into {shown(folder)} (once, about 30 s)", file=sys.stderr, flush=True)
 
     import torch
@@ -154,15 +164,13 @@ def _from_package(key: str, model: dict) -> Path:
 
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model["gguf"])
-    tokenizer.eos_token = tokenizer.pad_token = (
-        "<|im_end|>"  # as published; the GGUF names <|im_start|> here
-    )
+    tokenizer.eos_token = "<|im_end|>"  # as published; the GGUF names <|im_start|> here
+    tokenizer.pad_token = "<|im_end|>"
     # LLaMA-Factory trains in the folder's own type.
     dtype = torch.bfloat16 if machine.fast_bfloat16() else torch.float32
     weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=dtype)
-    partial = folder.with_name(
-        f".{key}-{os.getpid()}"
-    )  # renamed when whole: an interrupted conversion leaves no half model
+    # Renamed when whole: an interrupted conversion leaves no half model.
+    partial = folder.with_name(f".{key}-{os.getpid()}")
     tokenizer.save_pretrained(partial)
     weights.save_pretrained(partial)
     try:
@@ -173,12 +181,11 @@ def _from_package(key: str, model: dict) -> Path:
 
 
 def main() -> None:
-    """`python -m lab.models NAME ...`: print the folder of each model, downloading what is missing."""
+    """`python -m lab.models NAME ...`: print the folder of each model."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
-        print(
-            "usage: python -m lab.models NAME [NAME ...]   print each model's folder, downloading what is missing\nnames:",
-            ", ".join(catalogue()),
-        )
+        print("usage: python -m lab.models NAME [NAME ...]", end="   ")
+        print("print each model's folder, downloading what is missing")
+        print("names:", ", ".join(catalogue()))
         return
     for name in sys.argv[1:]:
         print(model_folder(name))

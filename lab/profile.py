@@ -21,9 +21,7 @@ from pathlib import Path
 from lab import LOCAL_VARIABLES, ROOT, RUNS, fail, machine, results, shown
 
 FOLDER = ROOT / "configs" / "profiles"
-AWAY = (
-    ", but the gpu lock's vLLM computes on GPUs only: 'make setup LOCK=cpu' brings one for the CPU"
-)
+NO_VLLM = "the gpu lock's vLLM computes on GPUs only"
 
 
 def read_yaml(path: Path) -> dict:
@@ -34,19 +32,18 @@ def read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        fail(
-            f"{shown(path)} is not valid YAML{f' near line {mark.line + 1}' if mark else ''}: {getattr(e, 'problem', None) or e}"
-        )
+        place = f" near line {mark.line + 1}" if mark else ""
+        problem = getattr(e, "problem", None) or e
+        fail(f"{shown(path)} is not valid YAML{place}: {problem}")
     if not isinstance(content, dict):
         fail(f"{shown(path)} holds no settings: it must be a mapping of names to values")
     return content
 
 
 def fitting(requires: dict) -> list[dict]:
-    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large enough, and alike if it
-    can.
-    """
-    count, least = requires.get("gpus", 0), requires.get("gpu_memory_gib", 0)
+    """The visible cards that `requires` {gpus, gpu_memory_gib} takes: large, alike if it can."""
+    count = requires.get("gpus", 0)
+    least = requires.get("gpu_memory_gib", 0)
     large = [gpu for gpu in machine.gpus() if gpu["memory_gib"] >= least]
     for name in dict.fromkeys(gpu["name"] for gpu in large):
         alike = [gpu for gpu in large if gpu["name"] == name]
@@ -57,15 +54,16 @@ def fitting(requires: dict) -> list[dict]:
 
 def missing(requires: dict) -> str:
     """What this machine lacks of `requires` {gpus, gpu_memory_gib}; "" when it has all."""
-    count, found = requires.get("gpus", 0), len(fitting(requires))
-    if found == count:
+    count = requires.get("gpus", 0)
+    have = len(fitting(requires))
+    if have == count:
         return ""
     cards = "1 NVIDIA GPU" if count == 1 else f"{count} NVIDIA GPUs"
-    return f"{cards} of at least {requires['gpu_memory_gib']} GiB, {found} found"
+    return f"{cards} of at least {requires['gpu_memory_gib']} GiB, {have} found"
 
 
-def note(words: str) -> None:
-    print(f"note: {words}", file=sys.stderr)
+def note(sentence: str) -> None:
+    print(f"note: {sentence}", file=sys.stderr)
 
 
 def detect() -> str:
@@ -76,76 +74,120 @@ def detect() -> str:
         if not missing(requires) and not (machine.lock() == "cpu" and requires.get("gpus")):
             possible[file.stem] = requires
     name = max(possible, key=lambda name: possible[name].get("gpus", 0))
-    if words := remark(name, fitting(possible[name])):
-        note(words)
+    sentence = remark(name, fitting(possible[name]))
+    if sentence:
+        note(sentence)
     return name
 
 
 def remark(name: str, taken: list[dict]) -> str:
-    """What a reader should know of the profile that was detected, and of the cards that it takes."""
-    gpus, lock = machine.gpus(), machine.lock()
-    models = Counter(machine.short(gpu["name"]) for gpu in gpus)
-    here = ", ".join(f"{count} x {model}" for model, count in models.items())
-    sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
-    away = f"profile {name}" + (AWAY if lock == "gpu" else "")
+    """What a reader should know of the profile that was detected; "" where all is as expected."""
+    if taken:
+        return remark_on_taken(name, taken)
+    if machine.gpus():
+        return remark_on_left(name)
+    return remark_on_none(name) if machine.lock() == "gpu" else ""
+
+
+def remark_on_taken(name: str, taken: list[dict]) -> str:
     names = [machine.short(gpu["name"]) for gpu in taken]
     if len(set(names)) > 1:
         unlike = " and ".join(
-            f"{machine.short(g['name'])} ({g['memory_gib']:g} GiB)" for g in taken
+            f"{model} ({gpu['memory_gib']:g} GiB)" for model, gpu in zip(names, taken, strict=True)
         )
-        return f"profile {name} takes unlike cards, {unlike}: the smaller memory and the slower card count"
-    if taken and names[0] == "RTX 4090":
+        least = "the smaller memory and the slower card count"
+        return f"profile {name} takes unlike cards, {unlike}: {least}"
+    if names[0] == "RTX 4090":
         return ""
-    if taken:
-        own = "memory, FP8 and speeds are the card's own"
-        return f"{len(taken)} x {names[0]} under profile {name}: {own}"
-    if gpus and lock == "cpu":
+    own = "memory, FP8 and speeds are the card's own"
+    return f"{len(taken)} x {names[0]} under profile {name}: {own}"
+
+
+def remark_on_left(name: str) -> str:
+    """There are cards, and the profile takes none."""
+    gpus = machine.gpus()
+    models = Counter(machine.short(gpu["name"]) for gpu in gpus)
+    here = ", ".join(f"{count} x {model}" for model, count in models.items())
+    if machine.lock() == "cpu":
         change = "to compute on the card: make setup LOCK=gpu"
         return f"{here} here, but this environment is the cpu lock's: profile {name}; {change}"
-    if gpus:
-        own = "for these cards add a YAML file to configs/profiles/"
-        return f"no profile fits the {here} ({sizes}) here, {away}; {own}"
-    if lock != "gpu":
-        return ""
-    if machine.cards():
-        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        last = len(machine.cards()) - 1
-        return (
-            f"CUDA_VISIBLE_DEVICES={chosen} shows none of {last + 1} cards, profile {name}: unset it, "
-            f"or name cards of 0 to {last}"
-        )
-    return f"no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; {away}"
+    sizes = " and ".join(f"{size:g} GiB" for size in sorted({gpu["memory_gib"] for gpu in gpus}))
+    own = "for these cards add a YAML file to configs/profiles/"
+    return f"no profile fits the {here} ({sizes}) here, {without_cards(name)}; {own}"
 
 
-def need_cards(
-    what: str, count: int, otherwise: str = "run it on the CPU with PROFILE=cpu"
-) -> None:
-    """Exit code 2 where `what` wants more cards than the profile has; `otherwise`: what to do then."""
+def remark_on_none(name: str) -> str:
+    """The gpu lock's environment sees no card."""
+    count = len(machine.cards())
+    if not count:
+        why = "'make doctor ARGS=\"--only driver\"' says why"
+        return f"no GPU answers here: {why}; {without_cards(name)}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        f"CUDA_VISIBLE_DEVICES={chosen} shows none of {count} cards, profile {name}: "
+        f"unset it, or name cards of 0 to {count - 1}"
+    )
+
+
+def without_cards(name: str) -> str:
+    """What the profile without cards cannot do under this lock."""
+    if machine.lock() != "gpu":
+        return f"profile {name}"
+    return f"profile {name}, but {NO_VLLM}: 'make setup LOCK=cpu' brings one for the CPU"
+
+
+ON_CPU = "run it on the CPU with PROFILE=cpu"
+
+
+def need_cards(what: str, count: int, otherwise: str = ON_CPU) -> None:
+    """Exit code 2 where `what` wants more cards than the profile has; `otherwise`: the way out."""
     profile = load_profile(check=False)
     have = len(machine.gpus())
-    if profile.device == "cuda" and have < count:
-        there = len(machine.cards())
-        if have < there:  # it is the profile, or CUDA_VISIBLE_DEVICES, that leaves them out
-            otherwise = f"this machine has {there}: leave PROFILE and CUDA_VISIBLE_DEVICES out, or say PROCESSES=2"
-        else:
-            otherwise += f", or take a machine with {count}"
-        fail(
-            f"{what} needs {count} cards, and profile {profile.name} has {have or 'none'} here: {otherwise}"
-        )
+    if profile.device != "cuda" or have >= count:
+        return
+    there = len(machine.cards())
+    if have < there:  # it is the profile, or CUDA_VISIBLE_DEVICES, that leaves them out
+        leave = "leave PROFILE and CUDA_VISIBLE_DEVICES out, or say PROCESSES=2"
+        way_out = f"this machine has {there}: {leave}"
+    else:
+        way_out = f"{otherwise}, or take a machine with {count}"
+    has = f"profile {profile.name} has {have or 'none'} here"
+    fail(f"{what} needs {count} cards, and {has}: {way_out}")
 
 
 def need_vllm() -> None:
     """Exit code 2 where the profile computes on the CPU, and the gpu lock's vLLM does not."""
     if load_profile().device == "cpu" and machine.lock() == "gpu":
-        fail(
-            "the gpu lock's vLLM computes on GPUs only, and profile cpu on the CPU: exchange it with "
-            "'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is"
-        )
+        way_out = "exchange it with 'make setup LOCK=cpu', or leave PROFILE=cpu out where a card is"
+        fail(f"{NO_VLLM}, and profile cpu on the CPU: {way_out}")
+
+
+# Where every library keeps what it downloads and writes, and where what it compiles: variables, and
+# folders in a cache of ours.
+CACHES = {
+    "XDG_CACHE_HOME": "",
+    "XDG_CONFIG_HOME": "config",
+    "HF_HOME": "huggingface",
+    "MODELSCOPE_CACHE": "modelscope",
+    "VLLM_CONFIG_ROOT": "vllm",
+    "MPLCONFIGDIR": "matplotlib",
+}
+COMPILED = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+
+
+def compilable(folder: Path) -> bool:
+    """Whether compilers cope with this path: the rule of scripts/setup.sh."""
+    return re.fullmatch(r"[\w./@+~=-]+", str(folder)) is not None
 
 
 def writable_home() -> dict[str, str]:
-    """Cache folders under runs/cache for every library that would write to HOME; {} where HOME can
-    be written.
+    """Cache folders under runs/cache for libraries that would write to HOME; {} where they can.
 
     What is compiled there is handed to compilers, which cannot cope with a blank in a path: it then
     lies in the system's temporary folder.
@@ -156,71 +198,59 @@ def writable_home() -> dict[str, str]:
         writable = os.access(probe, os.W_OK)
     except OSError:
         writable = False
-    compilable = re.compile(r"[\w./@+~=-]+").fullmatch  # the rule of scripts/setup.sh
-    if writable and compilable(str(probe)):
+    if writable and compilable(probe):
         return {}
-    cache_ = RUNS / "cache"
-    compiled = cache_
-    if not compilable(str(cache_)):
+    own = RUNS / "cache"
+    compiled = own
+    if not compilable(own):
         mark = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
         compiled = Path(tempfile.gettempdir(), f"videofen-cache-{os.getuid()}-{mark}")
-    names = {
-        "XDG_CACHE_HOME": "",
-        "XDG_CONFIG_HOME": "config",
-        "HF_HOME": "huggingface",
-        "MODELSCOPE_CACHE": "modelscope",
-    }
-    names |= {"VLLM_CONFIG_ROOT": "vllm", "MPLCONFIGDIR": "matplotlib"}
-    compilers = {
-        "VLLM_CACHE_ROOT": "vllm",
-        "TRITON_CACHE_DIR": "triton",
-        "FLASHINFER_WORKSPACE_BASE": "",
-    }
-    compilers |= {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    places = (
-        {} if writable else {variable: str(cache_ / folder) for variable, folder in names.items()}
-    )
-    return places | {variable: str(compiled / folder) for variable, folder in compilers.items()}
+    places = {variable: str(compiled / folder) for variable, folder in COMPILED.items()}
+    if not writable:
+        places |= {variable: str(own / folder) for variable, folder in CACHES.items()}
+    return places
 
 
 def without_openssl() -> dict[str, str]:
-    """torch.compile (C++, torch 2.13) names its precompiled headers with the program openssl:
-    without it, none are made.
-    """
+    """No precompiled headers in torch.compile: torch 2.13 names them with the program openssl."""
     return {} if shutil.which("openssl") else {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 
 
 def capped(environment: dict) -> dict:
-    """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, where that stands
-    in for a smaller one.
-    """
-    if not (machine.memory_cap_gib() and machine.gpus()):
+    """`environment` with PyTorch's allocator held to MEMORY_CAP_GIB of each card, if it is set."""
+    cap = machine.memory_cap_gib()
+    if not cap or not machine.gpus():
         return environment
-    fraction = machine.memory_cap_gib() / machine.gpus()[0]["memory_gib"]
-    settings = [
-        environment.get("PYTORCH_ALLOC_CONF", ""),
-        f"per_process_memory_fraction:{min(fraction, 1):.4f}",
-    ]
-    return environment | {"PYTORCH_ALLOC_CONF": ",".join(filter(None, settings))}
+    fraction = min(1, cap / machine.gpus()[0]["memory_gib"])
+    before = environment.get("PYTORCH_ALLOC_CONF")
+    settings = [before] if before else []
+    settings.append(f"per_process_memory_fraction:{fraction:.4f}")
+    return environment | {"PYTORCH_ALLOC_CONF": ",".join(settings)}
 
 
 def take_cards(name: str, requires: dict) -> None:
     """Let CUDA see the cards that the profile requires, and no more; say which are left out."""
-    taken, gpus = fitting(requires), machine.gpus()
+    gpus = machine.gpus()
+    taken = fitting(requires)
     if not taken or len(gpus) == len(taken):
         return  # all of them, perhaps in an order or under UUIDs that the user gave
-
-    def words(cards: list[dict]) -> tuple[str, str]:
-        names = dict.fromkeys(machine.short(card["name"]) for card in cards)
-        return ",".join(str(card["index"]) for card in cards), ", ".join(names)
-
-    numbers, names = words(taken)
-    left_numbers, left_names = words([gpu for gpu in gpus if gpu not in taken])
-    os.environ["CUDA_VISIBLE_DEVICES"] = numbers
+    left = [gpu for gpu in gpus if gpu not in taken]
+    os.environ["CUDA_VISIBLE_DEVICES"] = numbers(taken)
+    cards = "card" if len(taken) == 1 else "cards"
     note(
-        f"profile {name} takes card{'s' * (len(taken) > 1)} {numbers} ({names}) of {len(gpus)} and "
-        f"leaves out {left_numbers} ({left_names}); CUDA_VISIBLE_DEVICES chooses others"
+        f"profile {name} takes {cards} {described(taken)} of {len(gpus)} and leaves out "
+        f"{described(left)}; CUDA_VISIBLE_DEVICES chooses others"
     )
+
+
+def numbers(cards: list[dict]) -> str:
+    return ",".join(str(card["index"]) for card in cards)
+
+
+def described(cards: list[dict]) -> str:
+    """0,2 (RTX 3060, RTX 3090)."""
+    names = dict.fromkeys(machine.short(card["name"]) for card in cards)
+    return f"{numbers(cards)} ({', '.join(names)})"
 
 
 def in_float32(values):
@@ -231,48 +261,55 @@ def in_float32(values):
 
 
 def programs_first() -> None:
-    """Put this environment's programs (torchrun, ninja ...) first on PATH: nobody need activate it."""
+    """Put this environment's programs (torchrun, ninja ...) first on PATH, activated or not."""
     programs = str(Path(sys.prefix, "bin"))
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != programs:
         os.environ["PATH"] = programs + os.pathsep + path
 
 
+def refuse_what_cannot_run(name: str, requires: dict) -> None:
+    """Exit code 2 where this machine, or its lock, lacks what the profile requires."""
+    lacks = missing(requires)
+    if lacks:
+        fail(f"profile {name} needs {lacks}: leave PROFILE out to take what fits this machine")
+    if requires.get("gpus") and machine.lock() == "cpu":
+        fail(
+            f"profile {name} needs the gpu lock, and this environment is the cpu lock's: "
+            "make setup LOCK=gpu, or leave PROFILE out"
+        )
+
+
+def variables(env: dict) -> dict:
+    """All variables that are set for engines and compilers, the profile's `env` among them."""
+    return capped(env) | writable_home() | without_openssl()
+
+
 @cache
 def load_profile(name: str | None = None, check: bool = True):
-    """The profile as an OmegaConf mapping (profile.serve.model ...), its `env` set in os.environ
-    where the user set nothing.
+    """The profile as an OmegaConf mapping (profile.serve.model ...).
 
-    `name` defaults to the variable PROFILE, then to detection. A profile that asks for GPUs this
-    machine lacks, or for another lock, is refused, except where nothing runs (--help, --dry-run, or
-    `check` False).
+    Its `env` is set in os.environ where the user set nothing. `name` defaults to the variable
+    PROFILE, then to detection. A profile that asks for GPUs this machine lacks, or for another
+    lock, is refused, except where nothing runs (--help, --dry-run, or `check` False).
     """
     from omegaconf import OmegaConf
 
     known = sorted(f.stem for f in FOLDER.glob("*.yaml"))
     name = name or os.environ.get("PROFILE") or detect()
     if name not in known:
-        fail(
-            f"unknown PROFILE={name}: choose one of {', '.join(known)} (configs/profiles/), or leave it out to detect"
-        )
+        choice = f"choose one of {', '.join(known)} (configs/profiles/)"
+        fail(f"unknown PROFILE={name}: {choice}, or leave it out to detect")
     values = read_yaml(FOLDER / f"{name}.yaml")
     if values["device"] == "cpu" and not machine.fast_bfloat16():
         values = in_float32(values)
     requires = values.get("requires", {})
     if check and not {"-h", "--help", "--dry-run"} & set(sys.argv):
-        if lacks := missing(requires):
-            fail(f"profile {name} needs {lacks}: leave PROFILE out to take what fits this machine")
-        if requires.get("gpus") and machine.lock() == "cpu":
-            fail(
-                f"profile {name} needs the gpu lock, and this environment is the cpu lock's: "
-                "make setup LOCK=gpu, or leave PROFILE out"
-            )
+        refuse_what_cannot_run(name, requires)
     os.environ["PROFILE"] = name  # child processes run under the same one
     take_cards(name, requires)
     programs_first()
-    for variable, value in (
-        capped(values.get("env", {})) | writable_home() | without_openssl()
-    ).items():
+    for variable, value in variables(values.get("env", {})).items():
         os.environ.setdefault(variable, str(value))
     results.began(values)
     return OmegaConf.create({"name": name, **values})
@@ -282,16 +319,16 @@ def main() -> None:
     profile = load_profile()
     if len(sys.argv) == 1:
         names = ["PROFILE", "PATH", *LOCAL_VARIABLES, "CUDA_VISIBLE_DEVICES"]
-        names += [*capped(dict(profile.env)), *writable_home(), *without_openssl()]
+        names += variables(dict(profile.env))
         for variable in dict.fromkeys(name for name in names if name in os.environ):
             print(f"export {variable}={shlex.quote(os.environ[variable])}")
         return
+    command = sys.argv[1:]
     try:
-        os.execvp(sys.argv[1], sys.argv[1:])
+        os.execvp(command[0], command)
     except FileNotFoundError:
-        fail(
-            f"no command {sys.argv[1]}: activate the environment first (source .venv/bin/activate, or conda activate videofen)"
-        )
+        activate = "source .venv/bin/activate, or conda activate videofen"
+        fail(f"no command {command[0]}: activate the environment first ({activate})")
 
 
 if __name__ == "__main__":

@@ -17,21 +17,25 @@ from pathlib import Path
 
 from lab import ROOT, RUNS, fail, machine, shown
 
-FOLDER = Path(
-    os.environ.get("RECORDS") or RUNS / "records"
-)  # the tests keep theirs apart from yours
+# RECORDS=folder: the tests keep theirs apart from yours.
+FOLDER = Path(os.environ.get("RECORDS") or RUNS / "records")
 # Variables that engines go by, as their names begin. Never kept: a secret, an address.
-ENGINES = ("ACCELERATE_", "CUDA_", "DS_", "FLASHINFER_", "GLOO_", "GOMP_", "HF_", "KMP_", "LD_PRELOAD", "MALLOC_", "MEMORY_CAP_GIB",
-           "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TORCHINDUCTOR_", "TRANSFORMERS_", "TRITON_", "VLLM_")  # fmt: skip
+ENGINES = (
+    *("ACCELERATE_", "DS_", "HF_", "TOKENIZERS_", "TRANSFORMERS_", "VLLM_"),
+    *("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "FLASHINFER_"),
+    *("CUDA_", "NCCL_", "GLOO_", "MEMORY_CAP_GIB"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD"),
+)
 SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASS|CREDENTIAL|AUTH", re.I)
 OUTSIDE = re.compile(r"(?<![\w./])/(?!/)[^\s:,;]+")  # an absolute path
 USED: dict = {}  # the profile that this process runs under: `began` fills it
 
+# -----------------------------------------------------------------------------
+# What ran
+
 
 def name_of(script: str) -> str:
-    """`03_vllm/05_throughput` for that module script; scripts outside modules/ keep their own
-    folder's name.
-    """
+    """`03_vllm/05_throughput` for that module script: the folder's name, and its own."""
     path = Path(script).resolve().with_suffix("")
     return f"{path.parent.name}/{path.name}"
 
@@ -41,24 +45,28 @@ def command() -> str:
     return shlex.join([shown(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def note(name: str) -> None:
-    """Keep in history.jsonl that this command has done its work: `make progress` goes by it.
-    MAKE_COMMAND is set by the Makefile.
-    """
+    """Keep in history.jsonl that this command has done its work: `make progress` goes by it."""
     line = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "script": name,
         "profile": os.environ.get("PROFILE", ""),
+        "command": command(),
+        "make": os.environ.get("MAKE_COMMAND", ""),  # the Makefile sets it
     }
-    line |= {"command": command(), "make": os.environ.get("MAKE_COMMAND", "")}
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "history.jsonl").open("a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def portable(text: str) -> str:
-    """`text` without this machine's folders: paths of the repository relative, of others that are
-    not the system's only the name.
+    """`text` without this machine's folders.
+
+    Paths of the repository become relative; of others that are not the system's the name is left.
     """
     text = text.replace(f"{sys.prefix}/", ".venv/").replace(f"{ROOT}/", "")
 
@@ -80,10 +88,12 @@ def environment() -> dict[str, str]:
     return kept
 
 
+# -----------------------------------------------------------------------------
+# Whether it may be evidence
+
+
 def lock() -> str:
-    """The lock to compare with: the one that set-up filled this environment from, else that of the
-    installed vLLM.
-    """
+    """The lock to compare with: the one that filled this environment, else the installed vLLM's."""
     return machine.lock() or ("gpu" if "vllm" in machine.versions() else "cpu")
 
 
@@ -92,94 +102,110 @@ def versions_differ() -> dict[str, list[str]]:
     text = (ROOT / "locks" / f"{lock()}.txt").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.M))
     installed = machine.versions(machine.COMPARED)
-    pairs = {
-        name: [installed.get(name, "absent"), locked.get(name, "absent")]
-        for name in machine.COMPARED
-    }
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    differ = {}
+    for name in machine.COMPARED:
+        pair = [installed.get(name, "absent"), locked.get(name, "absent")]
+        if pair[0] != pair[1]:
+            differ[name] = pair
+    return differ
 
 
 def obstacle() -> str:
-    """Why what this process measures cannot be stored as evidence; "" where it can or where nobody
-    asked (STORE=1).
-    """
+    """Why what is measured here cannot be evidence; "" where it can, or without STORE=1."""
     if os.environ.get("STORE") != "1":
         return ""
     if machine.commit() == "unknown":
-        return "a record under results/ names its commit, and there is no git or no git checkout here: measure in a clone, or without STORE=1"
-    differ = versions_differ()
-    if differ and os.environ.get("OTHER_VERSIONS") != "1":
-        pairs = ", ".join(
-            f"{name} {installed} (lock: {locked})" for name, (installed, locked) in differ.items()
+        return (
+            "a record under results/ names its commit, and there is no git or no git checkout "
+            "here: measure in a clone, or without STORE=1"
         )
-        return f"installed is not what locks/{lock()}.txt says, {pairs}: run 'make setup', or say OTHER_VERSIONS=1, and the tables will tell"
-    return ""
+    differ = versions_differ()
+    if not differ or os.environ.get("OTHER_VERSIONS") == "1":
+        return ""
+    pairs = [f"{name} {have} (lock: {locked})" for name, (have, locked) in differ.items()]
+    return (
+        f"installed is not what locks/{lock()}.txt says, {', '.join(pairs)}: run 'make setup', "
+        "or say OTHER_VERSIONS=1, and the tables will tell"
+    )
 
 
 def began(profile: dict) -> None:
-    """Keep the profile's values for the record, and refuse at the start what `finish` would not
-    store (lab.profile calls this).
+    """Keep the profile's values, and refuse at the start what `finish` would not store.
+
+    lab.profile calls this.
     """
     USED.update(profile)
-    if not {"-h", "--help", "--dry-run"} & set(sys.argv) and (why := obstacle()):
+    if {"-h", "--help", "--dry-run"} & set(sys.argv):
+        return
+    why = obstacle()
+    if why:
         fail(why)
 
 
+# -----------------------------------------------------------------------------
+# Storing
+
+
+def evidence(path: str) -> list[Path]:
+    """[results/<machine>/`path`], the file; [] where nothing is to be stored as evidence."""
+    if os.environ.get("STORE") != "1" or obstacle():
+        return []
+    return [ROOT / "results" / machine.name() / path]
+
+
 def picture(script: str, name: str, figure) -> None:
-    """Save a matplotlib figure as runs/<module>/<name>.png and, with STORE=1, beside the records;
-    say where.
-    """
-    targets = [RUNS / Path(script).resolve().parent.name / f"{name}.png"]
-    if os.environ.get("STORE") == "1" and not obstacle():
-        targets.append(ROOT / "results" / machine.name() / targets[0].parent.name / targets[0].name)
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=110)
-    print(f"plot: {shown(targets[-1])}")
+    """Save a figure of matplotlib in runs/<module>/ and, with STORE=1, beside the records."""
+    path = f"{Path(script).resolve().parent.name}/{name}.png"
+    files = [RUNS / path, *evidence(path)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=110)
+    print(f"plot: {shown(files[-1])}")
 
 
-def finish(script: str, metrics: dict, config: dict | None = None, variant: str = "") -> None:
-    """Store the record and print `{"script": ..., "machine": ..., **metrics}` as the last line of
-    stdout.
-
-    Keys of `metrics` end in their unit (throughput_tok_per_s, start_s, speedup_ratio). `variant`
-    keeps several records of one script apart. What cannot be evidence is kept in runs/records/ all
-    the same; STORE=1 then ends with exit code 2.
-    """
-    name = name_of(script) + (f"-{variant}" if variant else "")
+def record_of(name: str, metrics: dict, config: dict) -> dict:
+    """The record as it is stored: the numbers, and all that they depend on."""
+    settings = {
+        key: portable(value) if isinstance(value, str) else value for key, value in config.items()
+    }
     record = {
         "script": name,
         "command": portable(command()),
         "profile": os.environ.get("PROFILE", ""),
         "profile_values": USED,
         "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine.describe(),
         "lock": lock(),
         "versions": machine.versions(machine.COMPARED),
         "environment": environment(),
-        "config": {
-            key: portable(value) if isinstance(value, str) else value
-            for key, value in (config or {}).items()
-        },
+        "config": settings,
         "metrics": metrics,
     }
-    if differ := versions_differ():
-        record["versions_differ"] = differ
+    differ = versions_differ()
+    return record | {"versions_differ": differ} if differ else record
+
+
+def finish(script: str, metrics: dict, config: dict | None = None, variant: str = "") -> None:
+    """Store the record, and print the metrics as one JSON object, the last line of stdout.
+
+    Keys of `metrics` end in their unit (throughput_tok_per_s, start_s, speedup_ratio). `variant`
+    keeps several records of one script apart. What cannot be evidence is kept in runs/records/ all
+    the same; STORE=1 then ends with exit code 2.
+    """
+    name = name_of(script) + (f"-{variant}" if variant else "")
+    record = record_of(name, metrics, config or {})
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    targets, why = [FOLDER / f"{name}.json"], obstacle()
-    if os.environ.get("STORE") == "1" and not why:
-        targets.append(ROOT / "results" / machine.name() / f"{name}.json")
+    files = [FOLDER / f"{name}.json", *evidence(f"{name}.json")]
     note(name)
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".tmp")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".tmp")
         partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    print(f"record: {shown(targets[-1])}", file=sys.stderr)
-    print(
-        json.dumps({"script": name, "machine": machine.name(), **metrics}, ensure_ascii=False),
-        flush=True,
-    )
+        partial.replace(file)
+    print(f"record: {shown(files[-1])}", file=sys.stderr)
+    last_line = {"script": name, "machine": machine.name(), **metrics}
+    print(json.dumps(last_line, ensure_ascii=False), flush=True)
+    why = obstacle()
     if why:
-        fail(f"not stored, only kept as {shown(targets[0])}: {why}")
+        fail(f"not stored, only kept as {shown(files[0])}: {why}")

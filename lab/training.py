@@ -74,7 +74,8 @@ def add_process_flag(parser) -> None:
 
 
 def refuse_impossible(args, device: str) -> None:
-    """Where the flags ask for no training, a server holds the cards, or there are too few of them;
+    """Where the flags ask for no training, a server holds the cards, or there are too few of them.
+
     --save's folder is made now, not when the training is done.
     """
     given = vars(args)

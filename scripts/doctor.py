@@ -87,11 +87,12 @@ def examine(name: str, profile) -> dict:
     check, anchor = CHECKS[name]
     began = time.monotonic()
     try:
-        verdict, words = check(profile)
+        verdict, description = check(profile)
     except Exception as error:  # a check that breaks has found something
-        verdict, words = FAILED, f"{type(error).__name__}: {error}"
+        verdict = FAILED
+        description = f"{type(error).__name__}: {error}"
     seconds = round(time.monotonic() - began, 1)
-    finding = {"verdict": verdict, "found": words, "seconds": seconds}
+    finding = {"verdict": verdict, "found": description, "seconds": seconds}
     if verdict in (WARNING, FAILED):
         finding["faq"] = f"{FAQ}#{anchor}"
     return finding

@@ -18,48 +18,45 @@ USES = {
     "serve": "03 serving",
     "throughput": "03 throughput",
     "train": "04/05 training",
+    "zero": "05 ZeRO-1/2/3",
+    "finetune": "06 LoRA",
 }
-USES |= {"zero": "05 ZeRO-1/2/3", "finetune": "06 LoRA"}
 
 
 def wanted(profile, sections=tuple(USES)) -> dict[str, list[str]]:
-    """{model: what it is for} of these sections of the profile; a stage that builds its own model
-    names none.
-    """
-    found: dict[str, list[str]] = {}
+    """{model: what it is for}; a stage that builds its own model names none."""
+    uses: dict[str, list[str]] = {}
     for section in sections:
         if section in profile and profile[section].model:
-            found.setdefault(profile[section].model, []).append(USES[section])
-    return found
+            uses.setdefault(profile[section].model, []).append(USES[section])
+    return uses
 
 
 def listing(profile, sections=tuple(USES)) -> tuple[str, float]:
     """(what there is to fetch, a model a line, with its size and use; GB in all)."""
-    needed = wanted(profile, sections)
-    lines = [
-        f"models of profile {profile.name}, from {'ModelScope' if models.from_modelscope() else 'Hugging Face'}:"
-    ]
-    for name, uses in needed.items():
+    hub = "ModelScope" if models.from_modelscope() else "Hugging Face"
+    lines = [f"models of profile {profile.name}, from {hub}:"]
+    total = 0.0
+    for name, uses in wanted(profile, sections).items():
         model = models.entry(name)[1]
+        address = model["modelscope"] if models.from_modelscope() else model["hub"]
         size = f"{model['download_gb']:6.1f} GB" if model["download_gb"] else " in a package"
-        lines.append(
-            f"  {name:24} {size:13}  {model['modelscope'] if models.from_modelscope() else model['hub']:36} {', '.join(uses)}"
-        )
-    total = sum(models.entry(name)[1]["download_gb"] for name in needed)
-    return "\n".join(
-        [*lines, f"  in all {total:.1f} GB; what is in the cache already is not fetched again"]
-    ), total
+        lines.append(f"  {name:24} {size:13}  {address:36} {', '.join(uses)}")
+        total += model["download_gb"]
+    lines.append(f"  in all {total:.1f} GB; what is in the cache already is not fetched again")
+    return "\n".join(lines), total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--list", action="store_true", help="only print the list")
     args = parser.parse_args()
     profile = load_profile(check=False)  # a machine without GPUs may fetch for one that has them
     print(listing(profile)[0])
-    for name in [] if args.list else wanted(profile):
+    if args.list:
+        return
+    for name in wanted(profile):
         print(f"{name}: {models.model_folder(name)}", flush=True)
 
 

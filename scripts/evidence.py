@@ -1,12 +1,12 @@
-"""Measure this machine's records, store them under results/<machine>/ and write the tables: `make
-evidence`.
+"""Measure this machine's records and write the tables of the readmes: `make evidence`.
 
     make evidence                               # everything, about 50 minutes on 2 cores
     make evidence ARGS="--only train-z2 train-z3"
 
-Each is a make target that a reader can type too. Commit what changes first, so that the records
-name a commit that holds it, and results/ afterwards: it is what the numbers in the readmes stand
-on. OTHER_VERSIONS=1 measures packages that differ from the lock.
+Records are stored under results/<machine>/. Each is measured by a make target that a reader can
+type too. Commit what changes first, so that the records name a commit that holds it, and results/
+afterwards: it is what the numbers in the readmes stand on. OTHER_VERSIONS=1 measures packages that
+differ from the lock.
 """
 
 import argparse
@@ -18,58 +18,36 @@ import sys
 from lab import ROOT, fail, machine, results
 from lab.profile import detect
 
-# The server stands between its start and `stop`; the adapter that lf-score trains is scored at
-# once.
 TARGETS = [
-    "doctor",
-    "smoke",
-    "roofline",
-    "memory",
-    "gauges",
-    "plan-examples",
-    "image-edit",
-    "image-fits",
+    # 01 and 02
+    *("doctor", "smoke", "roofline", "memory", "gauges", "plan-examples"),
+    *("image-edit", "image-fits"),
+    # 03; the server stands between its start and `stop`
+    *("vllm-throughput", 'vllm-throughput ARGS="--batch-size 8 16 32 --compile"'),
+    *("paging", "prefix-caching", "batch-one", "speculative", "vllm-tp"),
+    *("vllm-serve", "vllm-chat", "watch", "vllm-load", "vllm-bench", "stop"),
+    *('mini-vllm ARGS="--requests 256 --repeat 3"', "mini-tp"),
+    *("two-nodes", 'two-nodes ARGS="--parallel tp"'),  # about 7 minutes on 2 cores
+    # 04 and 05
+    *("train-one", "train-ddp", "train-accelerate"),
+    *("train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"),
+    *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
+    *("train-compare", "zero-theory"),
+    # 06; the adapter that lf-score trains is scored at once
+    *("lf-score ARGS=--train", "lf-train-z2", "lf-merge"),
 ]
-TARGETS += [
-    "vllm-throughput",
-    'vllm-throughput ARGS="--batch-size 8 16 32 --compile"',
-    "paging",
-    "prefix-caching",
-    "batch-one",
-    "speculative",
-    "vllm-tp",
-]
-TARGETS += ["vllm-serve", "vllm-chat", "watch", "vllm-load", "vllm-bench", "stop"]
-TARGETS += [
-    'mini-vllm ARGS="--requests 256 --repeat 3"',
-    "mini-tp",
-    "two-nodes",
-    'two-nodes ARGS="--parallel tp"',
-]  # about 7 minutes on 2 cores
-TARGETS += [
-    "train-one",
-    "train-ddp",
-    "train-accelerate",
-    "train-accelerate CONFIG=fsdp",
-    "train-accelerate CONFIG=deepspeed_zero2",
-    "train-mixed",
-]
-TARGETS += [
-    "train-z0",
-    "train-z1",
-    "train-z2",
-    "train-z3",
-    "train-z2-offload",
-    "train-compare",
-    "zero-theory",
-]
-TARGETS += ["lf-score ARGS=--train", "lf-train-z2", "lf-merge", "tables"]
+
+
+def possible() -> list[str]:
+    """The targets of this machine: two-nodes computes on CPUs only."""
+    if (os.environ.get("PROFILE") or detect()) == "cpu":
+        return TARGETS
+    return [target for target in TARGETS if not target.startswith("two-nodes")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--only", nargs="+", metavar="TARGET", help="only these make targets, then the tables"
     )
@@ -78,22 +56,15 @@ def main() -> None:
     if why := results.obstacle():
         fail(why)
     if machine.commit().endswith("-dirty"):
-        print(
-            "note: code or settings differ from the commit; the records will say so",
-            file=sys.stderr,
-        )
-    here = [
-        t
-        for t in TARGETS
-        if not t.startswith("two-nodes") or (os.environ.get("PROFILE") or detect()) == "cpu"
-    ]  # it computes on CPUs
-    for target in [*args.only, "tables"] if args.only else here:
+        note = "note: code or settings differ from the commit; the records will say so"
+        print(note, file=sys.stderr)
+    for target in [*(args.only or possible()), "tables"]:
         print(f"== make {target}", flush=True)
-        if subprocess.run(
-            ["make", "--no-print-directory", *shlex.split(target)], cwd=ROOT
-        ).returncode:
+        command = ["make", "--no-print-directory", *shlex.split(target)]
+        if subprocess.run(command, cwd=ROOT).returncode:
             fail(
-                f"make {target} failed (see above); what was measured before it is stored, a server may still run: make stop"
+                f"make {target} failed (see above); what was measured before it is stored, "
+                "a server may still run: make stop"
             )
 
 

@@ -22,6 +22,7 @@ import zipfile
 
 PYPI = "https://pypi.org/simple"  # where pip and uv look when nothing else is configured
 PLATFORM = "manylinux_2_17_x86_64"
+ANOTHER_MIRROR = "set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup"
 
 
 def fail(message):
@@ -64,40 +65,44 @@ def fetch_or_fail(address):
         reason = getattr(e, "reason", e)
         if isinstance(reason, ssl.SSLCertVerificationError):
             fail(
-                f"the certificate of {host} cannot be verified ({reason.verify_message}): install ca-certificates, or name the certificate "
-                "of your proxy in SSL_CERT_FILE, then repeat make setup"
+                f"the certificate of {host} cannot be verified ({reason.verify_message}): "
+                "install ca-certificates, or name the certificate of your proxy in SSL_CERT_FILE, "
+                "then repeat make setup"
             )
         fail(
-            f"could not fetch uv from {host} ({str(reason) or type(reason).__name__}): check the network, the variable https_proxy, or set PIP_INDEX_URL "
-            "to a mirror of PyPI, then repeat make setup"
+            f"could not fetch uv from {host} ({str(reason) or type(reason).__name__}): "
+            "check the network, the variable https_proxy, or set PIP_INDEX_URL to a mirror of "
+            "PyPI, then repeat make setup"
         )
+
+
+def locked(lock):
+    """(version of uv, hashes of its files) in a lock file."""
+    with open(lock, encoding="utf-8") as file:
+        entry = re.search(r"^uv==(\S+) \\\n(?:    --hash=.*\n)+", file.read(), re.M)
+    return entry[1], set(re.findall("sha256:([0-9a-f]{64})", entry[0]))
+
+
+def file_name(address):
+    return urllib.parse.urlsplit(address).path.rpartition("/")[2]
 
 
 def main():
     lock, folder = sys.argv[1:]
-    with open(lock, encoding="utf-8") as file:
-        entry = re.search(r"^uv==(\S+) \\\n(?:    --hash=.*\n)+", file.read(), re.M)
-    version, hashes = entry[1], set(re.findall("sha256:([0-9a-f]{64})", entry[0]))
+    version, hashes = locked(lock)
 
     index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("PIP_INDEX_URL") or PYPI
     page, base = fetch_or_fail(index.rstrip("/") + "/uv/")
-    wheels = [
-        address
-        for address in Links(page.decode("utf-8", "replace")).addresses
-        if re.match(
-            f"uv-{re.escape(version)}-.*{PLATFORM}",
-            urllib.parse.urlsplit(address).path.rpartition("/")[2],
-        )
-    ]
     host = urllib.parse.urlsplit(base).netloc
+    addresses = Links(page.decode("utf-8", "replace")).addresses
+    wanted = re.compile(f"uv-{re.escape(version)}-.*{PLATFORM}")
+    wheels = [address for address in addresses if wanted.match(file_name(address))]
     if not wheels:
-        fail(
-            f"{host} has no uv {version} for Linux on x86-64: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup"
-        )
+        fail(f"{host} has no uv {version} for Linux on x86-64: {ANOTHER_MIRROR}")
     wheel, _ = fetch_or_fail(urllib.parse.urljoin(base, wheels[0].partition("#")[0]))
     if hashlib.sha256(wheel).hexdigest() not in hashes:
         fail(
-            f"what {host} gave for uv {version} has none of the hashes in {lock}: set PIP_INDEX_URL to another mirror of PyPI, then repeat make setup"
+            f"what {host} gave for uv {version} has none of the hashes in {lock}: {ANOTHER_MIRROR}"
         )
 
     os.makedirs(folder, exist_ok=True)

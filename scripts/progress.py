@@ -21,7 +21,8 @@ from lab.profile import FOLDER, detect, read_yaml
 TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
 # Work that is divided over two devices: two processes of a CPU, or two cards.
 DIVIDED = re.compile(
-    r"\b(mini-tp|vllm-tp|train-ddp|train-accelerate|train-z[0-3]|lf-train-z2|deepspeed --num_gpus)\b"
+    r"\b(mini-tp|vllm-tp|train-ddp|train-accelerate|train-z[0-3]|lf-train-z2)\b"
+    r"|\bdeepspeed --num_gpus\b"
 )
 
 
@@ -34,28 +35,27 @@ class Task:
     @property
     def profile(self) -> str:
         """The profile that it asks for; "" where any will do."""
-        return words(self.command)[0]
+        return typed(self.command)[0]
 
 
-def words(command: str) -> tuple[str, set[str]]:
-    """The profile it asks for, and its words.
+def typed(command: str) -> tuple[str, set[str]]:
+    """The profile that it asks for, and its words.
 
     `PROFILE=4090x2 make train-z2 ARGS="--steps 2"` -> ("4090x2", {train-z2, ARGS=--steps 2}).
     """
     parts = shlex.split(command)
-    profile = next((w.removeprefix("PROFILE=") for w in parts if w.startswith("PROFILE=")), "")
-    if parts[:1] == [
-        "cd"
-    ]:  # cd FOLDER && deepspeed ... SCRIPT ...: known by the script's path from here
-        script = next(i for i, word in enumerate(parts) if word.endswith(".py"))
+    profiles = [part.removeprefix("PROFILE=") for part in parts if part.startswith("PROFILE=")]
+    profile = profiles[0] if profiles else ""
+    if parts[:1] == ["cd"]:
+        # cd FOLDER && deepspeed ... SCRIPT ...: known by the script's path from here.
+        script = next(place for place, part in enumerate(parts) if part.endswith(".py"))
         parts = [f"{parts[1]}/{parts[script]}", *parts[script + 1 :]]
-    dropped = {"make", "python", f"PROFILE={profile}"}
-    return profile, set(parts) - dropped
+    return profile, set(parts) - {"make", "python", f"PROFILE={profile}"}
 
 
 def read(plan) -> list[Task]:
-    found = TASK.findall(plan.read_text(encoding="utf-8"))
-    return [Task(text, command, tick != " ") for tick, text, command in found]
+    lines = TASK.findall(plan.read_text(encoding="utf-8"))
+    return [Task(text, command, tick != " ") for tick, text, command in lines]
 
 
 def finished() -> list[tuple[str, set[str]]]:
@@ -63,7 +63,7 @@ def finished() -> list[tuple[str, set[str]]]:
     history = results.FOLDER / "history.jsonl"
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     ran = [json.loads(line) for line in lines]
-    return [(line["profile"], words(line[how])[1]) for line in ran for how in ("command", "make")]
+    return [(line["profile"], typed(line[how])[1]) for line in ran for how in ("command", "make")]
 
 
 def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
@@ -75,7 +75,7 @@ def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
     last = shlex.split(task.command)[-1]
     if last.startswith("runs/"):
         return (ROOT / last).is_file() and (ROOT / last).stat().st_size > 0
-    profile, wanted = words(task.command)
+    profile, wanted = typed(task.command)
     dry = "--dry-run" in task.command
     return any(
         wanted <= had and profile in ("", ran_under) and any("--dry-run" in w for w in had) == dry
@@ -113,7 +113,8 @@ def main() -> None:
     for stage, plan in plans.items():
         tasks = [(task, is_done(task, ran)) for task in read(plan)]
         done = sum(ok for _, ok in tasks)
-        total, done_in_all = total + len(tasks), done_in_all + done
+        total += len(tasks)
+        done_in_all += done
         bar = "█" * round(10 * done / len(tasks))
         print(f"{stage:22} {bar:·<10} {done:2}/{len(tasks)}")
         for task, ok in tasks:

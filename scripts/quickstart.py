@@ -179,16 +179,17 @@ def show(outcome: dict, headline: dict[str, str]) -> None:
     else:
         print(f"  FAILED after {clock(outcome['seconds'])}: {engine.cause(ROOT / outcome['log'])}")
         print(f"  whole log: {outcome['log']}")
-    for name, words in headline.items():
+    for name, label in headline.items():
         value = outcome["result"].get(name)
         if value is not None:
             text = f"{value[0]:.3f} -> {value[-1]:.3f}" if isinstance(value, list) else f"{value}"
-            print(f"  {words:32} {text:>16}")
+            print(f"  {label:32} {text:>16}")
     sys.stdout.flush()
 
 
 def main() -> None:
-    formatter, known = argparse.RawDescriptionHelpFormatter, ", ".join(STAGES)
+    formatter = argparse.RawDescriptionHelpFormatter
+    known = ", ".join(STAGES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--only", nargs="+", default=list(STAGES), metavar="STAGE", help=f"of {known}"

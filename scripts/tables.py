@@ -1,5 +1,7 @@
-"""Write the measured tables of every readme and page from the records in results/: `make tables`
-(`--check`: only say what differs).
+"""Write the measured tables of every page from the records in results/: `make tables`.
+
+    make tables                     # write them
+    make tables ARGS=--check        # only say what differs; exit code 1 where something does
 
 A table stands between two comments. The first names a record and, a row each, which of its metrics
 to show under which words:
@@ -25,6 +27,7 @@ whose record has such a line is marked.
 import argparse
 import json
 import re
+from typing import NamedTuple
 
 import yaml
 
@@ -36,21 +39,17 @@ CALIBRATION = re.compile(
     r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S
 )
 CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
-CLAIM_WORDS = {
+BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
+ABSENT = "–"  # where a machine's record lacks the metric
+MARK = " †"  # after what a record with differences says of a claim
+
+CLAIM_HEADS = {
     "zh": (
-        "说法",
-        "实测",
-        "来源",
-        "准确地说",
-        "状态",
+        *("说法", "实测", "来源", "准确地说", "状态"),
         {"measured": "实测", "cited": "引用", "not yet": "待测"},
     ),
     "en": (
-        "claim",
-        "measured",
-        "source",
-        "precisely",
-        "status",
+        *("claim", "measured", "source", "precisely", "status"),
         {"measured": "measured", "cited": "cited", "not yet": "not yet"},
     ),
 }
@@ -69,10 +68,10 @@ WORDS = {
         "uncommitted": "code or settings were changed and not committed",
         "all": "all of this table",
         "marks": (", ", ": ", "; ", "."),
-        "claims": "† Versions, commit or settings of this record differ: the line under its table in the module says how.",
+        "claims": "† Versions, commit or settings of this record differ: "
+        "the line under its table in the module says how.",
     },
 }
-BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 
 
 def readmes() -> list:
@@ -97,23 +96,22 @@ def records(name: str) -> dict[str, dict]:
 
 
 def differences(record: dict, language: str) -> list[str]:
-    """What to know of a record before believing it: versions that are not the lock's, code not
-    committed, its notes.
-    """
-    words = WORDS[language]
+    """Versions other than the lock's, code not committed, the record's notes."""
+    phrases = WORDS[language]
     lines = []
     if differ := record.get("versions_differ"):
-        packages = [words["version"].format(name, *pair) for name, pair in differ.items()]
-        lines.append(words["versions"] + words["marks"][0].join(packages))
+        packages = [phrases["version"].format(name, *pair) for name, pair in differ.items()]
+        lines.append(phrases["versions"] + phrases["marks"][0].join(packages))
     # Records without `environment` are older: to them results/ and readmes were code too.
     if record["commit"].endswith("-dirty") and "environment" in record:
-        lines.append(words["uncommitted"])
+        lines.append(phrases["uncommitted"])
     return lines + [note[language] for note in record.get("notes", [])]
 
 
 def remarks(used: dict[str, dict], language: str) -> list[str]:
-    """What differs in the records {name: record} of a table, each thing once: a line for the names
-    that share it.
+    """What differs in the records {name: record} of a table, each thing once.
+
+    Names that share something share a line.
     """
     comma, colon, semicolon, stop = WORDS[language]["marks"]
     names: dict[str, list[str]] = {}  # a difference: whose it is
@@ -129,134 +127,134 @@ def remarks(used: dict[str, dict], language: str) -> list[str]:
 
 def claims(language: str) -> str:
     """The claims of configs/claims.yaml, a row each, with what the records say of them."""
-    *heads, statuses = CLAIM_WORDS[language]
+    *heads, statuses = CLAIM_HEADS[language]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for entry in yaml.safe_load((ROOT / "configs/claims.yaml").read_text(encoding="utf-8")):
-        measured: dict[str, list[str]] = {}
-        marks: dict[str, str] = {}
-        for measure in entry.get("measured", []):
-            for machine, record in records(measure["record"]).items():
-                if measure["metric"] in record["metrics"]:
-                    said = measure["print"].format(
-                        record["metrics"][measure["metric"]], **record["metrics"]
-                    )
-                    measured.setdefault(machine, []).append(said)
-                    if differences(record, language):
-                        marks[machine] = " †"
+        measured = measurements(entry, language)
         status = "measured" if measured else "cited" if "source" in entry else "not yet"
-        numbers = [
-            f"`{machine}`: {', '.join(said)}{marks.get(machine, '')}"
-            for machine, said in measured.items()
-        ]
         cells = [
             f'<a id="claim-{entry["id"]}"></a>{entry["claim"][language]}',
-            "<br>".join(numbers),
+            "<br>".join(measured),
+            entry.get("source", ""),
+            entry["precisely"][language],
+            statuses[status],
         ]
-        lines.append(
-            "| "
-            + " | ".join(
-                [*cells, entry.get("source", ""), entry["precisely"][language], statuses[status]]
-            )
-            + " |"
-        )
-    if any(" †" in line for line in lines):
+        lines.append("| " + " | ".join(cells) + " |")
+    if any(MARK in line for line in lines):
         lines += ["", WORDS[language]["claims"]]
     return "\n".join(lines) + "\n"
 
 
-def table(record: str, rows: str, language: str) -> str:
-    """The Markdown table of `record` over all machines. Raises SystemExit(2) when no machine has it
-    or a metric is missing.
-    """
-    found = records(record)
-    if not found:
-        fail(f"no machine under results/ has a record of {record}: run 'make evidence'")
-    lines = ["| | " + " | ".join(found) + " |", "|---|" + "---:|" * len(found)]
-    for row in rows.strip().splitlines():
-        metric, words = (part.strip() for part in row.split("=", 1))
-        if not any(metric in r["metrics"] for r in found.values()):
-            fail(f"no record of {record} has the metric {metric}")
-        cells = [
-            number(r["metrics"][metric]) if metric in r["metrics"] else "–" for r in found.values()
-        ]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    lines.append("")
-    lines += [
-        f"`{m}`: {r['machine']['gpus'][0]['name'] if r['machine']['gpus'] else r['machine']['cpu']}, {r['date'][:10]}, `{r['command']}`  "
-        for m, r in found.items()
+def measurements(claim: dict, language: str) -> list[str]:
+    """What each machine measured of a claim; marked, where its record differs in something."""
+    numbers: dict[str, list[str]] = {}
+    marks: dict[str, str] = {}
+    for measure in claim.get("measured", []):
+        for machine, record in records(measure["record"]).items():
+            metrics = record["metrics"]
+            if measure["metric"] not in metrics:
+                continue
+            sentence = measure["print"].format(metrics[measure["metric"]], **metrics)
+            numbers.setdefault(machine, []).append(sentence)
+            if differences(record, language):
+                marks[machine] = MARK
+    return [
+        f"`{machine}`: {', '.join(sentences)}{marks.get(machine, '')}"
+        for machine, sentences in numbers.items()
     ]
-    return "\n".join(lines + remarks(found, language)) + "\n"
 
 
-def errors(use: str) -> list[tuple[str, str, str, float, float]]:
-    """(machine, line, quantity, predicted, measured) of the records of `make calibrate` with that
-    use, or of module 05's states.
+def table(name: str, rows: str, language: str) -> str:
+    """The Markdown table of the record `name` over all machines.
+
+    Raises SystemExit(2) when no machine has it, or no record a metric.
     """
-    import plan
+    stored = records(name)
+    if not stored:
+        fail(f"no machine under results/ has a record of {name}: run 'make evidence'")
+    lines = ["| | " + " | ".join(stored) + " |", "|---|" + "---:|" * len(stored)]
+    for row in rows.strip().splitlines():
+        metric, label = (part.strip() for part in row.split("=", 1))
+        cells = []
+        for record in stored.values():
+            metrics = record["metrics"]
+            cells.append(number(metrics[metric]) if metric in metrics else ABSENT)
+        if set(cells) == {ABSENT}:
+            fail(f"no record of {name} has the metric {metric}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for machine, record in stored.items():
+        gpus = record["machine"]["gpus"]
+        device = gpus[0]["name"] if gpus else record["machine"]["cpu"]
+        lines.append(f"`{machine}`: {device}, {record['date'][:10]}, `{record['command']}`  ")
+    return "\n".join(lines + remarks(stored, language)) + "\n"
 
-    rows = []
+
+class Compared(NamedTuple):
+    """A quantity of a record: predicted by the planner, and measured."""
+
+    machine: str
+    name: str  # of the record
+    quantity: str
+    predicted: float
+    measured: float
+
+
+def errors(use: str) -> list[Compared]:
+    """Predicted and measured: `make calibrate` with that use (fit, test), or module 05's states."""
     if use == "states":
-        for file in sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json")):
-            record = json.loads(file.read_text())
-            c, m = record["config"], record["metrics"]
-            model = next(
-                entry["config"]
-                for entry in models.catalogue().values()
-                if "config" in entry
-                and weights.parameters(read(entry["config"])) == m["parameters_count"]
-            )
-            setup = training.Training(
-                gpus=m["world_size"],
-                engine="deepspeed",
-                zero=m["zero_stage"],
-                dtype=m["dtype"],
-                accumulate=c["accumulate"],
-                offload="optimizer" if "offload" in file.stem else "none",
-            )
-            found = training.train(read(model), setup)
-            rows.append(
-                (
-                    record["machine"]["name"],
-                    file.stem,
-                    "states (GiB)",
-                    found.states_gib["total"],
-                    m["state_gib"],
-                )
-            )
-        return rows
-    for name, case in yaml.safe_load(
-        (ROOT / "configs/calibration.yaml").read_text(encoding="utf-8")
-    ).items():
-        for machine, record in (
-            records(f"scripts/calibrate-{name}").items() if case["use"] == use else ()
-        ):
-            args, m = plan.parse(case["plan"].split()), record["metrics"]
-            found = plan.plan(args)
-            if args.task == "serve":
-                rows.append(
-                    (
-                        machine,
-                        name,
-                        "weights (GiB)",
-                        found["per_gpu_gib"]["weights"],
-                        m["weights_gib"],
-                    )
-                )
-                rows.append(
-                    (machine, name, "KV tokens", found["kv_tokens"], int(m["kv_tok_count"]))
-                )
-            else:
-                rows.append(
-                    (
-                        machine,
-                        name,
-                        "peak (GiB)",
-                        found["per_gpu_gib"]["total"] - found["per_gpu_gib"]["cuda_context"],
-                        m["peak_gib"],
-                    )
-                )
-                if args.offload != "none":
-                    rows.append((machine, name, "host (GiB)", found["host_gib"], m["host_gib"]))
+        files = sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json"))
+        return [states(file.stem, json.loads(file.read_text())) for file in files]
+    rows = []
+    cases = yaml.safe_load((ROOT / "configs/calibration.yaml").read_text(encoding="utf-8"))
+    for name, case in cases.items():
+        if case["use"] == use:
+            for machine, record in records(f"scripts/calibrate-{name}").items():
+                rows += calibrated(machine, name, case["plan"], record["metrics"])
+    return rows
+
+
+def states(name: str, record: dict) -> Compared:
+    """GiB of states of a training of module 05; its model is the one with as many parameters."""
+    metrics = record["metrics"]
+    configs = [entry["config"] for entry in models.catalogue().values() if "config" in entry]
+    model = next(
+        model
+        for model in map(read, configs)
+        if weights.parameters(model) == metrics["parameters_count"]
+    )
+    setup = training.Training(
+        gpus=metrics["world_size"],
+        engine="deepspeed",
+        zero=metrics["zero_stage"],
+        dtype=metrics["dtype"],
+        accumulate=record["config"]["accumulate"],
+        offload="optimizer" if "offload" in name else "none",
+    )
+    predicted = training.train(model, setup).states_gib["total"]
+    machine = record["machine"]["name"]
+    return Compared(machine, name, "states (GiB)", predicted, metrics["state_gib"])
+
+
+def calibrated(machine: str, name: str, line: str, metrics: dict) -> list[Compared]:
+    """The quantities of a record of `make calibrate`, which ran a command line of the planner."""
+    import plan
+    from plan_parts.arguments import read_line
+
+    request = read_line(line)
+    answer = plan.plan(request)
+    parts = answer["per_gpu_gib"]
+    if request.task == "serve":
+        tokens = int(metrics["kv_tok_count"])
+        return [
+            Compared(machine, name, "weights (GiB)", parts["weights"], metrics["weights_gib"]),
+            Compared(machine, name, "KV tokens", answer["kv_tokens"], tokens),
+        ]
+    peak = parts["total"] - parts["cuda_context"]
+    rows = [Compared(machine, name, "peak (GiB)", peak, metrics["peak_gib"])]
+    if request.setup.offloads:
+        host = Compared(machine, name, "host (GiB)", answer["host_gib"], metrics["host_gib"])
+        rows.append(host)
     return rows
 
 
@@ -264,28 +262,38 @@ def calibration(use: str, language: str) -> str:
     folder = "05_DeepSpeed/" if use == "states" else "scripts/calibrate-"
     used = {}
     lines = ["| | | predicted | measured | error | machine |", "|---|---|---:|---:|---:|---|"]
-    for machine, name, quantity, predicted, measured in errors(use):
-        digits = "{:,}" if isinstance(predicted, int) else "{:,.2f}"
-        lines.append(
-            f"| `{name}` | {quantity} | {digits.format(predicted)} | {digits.format(measured)} | {predicted / measured - 1:+.1%} | {machine} |"
-        )
-        used[f"{machine}/{name}"] = records(folder + name)[machine]
-    if said := remarks(used, language):
-        lines += ["", *said]
+    for row in errors(use):
+        digits = "{:,}" if isinstance(row.predicted, int) else "{:,.2f}"
+        numbers = f"{digits.format(row.predicted)} | {digits.format(row.measured)}"
+        error = f"{row.predicted / row.measured - 1:+.1%}"
+        lines.append(f"| `{row.name}` | {row.quantity} | {numbers} | {error} | {row.machine} |")
+        used[f"{row.machine}/{row.name}"] = records(folder + row.name)[row.machine]
+    remarked = remarks(used, language)
+    if remarked:
+        lines += ["", *remarked]
     return "\n".join(lines) + "\n"
 
 
 def filled(text: str, language: str) -> str:
     """`text`, a page in `language` (zh, en), with every table in it generated anew."""
-    text = CALIBRATION.sub(lambda m: m[1] + "\n" + calibration(m[2], language) + "\n" + m[4], text)
-    text = CLAIMS.sub(lambda m: m[1] + "\n" + claims(m[2]) + "\n" + m[4], text)
-    return BLOCK.sub(lambda m: m[1] + "\n" + table(m[2], m[3], language) + "\n" + m[5], text)
+
+    def calibration_again(match: re.Match) -> str:
+        return f"{match[1]}\n{calibration(match[2], language)}\n{match[4]}"
+
+    def claims_again(match: re.Match) -> str:
+        return f"{match[1]}\n{claims(match[2])}\n{match[4]}"
+
+    def table_again(match: re.Match) -> str:
+        return f"{match[1]}\n{table(match[2], match[3], language)}\n{match[5]}"
+
+    text = CALIBRATION.sub(calibration_again, text)
+    text = CLAIMS.sub(claims_again, text)
+    return BLOCK.sub(table_again, text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--check",
         action="store_true",
@@ -296,13 +304,13 @@ def main() -> None:
     for file in readmes():
         text = file.read_text(encoding="utf-8")
         language = "en" if file.name.endswith(".en.md") else "zh"
-        if (new := filled(text, language)) != text:
+        new_text = filled(text, language)
+        if new_text != text:
             drifted.append(shown(file))
             if not args.check:
-                file.write_text(new, encoding="utf-8")
-    print(
-        f"{'differ from their records' if args.check else 'written'}: {', '.join(drifted) or 'none'}"
-    )
+                file.write_text(new_text, encoding="utf-8")
+    verdict = "differ from their records" if args.check else "written"
+    print(f"{verdict}: {', '.join(drifted) or 'none'}")
     raise SystemExit(1 if args.check and drifted else 0)
 
 

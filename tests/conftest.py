@@ -126,9 +126,8 @@ def run(*command, cwd=ROOT, timeout=PATIENCE, check=None, **env) -> subprocess.C
         out, err = process.communicate()
         pytest.fail(f"{words} ran longer than {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
     if check is not None:
-        assert process.returncode == check, (
-            f"{words}: exit code {process.returncode}, expected {check}\n{out[-3000:]}\n{err[-3000:]}"
-        )
+        ended = f"{words}: exit code {process.returncode}, expected {check}"
+        assert process.returncode == check, f"{ended}\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 

@@ -1,5 +1,7 @@
-"""What a long test looks at must have been made in this session: by the readme's block, which runs
-before it in `make test-long`, else now, by the command that the test names.
+"""What a long test looks at must have been made in this session.
+
+By the readme's block, which runs before it in `make test-long`, else now, by the command that the
+test names.
 """
 
 import json
@@ -16,7 +18,7 @@ def is_of_this_session(file: Path) -> bool:
 
 
 def record(name: str, *commands: str) -> dict:
-    """The metrics of a record of this session; the shell `commands` store it where it is missing."""
+    """The metrics of a record of this session; where it is missing, `commands` store it first."""
     file = RUNS / "tests" / "records" / f"{name}.json"
     if not is_of_this_session(file):
         run("bash", "-euo", "pipefail", "-c", "\n".join(commands), check=0, timeout=1900)

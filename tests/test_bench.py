@@ -1,7 +1,6 @@
-"""Latency against throughput: the knee, what is refused, and, in test-long, what counts as failed
-(on a made-up server).
+"""Latency against throughput: the points, the knee, refusals, and what counts as failed.
 
-The run against the real server is the readme's; test_readmes.py looks at its record.
+The run against the real server is the readme's; test_claims.py looks at its record.
 """
 
 import argparse

@@ -1,16 +1,14 @@
-"""The data set: always the same, held out for real, and refused in one sentence where a row is
-broken.
-"""
+"""The data set: always the same, held out for real, refused in one sentence where it is broken."""
 
 import json
 import re
 
 import pytest
-from conftest import python, refused
+from conftest import python
 
 from lab import data
 
-NAMES = ["launch_en_train", "launch_en_test", "launch_zh_train", "launch_zh_test"]
+FIELDS = ["model", "gpus", "port", "max_len", "dtype"]
 
 
 def test_files_are_what_the_script_writes():
@@ -18,81 +16,83 @@ def test_files_are_what_the_script_writes():
     assert "differ: none" in python("scripts/make_data.py", "--check", check=0).stdout
 
 
+def phrasing(request: str, values: dict) -> str:
+    """What is left of a request without its values, each of which must be in it."""
+    texts = sorted(map(str, values.values()), key=len, reverse=True)
+    left = request
+    for text in texts:
+        assert text in request, f"{text} is not in: {request}"
+        left = re.sub(rf"(?<![\w.-]){re.escape(text)}(?![\w-]|\.\d)", "_", left)
+    return left
+
+
+def split(name: str) -> tuple[set[str], set[str]]:
+    """The answers and the phrasings of a data set, no answer of which occurs twice."""
+    answers = set()
+    phrasings = set()
+    rows = data.rows(name)
+    for row in rows:
+        request, answer = (message["content"] for message in row["messages"])
+        values = json.loads(answer)
+        assert list(values) == FIELDS
+        assert answer == json.dumps(values)
+        answers.add(answer)
+        phrasings.add(phrasing(request, values))
+    assert len(answers) == len(rows), "a combination occurs twice"
+    return answers, phrasings
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_held_out_split_is_held_out(language):
-    """No combination of values and no phrasing of the test split occurs in training; a phrasing is
-    what is left without the values.
-    """
-    seen = {}
-    for split in ("train", "test"):
-        answers, phrasings = set(), set()
-        for row in data.rows(f"launch_{language}_{split}"):
-            request, answer = (message["content"] for message in row["messages"])
-            values = json.loads(answer)
-            assert list(values) == [
-                "model",
-                "gpus",
-                "port",
-                "max_len",
-                "dtype",
-            ] and answer == json.dumps(values)
-            text = request
-            for field, value in sorted(values.items(), key=lambda item: -len(str(item[1]))):
-                assert str(value) in request, f"{field} is not in: {request}"
-                text = re.sub(rf"(?<![\w.-]){re.escape(str(value))}(?![\w-]|\.\d)", "_", text)
-            answers.add(answer)
-            phrasings.add(text)
-        assert len(answers) == len(data.rows(f"launch_{language}_{split}")), (
-            "a combination occurs twice"
-        )
-        seen[split] = answers, phrasings
-    assert not seen["train"][0] & seen["test"][0]
-    assert not seen["train"][1] & seen["test"][1]
-    assert 3 <= len(seen["test"][1]) < len(seen["train"][1]) < 20, (
-        "the values were not taken out of the phrasings"
-    )
+    """No combination of values and no phrasing of the test split occurs in training."""
+    trained_answers, trained_phrasings = split(f"launch_{language}_train")
+    answers, phrasings = split(f"launch_{language}_test")
+    assert not trained_answers & answers
+    assert not trained_phrasings & phrasings
+    # Were the values not taken out, there would be as many phrasings as rows.
+    assert 3 <= len(phrasings) < len(trained_phrasings) < 20
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ('[{"messages": [', "not valid JSON at line 1"),
-        ("[]", "not an empty one"),
-        (
-            '[{"messages": [{"role": "user", "content": "a"}]}, {"text": "b"}]',
-            "row 2 has no list `messages`",
-        ),
-        (
-            '[{"messages": [{"role": "system", "content": "a"}]}]',
-            "row 1: field `role` must be user",
-        ),
-        (
-            '[{"messages": [{"role": "user", "content": "a"}, '
-            '{"role": "assistant", "content": 3}]}]',
-            "row 1: field `content` of the assistant",
-        ),
-    ],
-)
-def test_broken_rows(tmp_path, content, words):
-    (tmp_path / "broken.json").write_text(content)
-    assert words in refused(
-        "python",
-        "-c",
-        "import sys; from lab import data; data.rows(sys.argv[1])",
-        tmp_path / "broken.json",
-    )
+USER = {"role": "user", "content": "a"}
+BROKEN = {
+    '[{"messages": [': "not valid JSON at line 1",
+    "[]": "not an empty one",
+    json.dumps([{"messages": [USER]}, {"text": "b"}]): "row 2 has no list `messages`",
+    json.dumps([{"messages": [USER | {"role": "system"}]}]): "row 1: field `role` must be user",
+    json.dumps([{"messages": [USER, {"role": "assistant", "content": 3}]}]): (
+        "row 1: field `content` of the assistant"
+    ),
+}
 
 
-def test_missing_data_set():
-    assert "launch_en_train" in refused("python", "-c", "from lab import data; data.rows('alpaca')")
+def refusal(name: str, capsys) -> str:
+    """The one sentence with which the data set is refused, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        data.rows(name)
+    sentences = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(sentences) == 1
+    return sentences[0]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_broken_rows(content, tmp_path, capsys):
+    file = tmp_path / "broken.json"
+    file.write_text(content)
+    assert BROKEN[content] in refusal(str(file), capsys)
+
+
+def test_missing_data_set(capsys):
+    assert "launch_en_train" in refusal("alpaca", capsys)
 
 
 def test_blocks(small_model):
+    """The texts one after another, cut into blocks of equal length."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     blocks = data.blocks(tokenizer, "launch_en_test", 64)
-    assert blocks.shape[1] == 64 and len(blocks) > 50
-    assert data.rows("launch_en_test")[0]["messages"][0]["content"] in tokenizer.decode(
-        blocks[:2].flatten()
-    )
+    assert blocks.shape[1] == 64
+    assert len(blocks) > 50
+    first_request = data.rows("launch_en_test")[0]["messages"][0]["content"]
+    assert first_request in tokenizer.decode(blocks[:2].flatten())

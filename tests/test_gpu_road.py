@@ -1,12 +1,11 @@
-"""A reader's way through the readmes on two RTX 4090s: every block that runs there, in order, over
-stand-ins of the engines.
+"""A reader's way through the readmes on two RTX 4090s, over stand-ins of the engines.
 
-Real here: bash, make, every script of the repository up to its first computation (arguments,
-profile, detection, the refusal of cards that a server holds, jobs, `make stop`), and every client
-of a server. Stand-ins (tests/fakes/engines): vLLM's server, which is real HTTP, holds its cards,
-and takes the flags of the locked vLLM; the launchers; LLaMA-Factory's command line with its
-settings' names; the hub, which has the models of configs/models.yaml. An import of torch is where a
-script ends.
+Every block that runs there, in its order. Real here: bash, make, every script of the repository up
+to its first computation (arguments, profile, detection, the refusal of cards that a server holds,
+jobs, `make stop`), and every client of a server. Stand-ins (tests/fakes/engines): vLLM's server,
+which is real HTTP, holds its cards, and takes the flags of the locked vLLM; the launchers;
+LLaMA-Factory's command line with its settings' names; the hub, which has the models of
+configs/models.yaml. An import of torch is where a script ends.
 
 So order, names, models and flags are proved. Not: that anything computes, fits the memory or is
 fast, nor what a script does with its results (the same blocks run for real, with the cpu profile
@@ -73,17 +72,14 @@ def moved(text: str, ports: dict[int, int]) -> str:
 
 
 class Machine:
-    """A copy of the repository in `folder`, on a machine with two 4090s whose ports are free ones."""
+    """A copy of the repository in `folder`, on a machine with two 4090s and free ports."""
 
     def __init__(self, folder: Path):
-        self.tree, self.meet, self.ports = (
-            folder / "videofen",
-            folder / "meet",
-            {port: free_port() for port in PORTS},
-        )
-        for name in run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout.split(
-            "\0"
-        ):
+        self.tree = folder / "videofen"
+        self.meet = folder / "meet"
+        self.ports = {port: free_port() for port in PORTS}
+        listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout
+        for name in listed.split("\0"):
             if name and (ROOT / name).is_file() and not name.startswith("results/"):
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.tree / name)
@@ -151,9 +147,8 @@ class Machine:
         }
 
     def bash(self, code: str, **variables) -> subprocess.CompletedProcess:
-        words = ["bash", "-euo", "pipefail", "-c", moved(code, self.ports)]
         return subprocess.run(
-            words,
+            ["bash", "-euo", "pipefail", "-c", moved(code, self.ports)],
             cwd=self.tree,
             env=self.environment | variables,
             capture_output=True,
@@ -175,37 +170,39 @@ def machine(tmp_path):
     made.bash("make stop")
 
 
+def is_run(line: str) -> bool:
+    return not any(re.fullmatch(pattern, line.strip()) for pattern in LEFT_OUT)
+
+
 def walk(file: str, folder: Path) -> list[str]:
-    """Run the page's blocks in their order, each in a shell of its own, as a reader who has done
-    nothing before; what was wrong.
+    """Run the page's blocks in their order, a shell each; what was wrong.
+
+    As a reader who has done nothing before.
     """
-    machine, wrong = Machine(folder), []
+    machine = Machine(folder)
+    wrong = []
     for block in BLOCKS:
         if block.file != file or block.mark in ("self", "netns"):
             continue
-        done = machine.bash(
-            "\n".join(
-                line
-                for line in block.code.splitlines()
-                if not any(re.fullmatch(pattern, line.strip()) for pattern in LEFT_OUT)
-            )
-        )
-        ended = "stand-in:" in done.stderr  # so far that only a computation could refuse
-        if done.returncode != (2 if block.mark == "exit 2" and not ended else 0):
-            wrong.append(
-                f"{block.id} [{block.mark}] exit code {done.returncode}\n{block.code}{done.stdout[-300:]}{done.stderr[-600:]}"
-            )
+        done = machine.bash("\n".join(line for line in block.code.splitlines() if is_run(line)))
+        computes = "stand-in:" in done.stderr  # so far that only a computation could refuse
+        if done.returncode != (2 if block.mark == "exit 2" and not computes else 0):
+            ended = f"{block.id} [{block.mark}] exit code {done.returncode}"
+            output = f"{done.stdout[-300:]}{done.stderr[-600:]}"
+            wrong.append(f"{ended}\n{block.code}{output}")
         if refused := machine.refused_requests():
             wrong.append(f"{block.id} [{block.mark}] {refused}")
-    if "nothing of this repository is running" not in (left := machine.bash("make stop").stdout):
+    left = machine.bash("make stop").stdout
+    if "nothing of this repository is running" not in left:
         wrong.append(f"{file} leaves something running: {left}")
     return wrong
 
 
 @pytest.fixture(scope="module")
 def walks(request, tmp_path_factory):
-    """{page: its walk}, two pages at a time, each on a machine of its own; only those whose tests
-    were asked for.
+    """{page: its walk}, two pages at a time, each on a machine of its own.
+
+    Only pages whose tests were asked for.
     """
     files = [
         item.callspec.params["file"]
@@ -219,9 +216,7 @@ def walks(request, tmp_path_factory):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file", FILES)
 def test_a_page_on_two_4090s(walks, file):
-    """The page's blocks work in their order, ask for no model that is not served, and end what they
-    start.
-    """
+    """The page's blocks work, ask for no model that is not served, and end what they start."""
     wrong = walks[file].result()
     assert not wrong, "\n\n".join(wrong)
 
@@ -243,8 +238,9 @@ ENGINES = re.compile(
 
 
 def test_everything_that_computes_is_refused_beside_a_server(machine):
-    """Each script itself, and make targets that start it in processes; the one sentence says what
-    to do. On the CPU profile both may run.
+    """One sentence says what to do: each script itself, and make targets that start processes.
+
+    On the CPU profile both may run.
     """
     assert machine.bash("make vllm-serve").returncode == 0
     scripts = [*ROOT.glob("modules/*/[0-9][0-9]_*.py"), ROOT / "modules/05_DeepSpeed/train.py"]
@@ -292,10 +288,6 @@ def test_only_the_cards_that_a_server_fills_are_refused(monkeypatch):
         else:
             with pytest.raises(SystemExit):
                 jobs.refuse_taken_cards()
-    assert (
-        engine.cards_filled(
-            ["--tensor-parallel-size", "2", "--model", "m", "--tensor-parallel-size", "1"]
-        )
-        == 1
-    )
+    given_twice = ["--tensor-parallel-size", "2", "--model", "m", "--tensor-parallel-size", "1"]
+    assert engine.cards_filled(given_twice) == 1
     assert engine.cards_filled(["-tp", "2", "--pipeline-parallel-size", "2"]) == 4

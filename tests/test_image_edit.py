@@ -19,6 +19,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, python, refused
 from PIL import Image, ImageChops
 
+from lab.planner import images
+
 MODULE = ROOT / "modules" / "02_qwen_image_edit"
 SCRIPT = MODULE / "01_edit.py"
 README = (MODULE / "readme.md").read_text(encoding="utf-8")
@@ -182,7 +184,7 @@ def test_fp8_recipe(scripts, tiny, small_condition):
             generator = torch.Generator().manual_seed(seed)
             pictures[recipe, seed] = pipe(**asked, generator=generator).images[0]
     kinds = {name: tensor.dtype for name, tensor in pipe.transformer.state_dict().items()}
-    counted = scripts["recipes"].stored_bytes
+    counted = images.stored_bytes
     for name, dtype in kinds.items():
         is_counted_as_fp8 = counted(name, (4, 4), "fp8") == 16
         assert (dtype == torch.float8_e4m3fn) == is_counted_as_fp8, f"{name} is {dtype}"
@@ -226,7 +228,7 @@ def test_shapes_json_holds_the_published_shapes(scripts, full):
         assert Counter(file[component].values()) == Counter(tensors.values())
         for how in ("bf16", "fp8", "nf4", "pinned", "gguf"):
             count = [
-                sum(scripts["recipes"].stored_bytes(*item, how) for item in t.items())
+                sum(images.stored_bytes(*item, how) for item in t.items())
                 for t in (file[component], tensors)
             ]
             assert count[0] == pytest.approx(count[1], rel=1e-9), (component, how)

@@ -1,4 +1,4 @@
-"""Slow proofs: a clone set up from nothing in an awkward place; all again without a network."""
+"""Slow proofs: a clone set up from nothing in an awkward place, and all without a network."""
 
 import os
 import subprocess
@@ -32,8 +32,9 @@ print("compiled", round(weight[0].item(), 3), total.item())
 
 @pytest.mark.timeout(1500)
 def test_clone_in_an_awkward_place(tmp_path):
-    """git clone, make setup and pytest -m smoke under a path with a space and Chinese characters,
-    HOME read-only, nothing compiled.
+    """git clone, make setup, pytest -m smoke: a blank and Chinese in the path, HOME read-only.
+
+    Nothing is compiled.
     """
     clone = tmp_path / "克隆 of it"
     run("git", "clone", "-q", ROOT, clone, check=0)
@@ -79,9 +80,7 @@ def test_clone_in_an_awkward_place(tmp_path):
     not os.environ.get("GPU_LOCK"), reason="downloads several GB: GPU_LOCK=1 make test-long"
 )
 def test_gpu_lock_is_whole(tmp_path):
-    """The gpu lock, installed into a fresh clone: every engine imports and answers on its command
-    line.
-    """
+    """The gpu lock in a fresh clone: every engine imports and answers on its command line."""
     out = run("scripts/check_lock.sh", tmp_path / "clone", timeout=3500, check=0).stdout
     assert "check: the gpu lock is whole" in out
 

@@ -1,17 +1,86 @@
-"""lab/planner against what it predicts: real models' parameters, the tensors of a running graph,
-records of engines.
+"""lab/planner against what it predicts: real models' parameters, the tensors of a running graph.
+
+What it predicts of engines is compared where these run: test_deepspeed, test_server, test_plan.
 """
 
 import doctest
 import importlib
+import json
+import math
 import pkgutil
+import re
 
 import pytest
+from conftest import ROOT
 
 from lab import models, planner
 from lab.planner import weights as counted
 from lab.planner.config import ARCHITECTURES, QWEN_7B, read
+from lab.planner.images import QWEN_IMAGE_EDIT
 from lab.planner.training import saved_bytes_per_token
+
+# -----------------------------------------------------------------------------
+# The worked numbers
+
+PLANNER = [file.name for file in pkgutil.iter_modules(planner.__path__)]
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_worked_numbers(name):
+    """The examples in the docstrings of lab/planner."""
+    module = importlib.import_module(f"lab.planner.{name}")
+    done = doctest.testmod(module, extraglobs={"QWEN_7B": QWEN_7B})
+    assert done.attempted and not done.failed
+
+
+def test_the_models_of_the_worked_numbers_are_the_published_ones():
+    assert read(models.config("qwen2.5-7b-instruct")) == QWEN_7B
+    shapes = json.loads((ROOT / "modules/02_qwen_image_edit/shapes.json").read_text())
+    assert QWEN_IMAGE_EDIT.keys() == shapes.keys()
+    for component, lines in shapes.items():
+        for dimensions in ({2}, {1, 3, 4, 5}):  # matrices, which nf4 packs, and the rest
+            published = sum(
+                count * math.prod(shape) for _, count, shape in lines if len(shape) in dimensions
+            )
+            ours = [s for s in QWEN_IMAGE_EDIT[component].values() if len(s) in dimensions]
+            assert sum(map(math.prod, ours)) == published, component
+
+
+def page_rows() -> dict[str, list[tuple[str, str]]]:
+    """{file of lab/planner: [(function, the number shown for it)]} of module 01's planner page."""
+    text = (ROOT / "modules/01_single_gpu_smoke/planner.md").read_text(encoding="utf-8")
+    sections = re.split(r"^### \d\. .*\[(\w+)\.py\].*$", text, flags=re.M)
+    walk = dict(zip(sections[1::2], sections[2::2], strict=True))
+    row = re.compile(r"^\| `([\w.]+)` \|.*\| ([^|]+) \|$", re.M)
+    return {name: row.findall(section) for name, section in walk.items()}
+
+
+def shown_by(examples: list[doctest.Example], number: str) -> bool:
+    """Whether an example gives this number, to as many digits as the page shows."""
+    digits = len(number.partition(".")[2])
+    half_a_digit = 0.501 * 10**-digits
+    results = [float(text) for e in examples for text in re.findall(r"\d+\.?\d*", e.want)]
+    return any(abs(result - float(number)) <= half_a_digit for result in results)
+
+
+def test_the_page_shows_the_worked_numbers():
+    """Module 01's page walks through the files in this order; its numbers are the docstrings'."""
+    walk = page_rows()
+    assert list(walk) == ["config", "weights", "serving", "training", "images", "speed"]
+    for name, rows in walk.items():
+        assert rows, name
+        module = importlib.import_module(f"lab.planner.{name}")
+        for function, cell in rows:
+            formula = module
+            for part in function.split("."):
+                formula = getattr(formula, part)
+            examples = doctest.DocTestParser().get_examples(formula.__doc__)
+            number = re.match(r"[\d,.]+", cell)[0].replace(",", "")
+            assert shown_by(examples, number), f"{name}.{function} gives no {cell}"
+
+
+# -----------------------------------------------------------------------------
+# Parameters
 
 BASE = {
     "hidden_size": 64,
@@ -22,6 +91,7 @@ BASE = {
     "vocab_size": 512,
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+SHARED = MOE | {"shared_expert_intermediate_size": 96}
 SHAPES = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-bias-tied": ("LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
@@ -31,57 +101,37 @@ SHAPES = {
     "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "Qwen2MoeForCausalLM",
-        MOE | {"shared_expert_intermediate_size": 96, "mlp_only_layers": [0]},
-    ),
-    "qwen2_moe-sparse-step": (
-        "Qwen2MoeForCausalLM",
-        MOE | {"shared_expert_intermediate_size": 96, "decoder_sparse_step": 2},
-    ),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", SHARED | {"mlp_only_layers": [0]}),
+    "qwen2_moe-sparse-step": ("Qwen2MoeForCausalLM", SHARED | {"decoder_sparse_step": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", MOE | {"head_dim": 16, "mlp_only_layers": [1]}),
 }
 
 
-def build(name, **more):
+def build(name: str, **more):
     """A model of these shapes by transformers, and how the planner reads its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture, values = SHAPES[name]
-    values = BASE | {"architectures": [architecture]} | values | more
-    config = AutoConfig.for_model(name.split("-")[0], **values)
-    return AutoModelForCausalLM.from_config(config), read(
-        config.to_dict() | {"architectures": [architecture]}
-    )
+    architectures = {"architectures": [architecture]}
+    config = AutoConfig.for_model(name.split("-")[0], **BASE | architectures | values | more)
+    real = AutoModelForCausalLM.from_config(config)
+    return real, read(config.to_dict() | architectures)
 
 
-PLANNER = [file.name for file in pkgutil.iter_modules(planner.__path__)]
-
-
-@pytest.mark.parametrize("name", PLANNER)
-def test_worked_numbers(name):
-    """The examples in the docstrings of lab/planner, all for Qwen2.5-7B."""
-    assert QWEN_7B == read(models.config("qwen2.5-7b-instruct"))
-    module = importlib.import_module(f"lab.planner.{name}")
-    done = doctest.testmod(module, extraglobs={"QWEN_7B": QWEN_7B})
-    assert done.attempted and not done.failed
+def is_packed(name: str, parameter) -> bool:
+    """Whether quantisation packs it: the linear layers, without routers."""
+    routers = ("mlp.gate.weight", "shared_expert_gate.weight")
+    return parameter.dim() > 1 and "norm" not in name and not name.endswith(routers)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_transformers(name):
-    """Every weight counted once, and every one that quantisation packs, for each architecture that
-    the planner claims to know.
-    """
+    """Every weight once, and every one that quantisation packs, of each known architecture."""
     real, model = build(name)
-    assert counted.parameters(model) == sum(p.numel() for p in real.parameters())
-    packed = sum(
-        p.numel()
-        for n, p in real.model.layers.named_parameters()
-        if p.dim() > 1
-        and "norm" not in n
-        and not n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
-    )
-    assert counted.linear(model) == packed
+    assert counted.parameters(model) == sum(weight.numel() for weight in real.parameters())
+    layers = real.model.layers.named_parameters()
+    packed = [weight.numel() for part, weight in layers if is_packed(part, weight)]
+    assert counted.linear(model) == sum(packed)
 
 
 def test_every_known_architecture_is_compared():
@@ -94,75 +144,84 @@ def test_catalogue_has_the_published_sizes():
         "smollm2-135m": 134_515_008,
         "qwen2.5-0.5b-instruct": 494_032_768,
         "qwen2.5-1.5b-instruct": 1_543_714_304,
-    }
-    published |= {
         "qwen2.5-7b-instruct": 7_615_616_512,
         "qwen2.5-14b-instruct": 14_770_033_664,
         "qwen2.5-32b-instruct": 32_763_876_352,
+        "qwen2.5-32b-instruct-awq": 32_763_876_352,  # the same ones, packed
     }
-    published["qwen2.5-32b-instruct-awq"] = published[
-        "qwen2.5-32b-instruct"
-    ]  # the same ones, packed
-    assert {
-        name: counted.parameters(read(models.config(name)))
-        for name, entry in models.catalogue().items()
-        if "config" in entry
-    } == published
+    listed = [name for name, entry in models.catalogue().items() if "config" in entry]
+    assert {name: counted.parameters(read(models.config(name))) for name in listed} == published
 
 
-@pytest.mark.parametrize(
-    "method, precision",
-    [
-        ("full", "fp32"),
-        ("full", "bf16"),
-        ("full", "autocast"),
-        ("lora", "autocast"),
-        ("lora", "bf16"),
-    ],
-)
-@pytest.mark.parametrize("name", ["qwen2", "llama-wide-heads", "qwen3"])
-def test_activations_are_what_autograd_keeps(name, method, precision):
-    """saved_bytes_per_token, against the tensors that the graph of one more layer holds."""
+# -----------------------------------------------------------------------------
+# Activations
+
+TOKENS = 96
+RANK = 4
+
+
+def trained(name: str, layers: int, method: str, precision: str):
+    """A model of so many layers as it is trained, and how the planner reads its config."""
     import torch
 
-    tokens = 96
+    real, model = build(name, num_hidden_layers=layers)
+    bf16 = precision == "bf16"
+    real.to(torch.bfloat16 if bf16 or method == "lora" else torch.float32)
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
 
-    def kept(layers: int) -> float:
-        real, _ = build(name, num_hidden_layers=layers)
-        real = real.to(
-            torch.bfloat16 if precision == "bf16" or method == "lora" else torch.float32
-        ).train()
-        if method == "lora":
-            from peft import LoraConfig, get_peft_model
+        adapter = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        real = get_peft_model(real, adapter)
+        for weight in real.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.to(torch.bfloat16 if bf16 else torch.float32)
+    return real.train(), model
 
-            real = get_peft_model(
-                real, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-            )
-            for p in real.parameters():
-                if p.requires_grad:
-                    p.data = p.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-        weights = {p.untyped_storage().data_ptr() for p in [*real.parameters(), *real.buffers()]}
-        sizes = {tuple(sorted(p.shape)) for p in real.parameters() if p.dim() == 2}
-        kept = {}
 
-        def pack(tensor):
-            place = tensor.untyped_storage().data_ptr()
-            if (
-                place not in weights and tuple(sorted(tensor.shape)) not in sizes
-            ):  # autocast's copies of weights are no activations
-                kept[place] = tensor
-            return tensor
+def kept_bytes(real, precision: str) -> int:
+    """Bytes of the tensors that the graph of a forward pass over 2 x TOKENS holds."""
+    import torch
 
-        ids = torch.randint(0, 512, (2, tokens))
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
-        ):
-            loss = real(input_ids=ids, labels=ids, use_cache=False).loss
-        assert loss.requires_grad
-        return sum(t.untyped_storage().nbytes() for t in kept.values())
+    weights = [*real.parameters(), *real.buffers()]
+    places = {weight.untyped_storage().data_ptr() for weight in weights}
+    matrices = {tuple(sorted(w.shape)) for w in real.parameters() if w.dim() == 2}
+    sizes = {}  # of what is kept, by where it lies
 
-    model = build(name)[1]
-    assert saved_bytes_per_token(model, method, precision, rank=4) == pytest.approx(
-        (kept(3) - kept(1)) / 2 / (2 * tokens), rel=1e-3
-    )
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        is_weight = storage.data_ptr() in places
+        is_cast_weight = tuple(sorted(tensor.shape)) in matrices  # autocast's copy of one
+        if not is_weight and not is_cast_weight:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that no other takes its place in memory
+        return tensor
+
+    held = []
+    ids = torch.randint(0, 512, (2, TOKENS))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
+    ):
+        loss = real(input_ids=ids, labels=ids, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+TRAININGS = [
+    ("full", "fp32"),
+    ("full", "bf16"),
+    ("full", "autocast"),
+    ("lora", "autocast"),
+    ("lora", "bf16"),
+]
+
+
+@pytest.mark.parametrize("method, precision", TRAININGS)
+@pytest.mark.parametrize("name", ["qwen2", "llama-wide-heads", "qwen3"])
+def test_activations_are_what_autograd_keeps(name, method, precision):
+    """saved_bytes_per_token, against the tensors that the graph of two more layers holds."""
+    small, _ = trained(name, 1, method, precision)
+    large, model = trained(name, 3, method, precision)
+    two_layers = kept_bytes(large, precision) - kept_bytes(small, precision)
+    predicted = saved_bytes_per_token(model, method, precision, RANK)
+    assert predicted == pytest.approx(two_layers / 2 / (2 * TOKENS), rel=1e-3)

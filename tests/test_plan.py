@@ -1,10 +1,10 @@
-"""scripts/plan.py: its answers, what it refuses, and this repository's own recipes on one and on
-two cards of 24 GB.
-"""
+"""scripts/plan.py: answers, refusals, and this repository's own recipes on one and two cards."""
 
 import json
 import re
 import shlex
+import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, refused
@@ -29,9 +29,8 @@ CONFIG = {
 }
 CONFIG |= {"intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768}
 
-NO_CARD = {
-    "CUDA_VISIBLE_DEVICES": ""
-}  # the planner then takes RTX 4090s, whatever this machine has
+# The planner then takes RTX 4090s, whatever this machine has.
+NO_CARD = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(*command, **kwargs):
@@ -42,7 +41,8 @@ def python(*command, **kwargs):
     return python_here(*command, **NO_CARD | kwargs)
 
 
-def answer(line: str) -> dict:
+def printed(line: str) -> dict:
+    """The JSON object that the command prints."""
     return json.loads(python(PLAN, *shlex.split(line), "--json", check=0).stdout)
 
 
@@ -50,23 +50,35 @@ def answer(line: str) -> dict:
 def plan():
     """scripts/plan.py as a module."""
     import importlib
-    import sys
 
     sys.path.insert(0, str(ROOT / "scripts"))
     yield importlib.import_module("plan")
     sys.path.remove(str(ROOT / "scripts"))
 
 
-def test_a_name_a_folder_and_a_config_give_one_answer(tmp_path):
+@pytest.fixture(scope="module")
+def read_line(plan):
+    """The question of a command line."""
+    from plan_parts import arguments
+
+    return arguments.read_line
+
+
+@pytest.fixture(scope="module")
+def answer(plan, read_line):
+    """The answer to a command line."""
+    return lambda line: plan.plan(read_line(line))
+
+
+def test_a_name_a_folder_and_a_config_give_one_answer(tmp_path, answer):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    by_name = answer("serve --model qwen2.5-7b-instruct --gpus 1")
+    by_name = printed("serve --model qwen2.5-7b-instruct --gpus 1")
     assert by_name["fits"] and by_name["suggestion"] == "" and by_name["kv_tokens"] > 32768
-    assert by_name == answer("serve --model Qwen/Qwen2.5-7B-Instruct --gpus 1")
-    assert (
-        by_name
-        == answer(f"serve --model {tmp_path} --gpus 1")
-        == answer(f"serve --model {tmp_path}/config.json --gpus 1")
-    )
+    for model in ("Qwen/Qwen2.5-7B-Instruct", tmp_path, tmp_path / "config.json"):
+        assert answer(f"serve --model {model} --gpus 1") == by_name
+
+
+HEAVY = {"torch", "vllm", "transformers", "deepspeed", "accelerate", "numpy", "omegaconf"}
 
 
 def test_no_engine_and_no_network(tmp_path):
@@ -76,8 +88,10 @@ def test_no_engine_and_no_network(tmp_path):
         "import runpy, socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
+        "sys.path.insert(0, 'scripts')\n"  # as Python does for a script
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'accelerate', 'numpy', 'omegaconf'} & set(sys.modules); assert not heavy, heavy"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     for line in (
         f"serve --model {tmp_path} --json",
@@ -98,7 +112,7 @@ FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measu
     "serve --model qwen2.5-7b-instruct --gpus 1 --dtype float32": False,
     "train --model qwen2.5-7b-instruct --gpus 1 --dtype float32": False,
     "train --model qwen2.5-7b-instruct --gpus 2 --zero 3 --checkpointing": False,
-    "train --model qwen2.5-7b-instruct --gpus 2 --zero 3 --offload optimizer+param --checkpointing": True,
+    "train --model qwen2.5-7b-instruct --zero 3 --offload optimizer+param --checkpointing": True,
     "train --model qwen2.5-7b-instruct --gpus 1 --method qlora --checkpointing": True,
     "train --model qwen2.5-1.5b-instruct --gpus 1": False,
     "image-edit --gpus 2 --recipe plain": False,
@@ -112,93 +126,88 @@ FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measu
 
 
 @pytest.mark.parametrize("line", FITS)
-def test_verdicts(plan, line):
-    found = plan.plan(plan.parse(shlex.split(line)))
-    assert found["fits"] == FITS[line], found
-    parts = dict(found["per_gpu_gib"])
-    assert (
-        parts.pop("total") == pytest.approx(sum(parts.values()), abs=0.02)
-        and parts["weights"] >= 0
-        and found["host_gib"] > 0
-    )
-    assert bool(found["suggestion"]) != found["fits"]
+def test_verdicts(answer, line):
+    verdict = answer(line)
+    assert verdict["fits"] == FITS[line], verdict
+    parts = dict(verdict["per_gpu_gib"])
+    assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=0.02)
+    assert parts["weights"] >= 0 and verdict["host_gib"] > 0
+    assert bool(verdict["suggestion"]) != verdict["fits"]
 
 
 @pytest.mark.parametrize("line", [line for line, fits in FITS.items() if not fits])
-def test_suggestions_fit(plan, line):
+def test_suggestions_fit(answer, line):
     """What the planner proposes is a command line of its own, and that one fits."""
-    found = plan.plan(plan.parse(shlex.split(line)))
-    assert found["suggestion"].startswith("--"), found["suggestion"]
-    assert plan.plan(plan.parse(shlex.split(f"{line} {found['suggestion']}")))["fits"]
+    suggestion = answer(line)["suggestion"]
+    assert suggestion.startswith("--"), suggestion
+    assert answer(f"{line} {suggestion}")["fits"]
 
 
-def test_three_cards_take_the_split_that_the_heads_allow():
+def test_three_cards_take_the_split_that_the_heads_allow(answer):
     """28 heads over 3 cards: two of them are used, unless three are asked for."""
-    assert answer("serve --model qwen2.5-7b-instruct --gpus 3") | {"suggestion": ""} == answer(
-        "serve --model qwen2.5-7b-instruct --gpus 2"
-    )
+    three = answer("serve --model qwen2.5-7b-instruct --gpus 3")
+    assert three | {"suggestion": ""} == answer("serve --model qwen2.5-7b-instruct --gpus 2")
 
 
-def test_no_suggestion_where_nothing_helps():
-    assert (
-        "smaller model"
-        in answer("serve --model qwen2.5-32b-instruct --gpus 1 --gpu-memory-gib 8")["suggestion"]
-    )
+def test_no_suggestion_where_nothing_helps(answer):
+    small_card = answer("serve --model qwen2.5-32b-instruct --gpus 1 --gpu-memory-gib 8")
+    assert "smaller model" in small_card["suggestion"]
 
 
-TWO_CARDS = {"make vllm-serve RECIPE=32b-awq-tp2", "make train-ddp", "make lf-train-z2", "make train-z2-offload", *(f"make train-z{z}" for z in range(4)),
-             *(f"make train-accelerate CONFIG={c}" for c in ("ddp", "fsdp", "deepspeed_zero2"))}  # fmt: skip
+TWO_CARDS = {
+    "make vllm-serve RECIPE=32b-awq-tp2",
+    *("make train-ddp", "make lf-train-z2", "make train-z2-offload"),
+    *(f"make train-z{stage}" for stage in range(4)),
+    *(f"make train-accelerate CONFIG={name}" for name in ("ddp", "fsdp", "deepspeed_zero2")),
+}
+ON_NO_CARD = "modules/06_LLaMA-Factory/configs/merge.yaml"  # export_device: cpu
+INSIDE = "modules/06_LLaMA-Factory/configs/zero2.json"  # read through sft_lora_z2.yaml
+
+
+def recipes_on(plan, count: int) -> list:
+    from plan_parts import Cards
+
+    return plan.recipes(Cards(f"4090x{count}", count))
 
 
 @pytest.mark.parametrize("cards", [1, 2])
 def test_every_recipe_of_the_repository_fits(plan, cards):
-    """No recipe that the profile's 24 GB cards cannot hold may be committed, and no configuration
-    may slip past the planner.
-    """
-    recipes = plan.recipes(f"4090x{cards}")
-    lines = {command: plan.parse(shlex.split(line)) for command, (_, line) in recipes.items()}
-    assert {command for command, args in lines.items() if args.gpus > cards} == (
-        TWO_CARDS if cards == 1 else set()
-    )
-    for command, args in lines.items():
-        found = plan.plan(args)
-        assert found["fits"], (
-            f"{command} ({recipes[command][0]}) does not fit {args.gpus} x 24 GB: {found['per_gpu_gib']}; {found['suggestion']}"
-        )
-    files = {
-        f.relative_to(ROOT).as_posix()
-        for f in [
-            *ROOT.glob("modules/*/configs/*.*"),
-            *ROOT.glob("modules/03_vllm/configs/recipes/*"),
-        ]
-    } | {"modules/05_DeepSpeed/ds_config.json"}
-    on_no_card = {"modules/06_LLaMA-Factory/configs/merge.yaml"}  # export_device: cpu
-    inside = {"modules/06_LLaMA-Factory/configs/zero2.json"}  # read through sft_lora_z2.yaml
-    assert {file for file, _ in recipes.values()} - {
-        f"configs/profiles/4090x{cards}.yaml"
-    } == files - on_no_card - inside
-    sections = {
-        name
-        for name, values in read_yaml(ROOT / f"configs/profiles/4090x{cards}.yaml").items()
-        if isinstance(values, dict) and values.get("model")
-    }
-    assert sections == {
-        "smoke",
-        "serve",
-        "image_edit",
-        "throughput",
-        "train",
-        "zero",
-        "finetune",
-    }, "a new section needs a line in recipes()"
+    """No recipe that the profile's 24 GB cards cannot hold may be committed."""
+    recipes = recipes_on(plan, cards)
+    too_many = {recipe.command for recipe in recipes if recipe.request.setup.gpus > cards}
+    assert too_many == (TWO_CARDS if cards == 1 else set())
+    for command, file, request in recipes:
+        verdict = plan.plan(request)
+        needed = f"{command} ({file}) on {request.setup.gpus} x 24 GB: {verdict['per_gpu_gib']}"
+        assert verdict["fits"], f"{needed}; {verdict['suggestion']}"
+
+
+@pytest.mark.parametrize("cards", [1, 2])
+def test_no_configuration_slips_past_the_planner(plan, cards):
+    configurations = [
+        *ROOT.glob("modules/*/configs/*.*"),
+        *ROOT.glob("modules/03_vllm/configs/recipes/*"),
+        ROOT / "modules/05_DeepSpeed/ds_config.json",
+    ]
+    files = {path.relative_to(ROOT).as_posix() for path in configurations}
+    own_profile = f"configs/profiles/4090x{cards}.yaml"
+    planned = {recipe.file for recipe in recipes_on(plan, cards)}
+    assert planned - {own_profile} == files - {ON_NO_CARD, INSIDE}
+    sections = set()
+    for name, values in read_yaml(ROOT / own_profile).items():
+        if isinstance(values, dict) and values.get("model"):
+            sections.add(name)
+    known = {"smoke", "serve", "image_edit", "throughput", "train", "zero", "finetune"}
+    assert sections == known, "a new section needs a line in scripts/plan_parts/recipes.py"
 
 
 def test_a_recipe_that_does_not_fit_is_found(plan):
-    """The test above can fail: a 14B served on one card."""
-    line = plan.recipes()["make vllm-serve"][1]
-    assert not plan.plan(plan.parse(shlex.split(line.replace("--tp 2", "--tp 1"))))["fits"]
-    line = plan.recipes("4090x1")["make vllm-serve"][1].replace("7b", "14b")
-    assert not plan.plan(plan.parse(shlex.split(line)))["fits"]
+    """The tests above can fail: a 14B served on one card."""
+    two_cards = recipes_on(plan, 2)[0].request
+    on_one_of_them = replace(two_cards.setup, tp=1)
+    assert not plan.plan(two_cards._replace(setup=on_one_of_them))["fits"]
+    one_card = recipes_on(plan, 1)[0].request
+    assert not plan.plan(one_card._replace(model="qwen2.5-14b-instruct"))["fits"]
 
 
 def card(name: str, cuda_gib: float, *capability: int) -> dict:
@@ -212,104 +221,106 @@ def card(name: str, cuda_gib: float, *capability: int) -> dict:
     }
 
 
-RTX3090, RTX4090, RTX5090 = (
-    card("RTX 3090", 23.6, 8, 6),
-    card("RTX 4090", 23.6, 8, 9),
-    card("RTX 5090", 31.3, 12, 0),
-)
+RTX3090 = card("RTX 3090", 23.6, 8, 6)
+RTX4090 = card("RTX 4090", 23.6, 8, 9)
+RTX5090 = card("RTX 5090", 31.3, 12, 0)
 
 
-def test_the_cards_own_values(plan, monkeypatch):
-    """Memory, FP8 and nominal speed of the cards here: a larger card holds more, a faster one is
-    faster, one without FP8 says so.
-    """
-
-    def words(cards: list[dict], line: str) -> dict:
-        monkeypatch.setattr(this_machine, "gpus", lambda: cards)
-        return plan.plan(plan.parse(shlex.split(line), plan.here()))
+@pytest.fixture
+def answer_on(plan, read_line, monkeypatch):
+    """The answer to a command line on a machine with these cards."""
+    from plan_parts import cards_here
 
     for variable in ("PROFILE", "MEMORY_CAP_GIB"):
         monkeypatch.delenv(variable, raising=False)
-    serve = "serve --model qwen2.5-14b-instruct --max-model-len 8192"
-    ada, ampere, blackwell = (words([c] * 2, serve) for c in (RTX4090, RTX3090, RTX5090))
-    assert ada == words([], serve) and ada["notes"] == []
+
+    def answer_on(cards: list[dict], line: str) -> dict:
+        monkeypatch.setattr(this_machine, "gpus", lambda: cards)
+        return plan.plan(read_line(line, cards_here()))
+
+    return answer_on
+
+
+SERVE = "serve --model qwen2.5-14b-instruct --max-model-len 8192"
+
+
+def test_the_cards_own_values(answer_on):
+    """A larger card holds more, a faster one is faster, one without FP8 says so."""
+    ampere = answer_on([RTX3090] * 2, SERVE)
+    ada = answer_on([RTX4090] * 2, SERVE)
+    blackwell = answer_on([RTX5090] * 2, SERVE)
+    assert ada == answer_on([], SERVE) and ada["notes"] == []
     assert ampere["kv_tokens"] == ada["kv_tokens"] and blackwell["kv_tokens"] > 2 * ada["kv_tokens"]
-    speeds = [found["predicted_speed"] for found in (ampere, ada, blackwell)]
     for name in ("decode_tok_per_s", "prefill_tok_per_s"):
-        assert speeds[0][name] < speeds[1][name] < speeds[2][name]
-    alone = "serve --model qwen2.5-7b-instruct --max-model-len 8192 --dtype fp8"
-    ratio = (
-        words([RTX4090], alone)["predicted_speed"]["decode_tok_per_s"]
-        / words([RTX3090], alone)["predicted_speed"]["decode_tok_per_s"]
-    )
-    assert ratio == pytest.approx(
-        1008 / 936, rel=1e-3
-    )  # a step of one request reads the memory, one card sends nothing
-    assert (
-        "RTX 3090 multiplies no FP8" in words([RTX3090], alone)["notes"][0]
-        and words([RTX4090], alone)["notes"] == []
-    )
-    # of two unlike cards the smaller memory and the slower card count
-    assert words([RTX5090, RTX3090], serve)["kv_tokens"] == ampere["kv_tokens"]
-    assert words([RTX5090, RTX3090], serve)["predicted_speed"] == ampere["predicted_speed"]
-    assert words([card("RTX 6000", 47.0, 8, 9)] * 2, serve)["predicted_speed"] == {}
-    # one card is planned for as one, more than two as the two that the profile takes, and a capped
-    # one as the smaller that it stands for
-    assert words([RTX4090], serve)["fits"] is False and words([RTX4090] * 4, serve) == ada
+        speeds = [answer["predicted_speed"][name] for answer in (ampere, ada, blackwell)]
+        assert speeds == sorted(set(speeds))
+
+    fp8 = "serve --model qwen2.5-7b-instruct --max-model-len 8192 --dtype fp8"
+    on_ada = answer_on([RTX4090], fp8)
+    on_ampere = answer_on([RTX3090], fp8)
+    name = "decode_tok_per_s"
+    ratio = on_ada["predicted_speed"][name] / on_ampere["predicted_speed"][name]
+    # A step of one request reads the memory, one card sends nothing.
+    assert ratio == pytest.approx(1008 / 936, rel=1e-3)
+    assert "RTX 3090 multiplies no FP8" in on_ampere["notes"][0] and on_ada["notes"] == []
+
+
+def test_which_of_the_cards_count(answer_on, monkeypatch):
+    two_4090s = answer_on([RTX4090] * 2, SERVE)
+    two_3090s = answer_on([RTX3090] * 2, SERVE)
+    # Of two unlike cards the smaller memory and the slower card.
+    unlike = answer_on([RTX5090, RTX3090], SERVE)
+    assert unlike["kv_tokens"] == two_3090s["kv_tokens"]
+    assert unlike["predicted_speed"] == two_3090s["predicted_speed"]
+    assert answer_on([card("RTX 6000", 47.0, 8, 9)] * 2, SERVE)["predicted_speed"] == {}
+    # One card is planned for as one, more than two as the two that the profile takes.
+    assert answer_on([RTX4090], SERVE)["fits"] is False
+    assert answer_on([RTX4090] * 4, SERVE) == two_4090s
+    # A capped one as the smaller that it stands for.
     monkeypatch.setenv("MEMORY_CAP_GIB", "23.6")
-    assert words([RTX5090] * 2, serve)["kv_tokens"] == ada["kv_tokens"]
+    assert answer_on([RTX5090] * 2, SERVE)["kv_tokens"] == two_4090s["kv_tokens"]
 
 
-def test_an_fp8_cache_needs_a_word(plan, monkeypatch):
-    """vLLM reads it by FlashInfer, which nvcc compiles; Triton's attention reads it where the card
-    has FP8. No card without is advised to it.
-    """
-    line = "serve --model qwen2.5-7b-instruct --gpus 1 --max-model-len 32768 --concurrency 5"
-    for one, suggestion, way in (
+@pytest.mark.parametrize(
+    ("card", "suggestion", "way"),
+    [
         (RTX4090, "--kv-dtype fp8", "TRITON_ATTN"),
         (RTX3090, "--concurrency 3", "leave --kv-cache-dtype out"),
-    ):
-        monkeypatch.setattr(this_machine, "gpus", lambda one=one: [one])
-        advised, asked = (
-            plan.plan(plan.parse(shlex.split(words), plan.here()))
-            for words in (line, f"{line} --kv-dtype fp8")
-        )
-        assert advised["suggestion"] == suggestion and way in asked["notes"][0]
-        assert ("TRITON_ATTN" in str(advised["notes"])) == ("fp8" in suggestion)
+    ],
+    ids=["with FP8", "without"],
+)
+def test_an_fp8_cache_needs_a_word(answer_on, card, suggestion, way):
+    """vLLM reads it by FlashInfer, which nvcc compiles; on cards with FP8, Triton reads it too.
+
+    No card without is advised to it.
+    """
+    line = "serve --model qwen2.5-7b-instruct --gpus 1 --max-model-len 32768 --concurrency 5"
+    advised = answer_on([card], line)
+    asked = answer_on([card], f"{line} --kv-dtype fp8")
+    assert advised["suggestion"] == suggestion and way in asked["notes"][0]
+    assert ("TRITON_ATTN" in str(advised["notes"])) == ("fp8" in suggestion)
 
 
 def test_make_plan_on_one_card():
     out = run("make", "plan", "PROFILE=4090x1", check=0).stdout
     assert "this repository on 1 x RTX 4090" in out and "DOES NOT FIT" not in out
-    assert {
-        line.split("  ")[0] for line in out.splitlines() if line.endswith("needs 2 cards")
-    } == TWO_CARDS
+    lines = [line for line in out.splitlines() if line.endswith("needs 2 cards")]
+    assert {line.split("  ")[0] for line in lines} == TWO_CARDS
 
 
 def test_make_plan_on_3090s():
-    cards = [
-        {
-            "name": "NVIDIA GeForce RTX 3090",
-            "memory_gib": 24,
-            "reserved_gib": 0.31,
-            "capability": [8, 6],
-        }
-    ] * 2
+    rtx3090 = {"name": "NVIDIA GeForce RTX 3090", "memory_gib": 24, "reserved_gib": 0.31}
     machine = {
-        "FAKE_CARDS": json.dumps(cards),
+        "FAKE_CARDS": json.dumps([rtx3090 | {"capability": [8, 6]}] * 2),
         "PYTHONPATH": str(ROOT / "tests/fakes"),
         "CUDA_VISIBLE_DEVICES": "0,1",
     }
     out = python(PLAN, check=0, **machine).stdout
     assert "this repository on 2 x RTX 3090" in out and "DOES NOT FIT" not in out
-    out = python(
-        PLAN, "serve", "--model", "qwen2.5-7b-instruct", "--dtype", "fp8", check=0, **machine
-    ).stdout
-    assert (
-        "on 2 x 23.6 GiB" in out
-        and "predicted bounds on RTX 3090s" in out
-        and "RTX 3090 multiplies no FP8" in out
-    )
+    serve = ["serve", "--model", "qwen2.5-7b-instruct", "--dtype", "fp8"]
+    out = python(PLAN, *serve, check=0, **machine).stdout
+    assert "on 2 x 23.6 GiB" in out and "predicted bounds on RTX 3090s" in out
+    assert "RTX 3090 multiplies no FP8" in out
 
 
 def test_cards_are_described_with_their_sources():
@@ -321,55 +332,45 @@ def test_cards_are_described_with_their_sources():
 def test_make_plan():
     out = run("make", "plan", check=0).stdout
     assert "make vllm-serve" in out and "make train-z3" in out and "DOES NOT FIT" not in out
-    assert (
-        "does not fit; the cheapest change that does: "
-        in run("make", "plan", "ARGS=serve --model qwen2.5-14b-instruct --gpus 1", check=0).stdout
-    )
+    too_large = "ARGS=serve --model qwen2.5-14b-instruct --gpus 1"
+    out = run("make", "plan", too_large, check=0).stdout
+    assert "does not fit; the cheapest change that does: " in out
 
 
 def test_the_readme_shows_what_appears():
     """The sample in module 01's readme, line by line, in the output of its command."""
     text = (ROOT / "modules/01_single_gpu_smoke/planner.md").read_text()
     sample = re.search(r"```text\n(serve .*?)```", text, re.S)[1]
-    out = python(
-        PLAN, "serve", "--model", "qwen2.5-32b-instruct", "--gpus", "2", check=0
-    ).stdout.splitlines()
+    command = ["serve", "--model", "qwen2.5-32b-instruct", "--gpus", "2"]
+    out = python(PLAN, *command, check=0).stdout.splitlines()
     assert all(line in out for line in sample.splitlines() if line.strip() != "...")
 
 
-def test_calibration_lines(plan):
-    """Every line of configs/calibration.yaml is a command line of the planner that it says fits,
-    and no test line is a fit line.
-    """
+def test_calibration_lines(answer):
+    """Every line is a command of the planner that it says fits, and no test line is a fit line."""
     cases = read_yaml(ROOT / "configs/calibration.yaml")
-    assert {case["use"] for case in cases.values()} == {"fit", "test"} and len(
-        {case["plan"] for case in cases.values()}
-    ) == len(cases)
+    assert {case["use"] for case in cases.values()} == {"fit", "test"}
+    assert len({case["plan"] for case in cases.values()}) == len(cases)
     for name, case in cases.items():
-        assert plan.plan(plan.parse(shlex.split(case["plan"])))["fits"], name
+        assert answer(case["plan"])["fits"], name
+
+
+CALIBRATE = "scripts/calibrate.py"
 
 
 def test_calibrate_without_a_gpu():
     """No GPU is no error: it says so; an unknown line is one."""
-    done = python("scripts/calibrate.py", "--only", "full-0.5b", check=0, PROFILE="cpu")
-    assert (
-        "it needs 1 x 24 GiB" in done.stderr and "nothing to measure on this machine" in done.stdout
-    )
-    assert "there is no line full-9b" in refused(
-        "python", "scripts/calibrate.py", "--only", "full-9b"
-    )
+    done = python(CALIBRATE, "--only", "full-0.5b", check=0, PROFILE="cpu")
+    assert "it needs 1 x 24 GiB" in done.stderr
+    assert "nothing to measure on this machine" in done.stdout
+    assert "there is no line full-9b" in refused("python", CALIBRATE, "--only", "full-9b")
 
 
 @pytest.mark.parametrize("flags", ["", "--method lora --checkpointing"])
 def test_calibrate_trains(flags, tiny_model):
-    """The code that measures on a GPU trains on a CPU too; only there is no device memory to read."""
-    done = python(
-        "scripts/calibrate.py",
-        "--worker",
-        f"train --gpus 1 --seq-len 64 --model {tiny_model} {flags}",
-        check=0,
-        PROFILE="cpu",
-    )
+    """What measures on a GPU trains on a CPU too; only there is no device memory to read."""
+    line = f"train --gpus 1 --seq-len 64 --model {tiny_model} {flags}"
+    done = python(CALIBRATE, "--worker", line, check=0, PROFILE="cpu")
     assert json.loads(done.stdout.removeprefix("measured "))["host_gib"] > 0.1
 
 
@@ -379,31 +380,23 @@ def test_calibrate_trains(flags, tiny_model):
 )
 def test_calibrate_trains_divided(flags, tiny_model):
     line = f"train --gpus 2 --seq-len 64 --model {tiny_model} {flags}"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = python(
-        *launch,
-        "scripts/calibrate.py",
-        "--worker",
-        line,
-        check=0,
-        PROFILE="cpu",
-        DS_ACCELERATOR="cpu",
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"PROFILE": "cpu", "DS_ACCELERATOR": "cpu"}
+    done = python(*launcher, CALIBRATE, "--worker", line, check=0, **environment)
     assert '"host_gib"' in done.stdout
 
 
 @pytest.mark.long
-def test_calibrate_serves(plan, tiny_model, tmp_path, monkeypatch):
+def test_calibrate_serves(read_line, tiny_model, tmp_path, monkeypatch):
     """vLLM's own report of its cache is read from a real engine: 1 GiB on a CPU."""
     import importlib
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    args = plan.parse(
-        f"serve --gpus 1 --model {tiny_model} --max-model-len 512 --enforce-eager".split()
-    )
-    found = importlib.import_module("calibrate").serve(args, tmp_path / "log")
+    line = f"serve --gpus 1 --model {tiny_model} --max-model-len 512 --enforce-eager"
+    measured = importlib.import_module("calibrate").serve(read_line(line), tmp_path / "log")
     model = read(models.config(str(tiny_model)))
-    assert found["kv_tok_count"] * kv_bytes_per_token(model) / GIB == pytest.approx(1, rel=0.02)
+    cache_gib = measured["kv_tok_count"] * kv_bytes_per_token(model) / GIB
+    assert cache_gib == pytest.approx(1, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -415,24 +408,24 @@ def tables(plan):
 
 @pytest.mark.parametrize("use", ["fit", "test"])
 def test_predictions_hold_against_measurement(tables, use):
-    """The goals: serving within 5 %, the peak of training within 10 % (of the host: 15 %), on lines
-    that fixed no constant, and on the others.
+    """Serving within 5 %, the peak of training within 10 %, the host's within 15 %.
+
+    On lines that fixed no constant, and on the others.
     """
     rows = tables.errors(use)
     goals = {"weights (GiB)": 0.05, "KV tokens": 0.05, "peak (GiB)": 0.1, "host (GiB)": 0.15}
-    assert len(rows) >= 12 and {row[2] for row in rows} == goals.keys()
-    for _, name, quantity, predicted, measured in rows:
-        assert predicted == pytest.approx(measured, rel=goals[quantity]), (name, quantity)
+    assert len(rows) >= 12 and {row.quantity for row in rows} == goals.keys()
+    for row in rows:
+        goal = goals[row.quantity]
+        assert row.predicted == pytest.approx(row.measured, rel=goal), row
 
 
 def test_states_hold_against_measurement(tables):
-    """Bytes of parameters, gradients and optimizer states in the records of every stage, within 2
-    %.
-    """
+    """Bytes of parameters, gradients and optimizer states in the records of every stage: 2 %."""
     rows = tables.errors("states")
     assert len(rows) >= 10
-    for machine, name, _, predicted, measured in rows:
-        assert predicted == pytest.approx(measured, rel=0.02), (machine, name)
+    for row in rows:
+        assert row.predicted == pytest.approx(row.measured, rel=0.02), row
 
 
 BAD = {
@@ -461,48 +454,64 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence(case, tmp_path):
+@pytest.fixture
+def bad_files(tmp_path):
+    half = {name: value for name, value in CONFIG.items() if name != "hidden_size"}
+    contents = {
+        "list": [],
+        "t5": CONFIG | {"architectures": ["T5ForConditionalGeneration"]},
+        "half": half,
+        "negative": CONFIG | {"num_hidden_layers": -3},
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "t5.json").write_text(
-        json.dumps(CONFIG | {"architectures": ["T5ForConditionalGeneration"]})
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(case, plan, bad_files, monkeypatch, capsys):
+    line, reason = BAD[case]
+    command = ["plan.py", *shlex.split(line.format(tmp=bad_files))]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(this_machine, "gpus", list)
+    with pytest.raises(SystemExit) as exit_code:
+        plan.main()
+    written = capsys.readouterr()
+    assert exit_code.value.code == 2 and written.out == ""
+    assert re.fullmatch(rf"error: .*{re.escape(reason)}.*\n", written.err), written.err
+
+
+def test_a_refusal_of_the_command():
+    assert "--tp 2 x --pp 1 needs 2 cards, there are 1" in refused(
+        "python", PLAN, *shlex.split(BAD["tp and cards"][0])
     )
-    (tmp_path / "half.json").write_text(
-        json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"})
-    )
-    (tmp_path / "negative.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": -3}))
-    line, words = BAD[case]
-    assert words in refused("python", PLAN, *shlex.split(line.format(tmp=tmp_path)))
 
 
 def test_quantised_checkpoints_are_understood():
-    """Published sizes of Qwen2.5-32B-Instruct-GPTQ-Int4 (19.3 GB) and -AWQ, from their
-    config.json's own words.
-    """
+    """Qwen2.5-32B-Instruct-GPTQ-Int4 and -AWQ have 19.3 GB, as their config.json has it."""
     config = models.config("qwen2.5-32b-instruct")
-    for quantization in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}):
-        model = read(config | {"quantization_config": quantization})
-        assert model.stored == "int4" and weights.stored_bytes(model) / 1e9 == pytest.approx(
-            19.3, rel=0.01
-        )
+    for method in ("gptq", "awq"):
+        model = read(config | {"quantization_config": {"quant_method": method, "bits": 4}})
+        assert model.stored == "int4"
+        assert weights.stored_bytes(model) / 1e9 == pytest.approx(19.3, rel=0.01)
     assert read(config | {"quantization_config": {"quant_method": "fp8"}}).stored == "fp8"
 
 
 def test_communication_model():
-    """The alpha-beta model at its edges: one card moves nothing; large messages go at the ring's 2
-    (n-1)/n; small ones by latency.
+    """The alpha-beta model at its edges.
+
+    One card moves nothing; large messages go at the ring's 2 (n-1)/n; small ones by latency.
     """
     machine = speed.Machine(gpus=1024, gpus_per_node=8)
-    assert speed.collective("all_reduce", 1e9, 1, machine) == 0
-    assert speed.collective("all_reduce", 1e9, 2, machine) == pytest.approx(
-        1e9 / machine.link, rel=0.01
-    )
-    assert speed.collective("all_gather", 1e9, 8, machine) == pytest.approx(
-        7 / 8 * 1e9 / machine.link, rel=0.01
-    )
-    assert speed.collective("all_reduce", 8, 1024, machine) == pytest.approx(
-        20 * machine.network_latency, rel=0.01
-    )
-    times = [speed.collective("all_reduce", 1e9, n, machine) for n in (2, 8, 16, 64, 1024)]
+
+    def seconds(kind: str, size: float, cards: int) -> float:
+        return speed.collective(kind, size, cards, machine)
+
+    assert seconds("all_reduce", 1e9, 1) == 0
+    assert seconds("all_reduce", 1e9, 2) == pytest.approx(1e9 / machine.link, rel=0.01)
+    assert seconds("all_gather", 1e9, 8) == pytest.approx(7 / 8 * 1e9 / machine.link, rel=0.01)
+    small = seconds("all_reduce", 8, 1024)
+    assert small == pytest.approx(20 * machine.network_latency, rel=0.01)
+    times = [seconds("all_reduce", 1e9, cards) for cards in (2, 8, 16, 64, 1024)]
     assert times == sorted(times)

@@ -1,6 +1,4 @@
-"""Profiles and models: detection, overriding, and one clear sentence for everything a user may get
-wrong.
-"""
+"""Profiles and models: detection, overriding, and one sentence for what users get wrong."""
 
 import http.server
 import json
@@ -10,6 +8,7 @@ import shlex
 import socket
 import sys
 import threading
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -20,9 +19,7 @@ SMOKE = "modules/01_single_gpu_smoke/01_smoke.py"
 
 
 def test_every_profile_loads():
-    """All profiles hold the same settings, every one of which some script reads; env applies to
-    every launcher.
-    """
+    """All profiles hold the same settings, every one of which some script reads."""
     profiles = {f.stem: profile.read_yaml(f) for f in profile.FOLDER.glob("*.yaml")}
     assert profiles.keys() == {"cpu", "4090x1", "4090x2"}
     source = "".join(
@@ -32,9 +29,8 @@ def test_every_profile_loads():
     )
     cpu = profiles["cpu"]
     for section, values in cpu.items():
-        assert (
-            section == "requires" or f"profile.{section}" in source or f'"{section}"' in source
-        ), f"no script reads {section}"
+        read = f"profile.{section}" in source or f'"{section}"' in source
+        assert read or section == "requires", f"no script reads {section}"
         for name, other in profiles.items():
             assert cpu.keys() == other.keys(), name
             if isinstance(values, dict) and section not in ("env", "requires"):
@@ -45,12 +41,10 @@ def test_every_profile_loads():
 
 
 def test_4090x2_is_what_the_design_asks_for():
-    p = profile.read_yaml(ROOT / "configs/profiles/4090x2.yaml")
-    assert (p["serve"]["model"], p["serve"]["args"]["tensor-parallel-size"]) == (
-        "qwen2.5-14b-instruct",
-        2,
-    )
-    assert p["env"]["NCCL_P2P_DISABLE"] == 1
+    values = profile.read_yaml(ROOT / "configs/profiles/4090x2.yaml")
+    assert values["serve"]["model"] == "qwen2.5-14b-instruct"
+    assert values["serve"]["args"]["tensor-parallel-size"] == 2
+    assert values["env"]["NCCL_P2P_DISABLE"] == 1
 
 
 @pytest.mark.parametrize("name", ["4090x1", "4090x2"])
@@ -78,97 +72,167 @@ RTX5090 = {
     "capability": [12, 0],
 }
 RTX3060 = {"name": "NVIDIA GeForce RTX 3060", "memory_gib": 12, "capability": [8, 6]}
-SHOW = (
-    "import json, os; from lab import machine; from lab.profile import load_profile; profile = load_profile()\n"
-    "print(json.dumps([profile.name, os.environ.get('CUDA_VISIBLE_DEVICES'), machine.name(), machine.handles(), [g['cuda_gib'] for g in machine.gpus()]]))"
-)
+SHOW = """
+import json, os
+from lab import machine
+from lab.profile import load_profile
+
+profile = load_profile()
+visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+sizes = [gpu["cuda_gib"] for gpu in machine.gpus()]
+print(json.dumps([profile.name, visible, machine.name(), machine.handles(), sizes]))
+"""
 
 
 def described(cards: list[dict], **env) -> dict:
-    """Environment variables of a machine with these cards; what this machine's user set is left
-    out.
-    """
+    """Environment variables of a machine with these cards."""
     return {"FAKE_CARDS": json.dumps(cards), "PYTHONPATH": str(ROOT / "tests/fakes")} | env
 
 
-# cards, lock, what the user set: profile, CUDA_VISIBLE_DEVICES, name of the machine, cards that are
-# read; what is said
-ROWS = {
-    "no card, cpu lock": ([], "cpu", {}, ["cpu", "", "cpu", []], ""),
-    "no card, gpu lock": ([], "gpu", {}, ["cpu", "", "cpu", []], "no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; profile cpu, but the gpu lock's vLLM computes on GPUs only"),
-    "two cards, cpu lock": ([RTX4090] * 2, "cpu", {}, ["cpu", "", "cpu", []], "2 x RTX 4090 here, but this environment is the cpu lock's: profile cpu; to compute on the card: make setup LOCK=gpu"),
-    "one 4090": ([RTX4090], "gpu", {}, ["4090x1", None, "4090", [0]], ""),
-    "two 4090s": ([RTX4090] * 2, "gpu", {}, ["4090x2", None, "4090x2", [0, 1]], ""),
-    "two 4090s, one asked for": ([RTX4090] * 2, "gpu", {"PROFILE": "4090x1"}, ["4090x1", "0", "4090", [0]], "takes card 0 (RTX 4090) of 2 and leaves out 1"),
-    "four 4090s": ([RTX4090] * 4, "gpu", {}, ["4090x2", "0,1", "4090x2", [0, 1]], "takes cards 0,1 (RTX 4090) of 4 and leaves out 2,3 (RTX 4090)"),
-    "four 4090s, two chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "2,3"}, ["4090x2", "2,3", "4090x2", [2, 3]], ""),
-    "three chosen": ([RTX4090] * 4, "gpu", {"CUDA_VISIBLE_DEVICES": "3,1,2"}, ["4090x2", "3,1", "4090x2", [3, 1]], "takes cards 3,1 (RTX 4090) of 3 and leaves out 2"),
-    "one chosen": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": "1"}, ["4090x1", "1", "4090", [1]], ""),
-    "none shown": ([RTX4090] * 2, "gpu", {"CUDA_VISIBLE_DEVICES": ""}, ["cpu", "", "cpu", []], "CUDA_VISIBLE_DEVICES= shows none of 2 cards, profile cpu: unset it, or name cards of 0 to 1"),
-    "two 3090s": ([RTX3090] * 2, "gpu", {}, ["4090x2", None, "3090x2", [0, 1]], "2 x RTX 3090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
-    "two 5090s": ([RTX5090] * 2, "gpu", {}, ["4090x2", None, "5090x2", [0, 1]], "2 x RTX 5090 under profile 4090x2: memory, FP8 and speeds are the card's own"),
-    "unlike cards": ([RTX4090, RTX3090], "gpu", {}, ["4090x2", None, "4090-3090", [0, 1]], "takes unlike cards, RTX 4090 (24 GiB) and RTX 3090 (24 GiB)"),
-    "a small one between": ([RTX3060, RTX4090, RTX3090, RTX4090], "gpu", {}, ["4090x2", "1,3", "4090x2", [1, 3]], "leaves out 0,2 (RTX 3060, RTX 3090)"),
-    "one large, one small": ([RTX3060, RTX4090], "gpu", {}, ["4090x1", "1", "4090", [1]], "takes card 1 (RTX 4090) of 2 and leaves out 0 (RTX 3060)"),
-    "too small": ([RTX3060], "gpu", {}, ["cpu", "", "cpu", []], "no profile fits the 1 x RTX 3060 (12 GiB) here, profile cpu, but the gpu lock's vLLM"),
-}  # fmt: skip
+class Machine(NamedTuple):
+    """What a reader has, and what is to come of it."""
+
+    cards: list[dict]
+    profile: str
+    name: str  # of the machine
+    taken: list[int]  # the cards that are read
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES
+    note: str = ""
+    lock: str = "gpu"
+    user: dict = {}  # variables that the user has set
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_machines(row, filled):
-    """Which profile, which cards, and what is said of the rest: at most one sentence, and none
-    where nothing is left aside.
-    """
-    cards, lock, env, expected, said = ROWS[row]
-    done = run(filled(lock), "-c", SHOW, check=0, **described(cards, **env))
-    name, visible, here, handles, sizes = json.loads(done.stdout)
-    assert [name, visible, here if handles else here.split("-")[0], handles] == expected
+def on_the_cpu(cards: list[dict], note: str, **more) -> Machine:
+    return Machine(cards, "cpu", "cpu", [], "", note, **more)
+
+
+NO_DRIVER = (
+    "no GPU answers here: 'make doctor ARGS=\"--only driver\"' says why; profile cpu, "
+    "but the gpu lock's vLLM computes on GPUs only"
+)
+WRONG_LOCK = (
+    "2 x RTX 4090 here, but this environment is the cpu lock's: profile cpu; "
+    "to compute on the card: make setup LOCK=gpu"
+)
+NONE_SHOWN = (
+    "CUDA_VISIBLE_DEVICES= shows none of 2 cards, profile cpu: unset it, or name cards of 0 to 1"
+)
+OWN_VALUES = "under profile 4090x2: memory, FP8 and speeds are the card's own"
+MACHINES = {
+    # No card, or none that can be used.
+    "no card, cpu lock": on_the_cpu([], "", lock="cpu"),
+    "no card, gpu lock": on_the_cpu([], NO_DRIVER),
+    "two cards, cpu lock": on_the_cpu([RTX4090] * 2, WRONG_LOCK, lock="cpu"),
+    "none shown": on_the_cpu([RTX4090] * 2, NONE_SHOWN, user={"CUDA_VISIBLE_DEVICES": ""}),
+    "too small": on_the_cpu(
+        [RTX3060],
+        "no profile fits the 1 x RTX 3060 (12 GiB) here, profile cpu, but the gpu lock's vLLM",
+    ),
+    # One card.
+    "one 4090": Machine([RTX4090], "4090x1", "4090", [0]),
+    "two 4090s, one asked for": Machine(
+        *([RTX4090] * 2, "4090x1", "4090", [0], "0"),
+        note="takes card 0 (RTX 4090) of 2 and leaves out 1",
+        user={"PROFILE": "4090x1"},
+    ),
+    "one chosen": Machine(
+        *([RTX4090] * 2, "4090x1", "4090", [1], "1"), user={"CUDA_VISIBLE_DEVICES": "1"}
+    ),
+    "one large, one small": Machine(
+        *([RTX3060, RTX4090], "4090x1", "4090", [1], "1"),
+        note="takes card 1 (RTX 4090) of 2 and leaves out 0 (RTX 3060)",
+    ),
+    # Two cards alike.
+    "two 4090s": Machine([RTX4090] * 2, "4090x2", "4090x2", [0, 1]),
+    "two 3090s": Machine(
+        [RTX3090] * 2, "4090x2", "3090x2", [0, 1], note=f"2 x RTX 3090 {OWN_VALUES}"
+    ),
+    "two 5090s": Machine(
+        [RTX5090] * 2, "4090x2", "5090x2", [0, 1], note=f"2 x RTX 5090 {OWN_VALUES}"
+    ),
+    # Two of more, or unlike ones.
+    "four 4090s": Machine(
+        *([RTX4090] * 4, "4090x2", "4090x2", [0, 1], "0,1"),
+        note="takes cards 0,1 (RTX 4090) of 4 and leaves out 2,3 (RTX 4090)",
+    ),
+    "four 4090s, two chosen": Machine(
+        *([RTX4090] * 4, "4090x2", "4090x2", [2, 3], "2,3"), user={"CUDA_VISIBLE_DEVICES": "2,3"}
+    ),
+    "three chosen": Machine(
+        *([RTX4090] * 4, "4090x2", "4090x2", [3, 1], "3,1"),
+        note="takes cards 3,1 (RTX 4090) of 3 and leaves out 2",
+        user={"CUDA_VISIBLE_DEVICES": "3,1,2"},
+    ),
+    "unlike cards": Machine(
+        *([RTX4090, RTX3090], "4090x2", "4090-3090", [0, 1]),
+        note="takes unlike cards, RTX 4090 (24 GiB) and RTX 3090 (24 GiB)",
+    ),
+    "a small one between": Machine(
+        *([RTX3060, RTX4090, RTX3090, RTX4090], "4090x2", "4090x2", [1, 3], "1,3"),
+        note="leaves out 0,2 (RTX 3060, RTX 3090)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MACHINES)
+def test_machines(case, filled):
+    """Which profile, which cards, and at most one sentence of what is left aside."""
+    expected = MACHINES[case]
+    environment = described(expected.cards, **expected.user)
+    done = run(filled(expected.lock), "-c", SHOW, check=0, **environment)
+    name, visible, machine_name, handles, sizes = json.loads(done.stdout)
+    if not handles:
+        machine_name = machine_name.split("-")[0]  # cpu-2c: of this machine
+    assert (name, machine_name) == (expected.profile, expected.name)
+    assert (visible, handles) == (expected.visible, expected.taken)
     assert set(sizes) <= {23.6, 31.3} and len(sizes) == len(handles)
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
-    assert len(notes) == bool(said) and said in done.stderr, done.stderr
+    assert len(notes) == bool(expected.note) and expected.note in done.stderr, done.stderr
 
 
 def test_said_once(filled):
     """A process started by another that has a profile repeats no note and changes no card."""
-    code = f"import subprocess, sys; from lab.profile import load_profile; load_profile(); subprocess.run([sys.executable, '-c', {SHOW!r}])"
-    done = run(
-        filled("gpu"), "-c", code, check=0, **described([RTX3060, RTX4090, RTX4090, RTX4090])
+    code = (
+        "import subprocess, sys\n"
+        "from lab.profile import load_profile\n"
+        "load_profile()\n"
+        f"subprocess.run([sys.executable, '-c', {SHOW!r}])"
     )
-    assert (
-        json.loads(done.stdout)[:4] == ["4090x2", "1,2", "4090x2", [1, 2]]
-        and done.stderr.count("note: ") == 1
-    )
+    cards = described([RTX3060, RTX4090, RTX4090, RTX4090])
+    done = run(filled("gpu"), "-c", code, check=0, **cards)
+    assert json.loads(done.stdout)[:4] == ["4090x2", "1,2", "4090x2", [1, 2]]
+    assert done.stderr.count("note: ") == 1
 
 
 def test_locks_that_cannot(filled):
-    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU; --help and --dry-run show
-    what would be.
+    """The cpu lock computes on no card, the gpu lock's vLLM on no CPU.
+
+    --help and --dry-run show what would be.
     """
-    python = filled("cpu")
-    two, one = described([RTX4090] * 2), described([RTX4090])
-    assert "make setup LOCK=gpu" in refused(python, SMOKE, PROFILE="4090x2", **two)
-    assert "1 NVIDIA GPU of at least 22 GiB, 0 found" in refused(
-        python, SMOKE, PROFILE="4090x1", **described([RTX3060])
-    )
-    assert "2 NVIDIA GPUs of at least 22 GiB, 1 found" in refused(
-        python, SMOKE, PROFILE="4090x2", **one
-    )
-    serve = "modules/03_vllm/01_serve.py"
-    assert (
-        "--tensor-parallel-size 2"
-        in run(python, serve, "--dry-run", check=0, PROFILE="4090x2", **two).stdout
-    )
-    for command in (
-        [serve],
-        ["-c", "from lab import engine; engine.start('folder', 'auto', {}, [])"],
+    on_cpus = filled("cpu")
+    two = described([RTX4090] * 2)
+    for cards, asked_for, sentence in (
+        ([RTX4090] * 2, "4090x2", "make setup LOCK=gpu"),
+        ([RTX3060], "4090x1", "1 NVIDIA GPU of at least 22 GiB, 0 found"),
+        ([RTX4090], "4090x2", "2 NVIDIA GPUs of at least 22 GiB, 1 found"),
     ):
+        assert sentence in refused(on_cpus, SMOKE, PROFILE=asked_for, **described(cards))
+    serve = "modules/03_vllm/01_serve.py"
+    done = run(on_cpus, serve, "--dry-run", check=0, PROFILE="4090x2", **two)
+    assert "--tensor-parallel-size 2" in done.stdout
+    start = "from lab import engine; engine.start('folder', 'auto', {}, [])"
+    for command in ([serve], ["-c", start]):
         assert "make setup LOCK=cpu" in refused(filled("gpu"), *command, PROFILE="cpu", **two)
 
 
+TORCHRUN = "torchrun --standalone --nproc-per-node 2"
+ACCELERATE = "accelerate launch --config_file modules/04_Accelerate/configs/ddp.yaml"
+DEEPSPEED = "deepspeed --num_gpus 2 modules/05_DeepSpeed/train.py"
 TWO_CARDS = {
-    "train-ddp": "torchrun --standalone --nproc-per-node 2 modules/04_Accelerate/01_train_ddp.py --min-world 2",
-    "train-accelerate": "accelerate launch --config_file modules/04_Accelerate/configs/ddp.yaml --num_processes 2 modules/04_Accelerate/02_train_accelerate.py",
-    "train-z2": "deepspeed --num_gpus 2 modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/configs/z2.json",
+    "train-ddp": f"{TORCHRUN} modules/04_Accelerate/01_train_ddp.py --min-world 2",
+    "train-accelerate": f"{ACCELERATE} --num_processes 2 "
+    "modules/04_Accelerate/02_train_accelerate.py",
+    "train-z2": f"{DEEPSPEED} --deepspeed modules/05_DeepSpeed/configs/z2.json",
     "lf-train-z2": "modules/06_LLaMA-Factory/01_train.py --zero2",
     "vllm-tp": "modules/03_vllm/10_tensor_parallel_speed.py",
     "tensor-parallel-size 2": "modules/03_vllm/01_serve.py --recipe 32b-awq-tp2",
@@ -181,50 +245,57 @@ def test_one_card_says_what_wants_two(what, filled):
     command = shlex.split(TWO_CARDS[what])
     if not command[0].endswith(".py"):
         command = ["-m", "lab.launch", what, *command]
-    said = refused(filled("gpu"), *command, **described([RTX4090]))
-    assert f"{what} needs 2 cards, and profile 4090x1 has 1 here: " in said
+    sentence = refused(filled("gpu"), *command, **described([RTX4090]))
+    assert f"{what} needs 2 cards, and profile 4090x1 has 1 here: " in sentence
 
 
 def test_one_card_runs_one_process(filled):
     """What one card can do is not refused: the launcher starts one process."""
-    done = run(
-        filled("gpu"),
-        "-m",
-        "lab.launch",
-        "one",
-        "echo",
-        "--num_processes",
-        "1",
-        check=0,
-        **described([RTX4090]),
-    )
+    command = ["-m", "lab.launch", "one", "echo", "--num_processes", "1"]
+    done = run(filled("gpu"), *command, check=0, **described([RTX4090]))
     assert "--num_processes 1" in done.stderr
 
 
 def test_deepspeed_gets_the_cards_that_were_chosen(monkeypatch):
-    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus
-    (deepspeed/launcher/runner.py), so cards are named.
+    """Its launcher drops CUDA_VISIBLE_DEVICES where it reads --num_gpus, so cards are named.
+
+    Source: deepspeed/launcher/runner.py.
     """
     command = "deepspeed --num_gpus 2 train.py --deepspeed z2.json".split()
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 2}, {"index": 3}])
-    assert (
-        launch.by_card(command)
-        == "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
-    )
+    named = "deepspeed --include localhost:2,3 train.py --deepspeed z2.json".split()
+    assert launch.by_card(command) == named
     monkeypatch.setattr(machine, "gpus", lambda: [{"index": 0}, {"index": 1}])
     assert launch.by_card(command) == command
     monkeypatch.setattr(machine, "gpus", list)
     assert launch.by_card(command) == command  # processes on the CPU
 
 
-VISIBLE = {None: "0123", "2,3": "23", "3, 1": "31", "0,9,1": "0", "-1": "", "": "", "1,-1,2": "1", "0,0": "", "no": "", "GPU-b": "2",
-           "GPU-b,GPU-aa1": "21", "GPU-aa": "", "GPU-": "", "0,GPU-b": "02"}  # fmt: skip
+VISIBLE = {
+    # Indices.
+    None: "0123",
+    "2,3": "23",
+    "3, 1": "31",
+    "0,9,1": "0",
+    "-1": "",
+    "": "",
+    "1,-1,2": "1",
+    "0,0": "",
+    "no": "",
+    # Beginnings of UUIDs.
+    "GPU-b": "2",
+    "GPU-b,GPU-aa1": "21",
+    "GPU-aa": "",
+    "GPU-": "",
+    "0,GPU-b": "02",
+}
 
 
 @pytest.mark.parametrize("chosen", VISIBLE)
 def test_cuda_visible_devices(chosen):
-    """As CUDA reads it: indices or beginnings of UUIDs; what names no card ends the list, a card
-    named twice empties it.
+    """As CUDA reads it: indices, or beginnings of UUIDs.
+
+    What names no card ends the list, a card named twice empties it.
     """
     cards = [
         {"index": i, "uuid": f"GPU-{uuid}"} for i, uuid in enumerate(("aa0", "aa1", "b2", "c3"))
@@ -249,9 +320,7 @@ def test_machine_names(monkeypatch):
 
 
 def test_no_proxy_for_this_machine():
-    """A proxy that nobody answers for, and a server here: every client that the scripts use reaches
-    the server.
-    """
+    """Past a proxy that nobody answers for, every client of the scripts reaches a server here."""
     code = (
         "import sys, urllib.request\n"
         "import lab, httpx\n"
@@ -305,68 +374,52 @@ def closed_port() -> int:
 
 def test_programs_without_activation():
     """A plain shell's PATH: the environment's own programs are found all the same, and first."""
-    for command in (
-        [
-            "-c",
-            "from lab.profile import load_profile; load_profile(); import shutil; print(shutil.which('ninja'))",
-        ],
-        ["-m", "lab.profile", "which", "ninja"],
-    ):
-        assert (
-            python(*command, check=0, PATH="/usr/bin:/bin").stdout.strip()
-            == f"{sys.prefix}/bin/ninja"
-        )
+    in_python = (
+        "import shutil\n"
+        "from lab.profile import load_profile\n"
+        "load_profile()\n"
+        "print(shutil.which('ninja'))"
+    )
+    for command in (["-c", in_python], ["-m", "lab.profile", "which", "ninja"]):
+        done = python(*command, check=0, PATH="/usr/bin:/bin")
+        assert done.stdout.strip() == f"{sys.prefix}/bin/ninja"
 
 
 def test_memory_cap(monkeypatch):
-    """A larger card that stands in for a 24 GB one: the allocator's ceiling, beside the profile's
-    own settings; else nothing changes.
+    """A larger card stands in for a 24 GB one by the allocator's ceiling.
+
+    The profile's own settings stay; without a cap nothing changes.
     """
-    monkeypatch.setattr(
-        machine,
-        "gpus",
-        lambda: [{"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}] * 2,
-    )
+    h100 = {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 80.0, "driver": "580.1"}
+    monkeypatch.setattr(machine, "gpus", lambda: [h100] * 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NCCL_P2P_DISABLE": 1}
     monkeypatch.delenv("MEMORY_CAP_GIB", raising=False)
     assert profile.capped(ours) == ours
     monkeypatch.setenv("MEMORY_CAP_GIB", "24")
-    assert profile.capped(ours) == ours | {
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True,per_process_memory_fraction:0.3000"
-    }
-    assert (
-        profile.capped({}) == {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.3000"}
-        and machine.name() == "h100x2-cap24"
-    )
+    ceiling = "per_process_memory_fraction:0.3000"
+    both = {"PYTORCH_ALLOC_CONF": f"expandable_segments:True,{ceiling}"}
+    assert profile.capped(ours) == ours | both
+    assert profile.capped({}) == {"PYTORCH_ALLOC_CONF": ceiling}
+    assert machine.name() == "h100x2-cap24"
 
 
 def test_environment_reaches_launchers_and_the_user_wins():
-    out = run(
-        "bash",
-        "-c",
-        'eval "$(python -m lab.profile)"; python -m lab.profile env',
-        check=0,
-        VLLM_CPU_KVCACHE_SPACE="3",
-    ).stdout
+    shell = 'eval "$(python -m lab.profile)"; python -m lab.profile env'
+    out = run("bash", "-c", shell, check=0, VLLM_CPU_KVCACHE_SPACE="3").stdout
     assert "VLLM_NO_USAGE_STATS=1" in out and "VLLM_CPU_KVCACHE_SPACE=3" in out
 
 
 def test_unknown_profile():
-    assert (
-        "PROFILE=laptop" in (said := refused("python", SMOKE, PROFILE="laptop")) and "cpu" in said
-    )
+    sentence = refused("python", SMOKE, PROFILE="laptop")
+    assert "PROFILE=laptop" in sentence and "cpu" in sentence
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="has GPUs")
 def test_no_gpu_under_4090x2():
     assert "needs 2 NVIDIA GPUs" in refused("make", "vllm-serve", "PROFILE=4090x2")
-    assert (
-        "--tensor-parallel-size 2"
-        in run(
-            "python", "modules/03_vllm/01_serve.py", "--dry-run", PROFILE="4090x2", check=0
-        ).stdout
-    )
+    serve = ["python", "modules/03_vllm/01_serve.py", "--dry-run"]
+    assert "--tensor-parallel-size 2" in run(*serve, PROFILE="4090x2", check=0).stdout
 
 
 @pytest.mark.parametrize("content", ["serve: {model: [", "- a list", ""])
@@ -383,21 +436,20 @@ def test_unknown_model_and_missing_folder(tmp_path):
 
 
 def test_hub_out_of_reach():
-    """A hub id that cannot be had: one sentence that names the mirror variables (a port where
-    nobody listens stands for the hub).
+    """A hub id that cannot be had: one sentence that names the mirror variables.
+
+    A port where nobody listens stands for the hub.
     """
     for variable in (
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
         {"USE_MODELSCOPE_HUB": "1", "MODELSCOPE_DOMAIN": "127.0.0.1:9"},
     ):
-        said = refused("python", SMOKE, "--model", "Qwen/Qwen2.5-0.5B-Instruct", **variable)
-        assert "HF_ENDPOINT" in said
+        command = ["python", SMOKE, "--model", "Qwen/Qwen2.5-0.5B-Instruct"]
+        assert "HF_ENDPOINT" in refused(*command, **variable)
 
 
 def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
-    """HF_ENDPOINT and USE_MODELSCOPE_HUB decide where a model comes from: a server here sees the
-    requests.
-    """
+    """The hub's variables decide where a model comes from: a server here sees the requests."""
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -412,32 +464,16 @@ def test_hub_variables_reach_the_hub(monkeypatch, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        said = refused(
-            "python",
-            "-m",
-            "lab.models",
-            "qwen2.5-0.5b-instruct",
-            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-            HF_HOME=str(tmp_path),
-        )
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        sentence = refused("python", "-m", "lab.models", "qwen2.5-0.5b-instruct", **here)
         hub.shutdown()
-    assert any("Qwen/Qwen2.5-0.5B-Instruct" in path for path in asked), (said, asked)
+    assert any("Qwen/Qwen2.5-0.5B-Instruct" in path for path in asked), (sentence, asked)
 
 
 def test_path_with_space_and_chinese_characters(tree, small_model):
-    out = python(
-        SMOKE,
-        "--matmul-size",
-        "128",
-        "--copy-mib",
-        "1",
-        "--model",
-        small_model,
-        cwd=tree,
-        PYTHONPATH=str(tree),
-        RECORDS="",
-        check=0,
-    ).stdout
+    small = ["--matmul-size", "128", "--copy-mib", "1", "--model", small_model]
+    in_the_copy = {"cwd": tree, "PYTHONPATH": str(tree), "RECORDS": ""}
+    out = python(SMOKE, *small, check=0, **in_the_copy).stdout
     assert "Paris" in out and (tree / "runs/records/01_single_gpu_smoke/01_smoke.json").exists()
 
 
@@ -449,8 +485,9 @@ def test_read_only_home(small_model):
 
 
 def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
-    """HOME writable: nothing is moved. HOME with a blank: only what compiles. HOME read-only:
-    everything, compiled things apart if runs/ has a blank.
+    """HOME writable: nothing is moved. With a blank: what compiles. Read-only: everything.
+
+    Compiled things lie apart if runs/ has a blank.
     """
     from lab import profile
 
@@ -466,12 +503,8 @@ def test_what_is_compiled_lies_where_compilers_can_cope(monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "RUNS", tmp_path / "a blank/runs")
     places = profile.writable_home()
     assert places["HF_HOME"] == str(tmp_path / "a blank/runs/cache/huggingface")
-    assert (
-        " "
-        not in places["TORCH_EXTENSIONS_DIR"]
-        + places["TORCHINDUCTOR_CACHE_DIR"]
-        + places["TRITON_CACHE_DIR"]
-    )
+    for variable in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert " " not in places[variable]
 
 
 def test_compiling_without_openssl(tmp_path):

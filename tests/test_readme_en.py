@@ -1,4 +1,4 @@
-"""The two READMEs say the same in two languages, and it is true of files and downloads."""
+"""The two READMEs say the same, and what they say of files and downloads is true."""
 
 import re
 
@@ -29,36 +29,36 @@ def headings(name: str) -> list[str]:
 
 def blocks(name: str) -> list[tuple]:
     """Each block's mark and language, and what is run in it, or how many lines it shows."""
-    found = []
+    described = []
     for block in FENCE.finditer(whole(name)):
         code = re.sub(r"(?m) +# .*$", "", block["code"])
         same = code if block["language"] == "bash" else len(code.splitlines())
-        found.append((block["mark"], block["language"], same))
-    return found
+        described.append((block["mark"], block["language"], same))
+    return described
 
 
 def tables(name: str) -> list[list[tuple]]:
     """Of each table, each row's number of cells, and its commands."""
-    found = []
+    described = []
     for table in re.findall(r"(?m)(?:^\|.*\n)+", prose(name)):
         rows = [(row.count("|"), re.findall(r"`(make [^`]*)`", row)) for row in table.splitlines()]
-        found.append(rows)
-    return found
+        described.append(rows)
+    return described
 
 
 def generated(name: str) -> list[tuple]:
     """Records and metrics of the tables that are written from records."""
-    found = re.findall(r"(?s)<!-- (table|claims) (\S+)\n?(.*?)-->", whole(name))
+    comments = re.findall(r"(?s)<!-- (table|claims) (\S+)\n?(.*?)-->", whole(name))
     return [
         (kind, record if kind == "table" else "", re.findall(r"(?m)^(\w+) =", rows))
-        for kind, record, rows in found
+        for kind, record, rows in comments
     ]
 
 
 def links(name: str) -> list[str]:
     """Files, and claims, that the text leads to, in order; the other README and headings aside."""
-    found = re.findall(r"\]\(([^)\s]+)\)", prose(name))
-    return [link for link in found if link not in READMES and not re.match(r"#(?!claim-)", link)]
+    every = re.findall(r"\]\(([^)\s]+)\)", prose(name))
+    return [link for link in every if link not in READMES and not re.match(r"#(?!claim-)", link)]
 
 
 @pytest.mark.parametrize("part", [headings, blocks, tables, generated, links])

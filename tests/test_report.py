@@ -25,45 +25,39 @@ def records(tmp_path):
 class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.links, self.words = [], [], []
+        self.tags = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [
-            value for name, value in attributes if name in ("src", "href", "xlink:href") and value
-        ]
-
-    def handle_data(self, data):
-        self.words.append(data)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and value:
+                self.links.append(value)
 
 
 def test_report(tree, records):
-    """`make report`: a section for every stage that was run, a plot each, the records' own numbers,
-    and nothing from elsewhere.
+    """`make report`: a section and a plot for every stage that was run, nothing from elsewhere.
+
+    The numbers are the records' own.
     """
-    out = python(
-        "scripts/report.py", cwd=tree, PYTHONPATH=str(tree), RECORDS=str(records), check=0
-    ).stdout
+    here = {"cwd": tree, "PYTHONPATH": str(tree), "RECORDS": str(records)}
+    out = python("scripts/report.py", check=0, **here).stdout
     text = (tree / "runs/report.html").read_text()
-    page, words = Page(text), re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
+    page = Page(text)
     stages = len(list(records.glob("0[1-9]_*")))  # scripts/ holds the doctor's
-    assert (
-        f"{stages} stages" in out
-        and page.tags.count("h2") == stages + 1
-        and page.tags.count("svg") >= stages - 1
-    )
-    assert (
-        all(link.startswith(("#", "data:")) for link in page.links)
-        and "<script" not in text
-        and "@import" not in text
-    )
-    metrics = {
-        name: json.loads((records / f"{name}.json").read_text())["metrics"]
-        for name in ("03_vllm/05_throughput", "06_LLaMA-Factory/02_score", "05_DeepSpeed/train-z2")
-    }
-    assert f"{metrics['03_vllm/05_throughput']['vllm_over_transformers_ratio']:.4g} 倍" in words
-    assert f"{metrics['06_LLaMA-Factory/02_score']['tuned_exact_pct']:.4g} % 微调后" in words
+    assert f"{stages} stages" in out
+    assert page.tags.count("h2") == stages + 1 and page.tags.count("svg") >= stages - 1
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert "<script" not in text and "@import" not in text
+
+    def metrics(name: str) -> dict:
+        return json.loads((records / f"{name}.json").read_text())["metrics"]
+
+    read = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))  # as a person reads it
+    ratio = metrics("03_vllm/05_throughput")["vllm_over_transformers_ratio"]
+    tuned = metrics("06_LLaMA-Factory/02_score")["tuned_exact_pct"]
+    assert f"{ratio:.4g} 倍" in read and f"{tuned:.4g} % 微调后" in read
     for stage in range(4):
         assert f"ZeRO-{stage}" in text
 
@@ -100,9 +94,7 @@ def ran(tree, command: str, make: str = "", profile: str = "cpu") -> None:
 
 
 def test_progress(tree):
-    """A task is done by its own command, with its own flags and profile, by the file it writes, or
-    by a tick.
-    """
+    """A task is done by its own command with its flags and profile, by its file, or by a tick."""
     tasks = {f.parent.name: f.read_text().count("- [ ] ") for f in tree.glob("modules/*/PLAN.md")}
     out = progress(tree)
     assert all(re.search(rf"(?m)^{stage} .* 0/{count}$", out) for stage, count in tasks.items()), (
@@ -191,8 +183,9 @@ def test_progress_names_one_next_step(tree):
 
 
 def test_tasks_that_want_two_cards(tree):
-    """On one card the next step is never one that has to be refused; the Makefile says which
-    targets start two processes.
+    """On one card the next step is never one that has to be refused.
+
+    The Makefile says which targets start two processes.
     """
     script = runpy.run_path(str(ROOT / "scripts/progress.py"), run_name="imported")
     makefile = (ROOT / "Makefile").read_text()
@@ -234,13 +227,11 @@ def test_tasks_that_want_two_cards(tree):
 
 
 def tasks() -> list[str]:
-    found = []
+    commands = []
     for plan in sorted(ROOT.glob("modules/*/PLAN.md")):
-        found += [
-            pytest.param(m[3], id=f"{plan.parent.name}-{m[3][:60]}")
-            for m in TASK.finditer(plan.read_text())
-        ]
-    return found
+        for task in TASK.finditer(plan.read_text()):
+            commands.append(pytest.param(task[3], id=f"{plan.parent.name}-{task[3][:60]}"))
+    return commands
 
 
 @pytest.mark.parametrize("command", tasks())
@@ -251,22 +242,17 @@ def test_every_task_leaves_a_trace(command):
         return
     if parts[0] == "make":
         command = run("make", "-n", *parts[1:], check=0).stdout
-    scripts = re.findall(
-        r"[\w/.-]+\.py",
-        command.replace("cd modules/05_DeepSpeed && ", "").replace(
-            " train.py", " modules/05_DeepSpeed/train.py"
-        ),
-    )
-    assert scripts and re.search(r"results\.(note|finish)\(", (ROOT / scripts[-1]).read_text()), (
-        scripts
-    )
+    if command.startswith("cd modules/05_DeepSpeed && "):
+        command = command.replace(" train.py", " modules/05_DeepSpeed/train.py")
+    scripts = re.findall(r"[\w/.-]+\.py", command)
+    assert scripts, command
+    source = (ROOT / scripts[-1]).read_text()
+    assert re.search(r"results\.(note|finish)\(", source), scripts
 
 
 @pytest.mark.parametrize("readme, language", [("README.md", "zh"), ("README.en.md", "en")])
 def test_claims(readme, language):
-    """Each claim has its row, and a sentence outside the table that links to it; a measured one has
-    a number.
-    """
+    """Each claim has its row, a sentence that links to it, a number where it was measured."""
     text = (ROOT / readme).read_text()
     table = re.search(r"<!-- claims .*?<!-- /claims -->", text, re.S)[0]
     rows = {m[1]: m[0] for m in re.finditer(r'(?m)^\| <a id="claim-([\w-]+)"></a>.*$', table)}
@@ -275,30 +261,19 @@ def test_claims(readme, language):
     assert linked == set(rows), linked ^ set(rows)
     for entry in CLAIMS:
         cells = rows[entry["id"]].strip("| ").split(" | ")
-        assert entry["claim"][language] in cells[0] and cells[-1] in (
-            "实测",
-            "引用",
-            "待测",
-            "measured",
-            "cited",
-            "not yet",
-        )
+        assert entry["claim"][language] in cells[0]
+        assert cells[-1] in {"实测", "引用", "待测", "measured", "cited", "not yet"}
         assert (cells[-1] in ("实测", "measured")) == bool(re.search(r"`[\w-]+`: .*\d", cells[1]))
 
 
 def test_claims_go_by_records_that_exist_or_will():
-    """A claim's record is of a script of ours, and where a machine has the record, it has the
-    metric.
-    """
+    """A claim's record is of a script of ours; where a machine has it, it has the metric."""
     for entry in CLAIMS:
-        assert set(entry) <= {"id", "claim", "measured", "source", "precisely"} and set(
-            entry["claim"]
-        ) == set(entry["precisely"]) == {"zh", "en"}
+        assert set(entry) <= {"id", "claim", "measured", "source", "precisely"}
+        assert set(entry["claim"]) == set(entry["precisely"]) == {"zh", "en"}
         for measure in entry.get("measured", []):
             script = re.sub(r"train-.*", "train", measure["record"])
             assert (ROOT / "modules" / f"{script}.py").is_file(), script
-            found = [
-                json.loads(f.read_text())["metrics"]
-                for f in ROOT.glob(f"results/*/{measure['record']}.json")
-            ]
-            assert not found or any(measure["metric"] in metrics for metrics in found), measure
+            files = list(ROOT.glob(f"results/*/{measure['record']}.json"))
+            stored = [json.loads(file.read_text())["metrics"] for file in files]
+            assert not stored or any(measure["metric"] in metrics for metrics in stored), measure

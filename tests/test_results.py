@@ -9,18 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, refused, run
 
+from lab import machine
+
 RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
 PLAIN = {"zero_stage", "world_size", "losses"}  # numbers without a unit
 ALWAYS = {
-    "script",
-    "command",
-    "profile",
-    "commit",
-    "date",
-    "machine",
-    "versions",
-    "config",
-    "metrics",
+    *("script", "command", "profile", "commit", "date"),
+    *("machine", "versions", "config", "metrics"),
 }
 SINCE = "2026-11-27T01"  # records also hold these; older ones do not
 NEWER = {"profile_values", "lock", "environment"}
@@ -46,21 +41,19 @@ def test_records_are_complete(file):
     required = ALWAYS | (NEWER if record["date"] > SINCE else set())
     assert required <= record.keys() <= required | SOMETIMES
     assert all(note.keys() == {"zh", "en"} for note in record.get("notes", []))
-    assert (
-        record["script"] == f"{file.parent.name}/{file.stem}"
-        and record["machine"]["name"] == file.parent.parent.name
-    )
+    assert record["script"] == f"{file.parent.name}/{file.stem}"
+    assert record["machine"]["name"] == file.parent.parent.name
     assert re.fullmatch(r"[0-9a-f]{10}(-dirty)?", record["commit"])
     for name, value in record["metrics"].items():
-        assert isinstance(value, str) or name in PLAIN or re.search(UNITS, name), (
-            f"{name} has no unit"
-        )
+        needs_unit = not isinstance(value, str) and name not in PLAIN
+        assert not needs_unit or re.search(UNITS, name), f"{name} has no unit"
 
 
 @pytest.mark.parametrize("file", RECORDS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_records_say_what_differs(file):
-    """Versions that are not the lock's of its commit are listed; the commit is older than the
-    record and holds script and profile, or a note says so.
+    """Versions that are not the lock's of its commit are listed.
+
+    The commit is older than the record and holds script and profile, or a note says so.
     """
     record = json.loads(file.read_text())
     if run("git", "rev-parse", "--is-shallow-repository").stdout.strip() != "false":
@@ -69,35 +62,26 @@ def test_records_say_what_differs(file):
     committed = run("git", "show", "-s", "--format=%cI", commit).stdout.strip()
     assert committed, f"{commit} is no commit of this repository"
     lock = record.get("lock") or ("gpu" if record["machine"]["gpus"] else "cpu")
-    locked = dict(
-        re.findall(
-            r"(?m)^([a-z0-9-]+)==(\S+)",
-            run("git", "show", f"{commit}:locks/{lock}.txt", check=0).stdout,
-        )
-    )
+    text = run("git", "show", f"{commit}:locks/{lock}.txt", check=0).stdout
+    locked = dict(re.findall(r"(?m)^([a-z0-9-]+)==(\S+)", text))
     differ = {
         name: [version, locked.get(name, "absent")]
         for name, version in record["versions"].items()
         if locked.get(name) != version
     }
-    listed = {
-        name: pair
-        for name, pair in record.get("versions_differ", {}).items()
-        if pair[0] != "absent"
-    }
-    assert listed == differ
-    words = " ".join(note["en"] for note in record.get("notes", []))
-    assert committed <= record["date"] or "measured before the commit" in words
+    listed = record.get("versions_differ", {}).items()
+    assert {name: pair for name, pair in listed if pair[0] != "absent"} == differ
+
+    notes = " ".join(note["en"] for note in record.get("notes", []))
     script = record.get("measured_as") or record["command"].split()[0]
-    assert (
-        run("git", "cat-file", "-e", f"{commit}:{script}").returncode == 0
-        or "was not committed" in words
-    )
     profile = f"configs/profiles/{record['profile']}.yaml"
-    assert (
-        run("git", "cat-file", "-e", f"{commit}:{profile}").returncode == 0
-        or "is in no commit" in words
-    )
+    assert committed <= record["date"] or "measured before the commit" in notes
+    assert in_commit(commit, script) or "was not committed" in notes
+    assert in_commit(commit, profile) or "is in no commit" in notes
+
+
+def in_commit(commit: str, path: str) -> bool:
+    return run("git", "cat-file", "-e", f"{commit}:{path}").returncode == 0
 
 
 def test_tables_do_not_drift():
@@ -106,16 +90,21 @@ def test_tables_do_not_drift():
     assert done.returncode == 0, f"{done.stdout}: run make tables"
 
 
-def test_drift_is_found(tree):
-    """A number changed by hand in a readme fails the check, and `make tables` mends it."""
+def test_drift_is_found(tree, tables):
+    """A number changed by hand in a readme fails the check; generated anew, the page is as it was.
+
+    That `make tables` writes what it generates: test_evidence_on_other_versions.
+    """
     readme = tree / "modules/03_vllm/readme.md"
     original = readme.read_text()
     row = re.search(r"(?m)^\| .*\| +([\d.,]+)", original.split("<!-- table", 1)[1])
-    readme.write_text(original.replace(row[0], row[0].replace(row[1], "9999"), 1))
-    assert readme.read_text() != original
-    python("scripts/tables.py", "--check", cwd=tree, PYTHONPATH=str(tree), check=1)
-    python("scripts/tables.py", cwd=tree, PYTHONPATH=str(tree), check=0)
-    assert readme.read_text() == original
+    drifted = original.replace(row[0], row[0].replace(row[1], "9999"), 1)
+    assert drifted != original
+    readme.write_text(drifted)
+    done = python("scripts/tables.py", "--check", cwd=tree, PYTHONPATH=str(tree), check=1)
+    assert "modules/03_vllm/readme.md" in done.stdout
+    assert readme.read_text() == drifted
+    assert tables.filled(drifted, "zh") == original
 
 
 def test_a_missing_record_or_metric_is_said(tree):
@@ -135,18 +124,9 @@ results.finish(__file__, {'rate_tok_per_s': 3.5}, {'flag': 1, 'model': '/data/pr
 """
 
 
-def git(tree: Path, *words: str) -> str:
-    return run(
-        "git",
-        "-C",
-        tree,
-        "-c",
-        "user.name=reader",
-        "-c",
-        "user.email=reader@localhost",
-        *words,
-        check=0,
-    ).stdout.strip()
+def git(tree: Path, *command: str) -> str:
+    reader = ("-c", "user.name=reader", "-c", "user.email=reader@localhost")
+    return run("git", "-C", tree, *reader, *command, check=0).stdout.strip()
 
 
 @pytest.fixture
@@ -159,70 +139,62 @@ def checkout(tree) -> Path:
     return tree
 
 
+def here(tree: Path) -> dict:
+    """How a process runs in the clone, and keeps its records there."""
+    records = str(tree / "runs/records")
+    return {"cwd": tree, "PYTHONPATH": str(tree), "PROFILE": "cpu", "RECORDS": records}
+
+
 def measure(tree: Path, *flags: str, **env) -> dict:
     """The record that the probe stores, or keeps where STORE is not set."""
-    environment = {
-        "cwd": tree,
-        "PYTHONPATH": str(tree),
-        "PROFILE": "cpu",
-        "RECORDS": str(tree / "runs/records"),
-        "STORE": "1",
-    } | env
-    last = json.loads(python(tree / PROBE, *flags, check=0, **environment).stdout.splitlines()[-1])
-    folder = (
-        tree / "results" / last["machine"] if environment["STORE"] == "1" else tree / "runs/records"
-    )
+    environment = here(tree) | {"STORE": "1"} | env
+    done = python(tree / PROBE, *flags, check=0, **environment)
+    last = json.loads(done.stdout.splitlines()[-1])
+    evidence = tree / "results" / last["machine"]
+    folder = evidence if environment["STORE"] == "1" else tree / "runs/records"
     return json.loads((folder / "01_single_gpu_smoke/99_probe.json").read_text())
 
 
 def test_finish(checkout):
-    """The last line of stdout is the JSON; STORE=1 stores the same numbers as evidence, with all
-    that they depend on, in whole files.
-    """
+    """STORE=1 stores the numbers of stdout's last line, with all that they depend on, whole."""
     record = measure(checkout, "--flag")
-    assert record["script"] == "01_single_gpu_smoke/99_probe" and record["metrics"] == {
-        "rate_tok_per_s": 3.5
-    }
-    assert (
-        record.keys() == ALWAYS | NEWER
-        and record["command"] == f"{PROBE} --flag"
-        and record["lock"] == "cpu"
-    )
+    assert record.keys() == ALWAYS | NEWER
+    assert record["script"] == "01_single_gpu_smoke/99_probe"
+    assert record["metrics"] == {"rate_tok_per_s": 3.5}
+    assert record["command"] == f"{PROBE} --flag"
+    assert record["lock"] == "cpu"
     assert record["versions"]["torch"] and record["versions"]["tokenizers"]
     assert record["commit"] == git(checkout, "rev-parse", "--short=10", "HEAD")
     assert record["profile_values"]["smoke"]["model"] == "smollm2-135m"
-    assert (
-        record["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
-        and record["environment"]["CUDA_VISIBLE_DEVICES"] == ""
-    )
+    assert record["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert record["environment"]["CUDA_VISIBLE_DEVICES"] == ""
     assert not list(checkout.rglob("*.tmp"))
 
 
-def test_code_that_is_not_committed_is_marked(checkout):
-    """Scripts, settings and locks count, also new ones; ticks, the snapshot, results and tests do
-    not.
+TEXTS = (
+    *("README.md", ".CLAUDE.md", "modules/01_single_gpu_smoke/PLAN.md", "tests/test_results.py"),
+    *("my.png", "results/cpu-2c/01_single_gpu_smoke/01_smoke.json"),
+)
+CODE = (
+    *("lab/data.py", "modules/03_vllm/01_serve.py", "Makefile", "locks/cpu.in"),
+    *("configs/models.yaml", "configs/profiles/mine.yaml"),
+)
+
+
+def test_code_that_is_not_committed_is_marked(checkout, monkeypatch):
+    """Scripts, settings and locks count, also new ones; texts, results and tests do not.
+
+    What a record says of its commit is `machine.commit` (test_finish).
     """
-    for name in (
-        "modules/01_single_gpu_smoke/PLAN.md",
-        ".CLAUDE.md",
-        "README.md",
-        "tests/test_results.py",
-    ):
-        (checkout / name).write_text((checkout / name).read_text() + "\n- [x] done\n")
-    (checkout / "results/cpu-2c/01_single_gpu_smoke/01_smoke.json").unlink()
-    (checkout / "my.png").touch()
-    assert re.fullmatch("[0-9a-f]{10}", measure(checkout)["commit"])
-    for name in (
-        "lab/data.py",
-        "modules/03_vllm/01_serve.py",
-        "configs/models.yaml",
-        "Makefile",
-        "locks/cpu.in",
-        "configs/profiles/mine.yaml",
-    ):
-        old = (checkout / name).read_text() if (checkout / name).exists() else ""
-        (checkout / name).write_text(old + "\n")
-        assert measure(checkout, "--plain")["commit"].endswith("-dirty"), name
+    monkeypatch.setattr(machine, "ROOT", checkout)
+    for name in TEXTS:
+        with (checkout / name).open("a") as file:
+            file.write("\n- [x] done\n")
+    assert re.fullmatch("[0-9a-f]{10}", machine.commit.__wrapped__())
+    for name in CODE:
+        with (checkout / name).open("a") as file:
+            file.write("\n")
+        assert machine.commit.__wrapped__().endswith("-dirty"), name
         git(checkout, "stash", "-qu")
 
 
@@ -241,118 +213,101 @@ def test_secrets_and_folders_are_not_kept(checkout):
         "VLLM_CACHE_ROOT": str(checkout / "runs/cache"),
         "TORCH_HOME": str(home),
     }
-    record = measure(
-        checkout, "--folder", "/data/private/x", TOKENIZERS_PARALLELISM="true", **secrets, **folders
-    )
-    kept, text = record["environment"], json.dumps(record, ensure_ascii=False)
-    assert (
-        "s3cret" not in text
-        and "private" not in text
-        and str(checkout) not in text
-        and not {"PATH", "HOME"} & kept.keys()
-    )
-    assert (kept["HF_HOME"], kept["CUDA_HOME"], kept["VLLM_CACHE_ROOT"], kept["TORCH_HOME"]) == (
-        ".../hub",
-        "/usr/local/cuda",
-        "runs/cache",
-        "~",
-    )
-    assert (
-        kept["TOKENIZERS_PARALLELISM"] == "true"
-        and record["config"]["model"] == ".../model-7b"
-        and record["command"].endswith("--folder .../x")
-    )
+    variables = {"TOKENIZERS_PARALLELISM": "true"} | secrets | folders
+    record = measure(checkout, "--folder", "/data/private/x", **variables)
+    kept = record["environment"]
+    text = json.dumps(record, ensure_ascii=False)
+    assert "s3cret" not in text
+    assert "private" not in text
+    assert str(checkout) not in text
+    assert not {"PATH", "HOME"} & kept.keys()
+    assert kept["HF_HOME"] == ".../hub"
+    assert kept["CUDA_HOME"] == "/usr/local/cuda"
+    assert kept["VLLM_CACHE_ROOT"] == "runs/cache"
+    assert kept["TORCH_HOME"] == "~"
+    assert kept["TOKENIZERS_PARALLELISM"] == "true"
+    assert record["config"]["model"] == ".../model-7b"
+    assert record["command"].endswith("--folder .../x")
 
 
-def no_git(tree: Path) -> dict:
-    shutil.rmtree(tree / ".git")
-    return {}
+def test_a_commit_that_cannot_be_named(checkout, monkeypatch):
+    """Without the program git, without .git, or in the checkout of something else: unknown.
 
-
-def inside_another(tree: Path) -> dict:
-    shutil.rmtree(tree / ".git")
-    git(tree.parent, "init", "-q")
-    git(tree.parent, "commit", "-q", "--allow-empty", "-m", "not ours")
-    return {}
-
-
-def no_git_program(tree: Path) -> dict:
-    return {"PATH": str(tree)}
-
-
-@pytest.mark.parametrize("broken", [no_git, inside_another, no_git_program])
-def test_evidence_without_a_commit_is_refused(checkout, broken):
-    """At the start where a profile is loaded, else at the end, when the numbers are kept; and `make
-    evidence` before it measures.
+    What is then refused: test_evidence_without_a_commit_is_refused.
     """
-    environment = {
-        "cwd": checkout,
-        "PYTHONPATH": str(checkout),
-        "PROFILE": "cpu",
-        "RECORDS": str(checkout / "runs/records"),
-        "STORE": "1",
-    } | broken(checkout)
+    monkeypatch.setattr(machine, "ROOT", checkout)
+    assert machine.commit.__wrapped__() != "unknown"
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(checkout))
+        assert machine.commit.__wrapped__() == "unknown"
+    shutil.rmtree(checkout / ".git")
+    assert machine.commit.__wrapped__() == "unknown"
+    git(checkout.parent, "init", "-q")
+    git(checkout.parent, "commit", "-q", "--allow-empty", "-m", "not ours")
+    assert machine.commit.__wrapped__() == "unknown"
+
+
+def test_evidence_without_a_commit_is_refused(checkout):
+    """At the start where a profile is loaded, else at the end, when the numbers are kept.
+
+    And `make evidence` before it measures.
+    """
+    shutil.rmtree(checkout / ".git")
+    environment = here(checkout) | {"STORE": "1"}
     kept = checkout / "runs/records/01_single_gpu_smoke/99_probe.json"
     stored = set(checkout.rglob("results/**/*.json"))
-    assert "no git" in refused(sys.executable, PROBE, **environment) and not kept.exists()
+    assert "no git" in refused(sys.executable, PROBE, **environment)
+    assert not kept.exists()
     assert "no git" in refused(sys.executable, "scripts/evidence.py", **environment | {"STORE": ""})
     done = run(sys.executable, PROBE, "--plain", check=2, **environment)
-    assert (
-        "not stored, only kept as" in done.stderr
-        and json.loads(done.stdout.splitlines()[-1])["rate_tok_per_s"] == 3.5
-    )
-    assert (
-        json.loads(kept.read_text())["commit"] == "unknown"
-        and set(checkout.rglob("results/**/*.json")) == stored
-    )
+    assert "not stored, only kept as" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rate_tok_per_s"] == 3.5
+    assert json.loads(kept.read_text())["commit"] == "unknown"
+    assert set(checkout.rglob("results/**/*.json")) == stored
     run(sys.executable, PROBE, check=0, **environment | {"STORE": ""})
 
 
 def test_evidence_on_other_versions_is_refused_or_says_so(checkout):
-    """What differs from the lock is refused, or with OTHER_VERSIONS=1 stands in the record and
-    under its table, in the page's language.
+    """What differs from the lock is refused, or with OTHER_VERSIONS=1 stands in the record.
+
+    It then stands also under the record's table, in the page's language.
     """
     lock = checkout / "locks/cpu.txt"
     text = lock.read_text()
-    lock.write_text(
-        re.sub(r"(?m)^peft==\S+", "peft==9.9", re.sub(r"(?m)^trl==\S+", "trl-not==1", text))
-    )
-    assert lock.read_text() != text
+    other = re.sub(r"(?m)^trl==\S+", "trl-not==1", text)
+    other = re.sub(r"(?m)^peft==\S+", "peft==9.9", other)
+    assert other != text
+    lock.write_text(other)
     git(checkout, "commit", "-qam", "another lock")
-    environment = {
-        "cwd": checkout,
-        "PYTHONPATH": str(checkout),
-        "PROFILE": "cpu",
-        "RECORDS": str(checkout / "runs/records"),
-    }
-    why = refused(sys.executable, PROBE, STORE="1", **environment)
-    assert "peft" in why and "(lock: 9.9)" in why and "OTHER_VERSIONS=1" in why
+    why = refused(sys.executable, PROBE, STORE="1", **here(checkout))
+    assert "peft" in why
+    assert "(lock: 9.9)" in why
+    assert "OTHER_VERSIONS=1" in why
     record = measure(checkout, OTHER_VERSIONS="1")
     have = record["versions"]
     assert record["versions_differ"] == {
         "peft": [have["peft"], "9.9"],
         "trl": [have["trl"], "absent"],
     }
-    assert (
-        measure(checkout, STORE="")["versions_differ"] == record["versions_differ"]
-    )  # kept without a question
+    # Kept without a question where it is no evidence.
+    assert measure(checkout, STORE="")["versions_differ"] == record["versions_differ"]
     pages = {
         "README.md": f"`：版本（括号里是锁定的）：peft {have['peft']}（9.9）、trl",
         "README.en.md": f"`: versions (those of the lock): peft {have['peft']} (9.9), trl",
     }
-    rows = (
-        "\n<!-- table 01_single_gpu_smoke/99_probe\nrate_tok_per_s = rate\n-->\n<!-- /table -->\n"
-    )
+    first = "<!-- table 01_single_gpu_smoke/99_probe"
     for name in pages:
-        (checkout / name).write_text((checkout / name).read_text() + rows)
-    python("scripts/tables.py", check=0, **environment)
-    for name, words in pages.items():
-        assert words in (checkout / name).read_text().rsplit("<!-- table", 1)[1]
+        with (checkout / name).open("a") as page:
+            page.write(f"\n{first}\nrate_tok_per_s = rate\n-->\n<!-- /table -->\n")
+    python("scripts/tables.py", check=0, **here(checkout))
+    for name, remark in pages.items():
+        assert remark in (checkout / name).read_text().rsplit("<!-- table", 1)[1]
 
 
 def test_footers(tables):
-    """What records share is said once; uncommitted code is said of records that know it; the notes
-    follow, a line for those concerned.
+    """What records share is said once; uncommitted code only of records that know it.
+
+    The notes follow, a line for those concerned.
     """
     plain = {"commit": "0123456789", "environment": {}}
     other = {"versions_differ": {"peft": ["2", "1"]}}
@@ -378,16 +333,14 @@ def test_footers(tables):
 
 @pytest.mark.parametrize("readme", ["README.md", "README.en.md"])
 def test_claims_mark_records_that_differ(tables, readme):
-    """A measured number whose record has a remark carries the mark that the line under the table
-    explains, and no other does.
+    """A measured number whose record has a remark carries the mark †, and no other does.
+
+    The line under the table explains it.
     """
-    text = re.search(
-        r"<!-- claims (zh|en) -->(.*?)<!-- /claims -->", (ROOT / readme).read_text(), re.S
-    )
-    language, lines = text[1], text[2].splitlines()
-    assert tables.WORDS[language]["claims"] in lines
-    for machine in ("cpu-2c", "h100-cap24", "h100x2-cap24"):
-        numbers = [
-            n for line in lines for n in re.findall(rf"`{machine}`: (.*?)(?=<br>| \|)", line)
-        ]
-        assert numbers and any("†" in n for n in numbers) == (machine != "cpu-2c")
+    text = (ROOT / readme).read_text()
+    block = re.search(r"<!-- claims (zh|en) -->(.*?)<!-- /claims -->", text, re.S)
+    assert tables.WORDS[block[1]]["claims"] in block[2].splitlines()
+    for name in ("cpu-2c", "h100-cap24", "h100x2-cap24"):
+        numbers = re.findall(rf"`{name}`: (.*?)(?=<br>| \|)", block[2])
+        assert numbers
+        assert any("†" in number for number in numbers) == (name != "cpu-2c")

@@ -1,5 +1,4 @@
-"""scripts/setup.sh, run for real in a small copy of the tree: each way to an environment, each
-refusal, what a kill leaves.
+"""scripts/setup.sh in a small copy of the tree: ways to an environment, refusals, kills.
 
 The copy's locks hold a few small packages, cut with their hashes out of the real ones. PATH is one
 folder of links to the tools that the scripts call, so that no conda or GPU of this machine shows
@@ -27,19 +26,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = "awk bash cat chmod cp cut df dirname env grep head id ln mkdir mktemp mv readlink rm sed sha256sum sort timeout uname".split()
+TOOLS = (
+    "awk bash cat chmod cp cut df dirname env grep head id ln mkdir mktemp mv readlink rm sed "
+    "sha256sum sort timeout uname"
+).split()
+# Variables that must not come from outside, by their beginnings.
 STEERING = (
-    "CONDA",
-    "MAMBA",
-    "LOCK",
-    "ENV",
-    "YES",
-    "VIRTUAL_ENV",
-    "PYTHON",
-    "UV_PYTHON",
-    "XDG_DATA",
-    "KUBERNETES",
-)  # variables that must not come from outside
+    *("CONDA", "MAMBA", "LOCK", "ENV", "YES"),
+    *("VIRTUAL_ENV", "PYTHON", "UV_PYTHON", "XDG_DATA", "KUBERNETES"),
+)
 ENTRY = r"(?m)^(?:idna|iniconfig|pip|setuptools|uv)==.*\n(?: .*\n)*"
 LOCKS = {
     name: "".join(re.findall(ENTRY, (ROOT / f"locks/{name}.txt").read_text()))
@@ -50,7 +45,10 @@ FILLED = {
     for name, lock in LOCKS.items()
 }  # {package: version}
 REAL_PYTHON = f'exec "{sys._base_executable}" "$@"'
-BARE_PYTHON = f'case "$*" in *"-m pip"*|*"-m venv"*|*ensurepip*) echo "No module named $2" >&2; exit 1 ;; esac\n{REAL_PYTHON}'
+BARE_PYTHON = f"""case "$*" in
+*"-m pip"*|*"-m venv"*|*ensurepip*) echo "No module named $2" >&2; exit 1 ;;
+esac
+{REAL_PYTHON}"""
 NEWER_PYTHON = f'case "$2" in *version_info[[]*) echo 3.13; exit ;; esac\n{BARE_PYTHON}'
 
 pytestmark = pytest.mark.skipif(
@@ -62,21 +60,16 @@ class Tree:
     """A small copy of the repository, and the machine on which it is set up."""
 
     def __init__(self, base, empty):
-        self.root, self.bin, self.log, self.empty = (
-            base / "路径",
-            base / "bin",
-            base / "conda.log",
-            empty,
-        )
-        self.conda_prefix, self.machine = base / "miniforge/envs/videofen", base / "machine"
-        scripts = ("scripts/setup.sh", "scripts/machine.sh", "scripts/get_uv.py")
+        self.root = base / "路径"
+        self.bin = base / "bin"
+        self.log = base / "conda.log"
+        self.empty = empty
+        self.conda_prefix = base / "miniforge/envs/videofen"
+        self.machine = base / "machine"
         for name in (
-            *scripts,
-            "pyproject.toml",
-            "environment.yml",
-            "lab/__init__.py",
-            "locks/cpu.txt",
-            "locks/gpu.txt",
+            *("scripts/setup.sh", "scripts/machine.sh", "scripts/get_uv.py"),
+            *("pyproject.toml", "environment.yml", "lab/__init__.py"),
+            *("locks/cpu.txt", "locks/gpu.txt"),
         ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
@@ -114,15 +107,18 @@ class Tree:
     def conda(
         self, name="conda", row="videofen  *  %s", create="mkdir -p '{1}' && cp -a '{0}/.' '{1}'"
     ):
-        """A conda that lists `videofen` where its prefix exists, creates it with the script
-        `create`, and logs each call.
+        """A conda that lists `videofen` where its prefix exists, and logs each call.
+
+        It creates the environment with the script `create`.
         """
         other = row.replace("videofen", "videofen-old")
         self.stub(
             name,
             f"""echo {name} "$@" >> '{self.log}'
 case "$*" in
-"env list") printf '# environments:\\n{other}\\n' /opt/old; [ ! -d '{self.conda_prefix}' ] || printf '{row}\\n' '{self.conda_prefix}' ;;
+"env list")
+    printf '# environments:\\n{other}\\n' /opt/old
+    [ ! -d '{self.conda_prefix}' ] || printf '{row}\\n' '{self.conda_prefix}' ;;
 "env create -f environment.yml") {create.format(self.empty, self.conda_prefix)} ;;
 *) exit 9 ;;
 esac""",
@@ -148,9 +144,7 @@ esac""",
         self.stub("df", "echo Filesystem; echo /dev/sda 0 0 104857600")
 
     def setup(self, *args, kill_at=None, **variables):
-        """Returns (exit code, stdout, stderr); killed, with all that it started, once the path
-        `kill_at` is there.
-        """
+        """(exit code, stdout, stderr); killed, with all it started, once `kill_at` is there."""
         job = subprocess.Popen(
             [self.root / "scripts/setup.sh", *args],
             env=self.environment | variables,
@@ -176,23 +170,23 @@ esac""",
         """Set-up ends with code 2 and one line of error, which holds `sentence`."""
         code, out, err = self.setup(*args, **variables)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert (
-            code == 2
-            and len(errors) == 1
-            and sentence in errors[0]
-            and "Traceback" not in out + err
-        ), out + err
+        assert code == 2 and len(errors) == 1 and sentence in errors[0], out + err
+        assert "Traceback" not in out + err
         return out
 
 
 def installed(prefix):
-    code = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    code = (
+        "import json\n"
+        "from importlib.metadata import distributions\n"
+        "print(json.dumps({package.name: package.version for package in distributions()}))"
+    )
     return json.loads(subprocess.check_output([prefix / "bin/python", "-c", code], cwd="/"))
 
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """An environment to copy, with pip, setuptools and uv: what conda makes from environment.yml."""
+    """An environment with pip, setuptools and uv, to copy: what conda makes of environment.yml."""
     prefix = tmp_path_factory.mktemp("empty")
     subprocess.run([sys._base_executable, "-m", "venv", prefix], check=True)
     (prefix / "conda-meta").mkdir()
@@ -369,7 +363,8 @@ def test_gpu_lock(tree):
     tree.refuses("older than CUDA 13 supports")
     tree.gpu(driver="580.95.05", memory_mib=16376)
     tree.refuses(
-        "has 16 GiB, and the profiles take cards of 22 GiB and more: compute on the CPU: make setup LOCK=cpu"
+        "has 16 GiB, and the profiles take cards of 22 GiB and more: "
+        "compute on the CPU: make setup LOCK=cpu"
     )
     tree.gpu(driver="580.95.05", capability="7.5")
     tree.refuses("(compute capability 7.5) has no bfloat16")
@@ -403,6 +398,7 @@ def test_found_lock_is_not_kept(tree):
 
 
 WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
+NO_ANSWER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
 
 
 @pytest.mark.parametrize(
@@ -429,7 +425,7 @@ WSL_SMI = "usr/lib/wsl/lib/nvidia-smi"
         (
             "installed, but not loaded",
             {},
-            'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver."; exit 9',
+            f'echo "{NO_ANSWER}"; exit 9',
         ),
         ("finds no card that it can use", {}, "echo 'No devices were found'; exit 6"),
         ("nvidia-smi fails (Unknown Error)", {}, "echo Unknown Error; exit 255"),
@@ -457,10 +453,9 @@ def test_card_without_a_working_driver(tree, sentence, files, smi):
     tree.refuses(sentence)
     tree.refuses("then repeat make setup, or compute on the CPU: make setup LOCK=cpu")
     assert not tree.venv.exists()
+    # Past the driver, stopped by the next thing.
     tree.stub("df", "echo; echo sda 0 0 1048576")
-    assert "not used" in tree.refuses(
-        "1 GiB free", LOCK="cpu"
-    )  # past the driver, stopped by the next thing
+    assert "not used" in tree.refuses("1 GiB free", LOCK="cpu")
 
 
 def test_wsl2_without_an_nvidia_card(tree):
@@ -519,7 +514,7 @@ def test_folder_of_others_is_left(tree):
 
 
 def uv_stub(tree, install):
-    """The real uv, but it finds no Python of this machine, and fetches one by the script `install`."""
+    """The real uv, but it finds no Python here, and fetches one by the script `install`."""
     tree.stub(
         "uv",
         f"""case "$*" in
@@ -532,9 +527,7 @@ esac""",
 
 @pytest.fixture(scope="module")
 def offered_python(tmp_path_factory):
-    """A list of downloads for uv that names one archive: the Python that runs this, with its
-    library and headers.
-    """
+    """A list of downloads for uv with one archive: this Python, its library and headers."""
     folder = tmp_path_factory.mktemp("offered")
     archive, prefix = folder / "python.tar.gz", Path(sys.base_prefix)
     parts = [
@@ -579,11 +572,12 @@ def offered_python(tmp_path_factory):
     ids=["another version", "without headers"],
 )
 def test_python_is_fetched_by_uv(tree, offered_python, python):
-    """uv downloads, verifies and unpacks a real 3.11, as it would one of python-build-standalone."""
+    """uv downloads, verifies and unpacks a real 3.11, as one of python-build-standalone."""
     tree.stub("python3", python)
     uv_stub(tree, "echo no route to github >&2; exit 1")
     tree.refuses(
-        "could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of python-build-standalone's releases"
+        "could not be fetched (see above): set UV_PYTHON_INSTALL_MIRROR to a mirror of "
+        "python-build-standalone's releases"
     )
     tree.refuses("no environment yet", "--check")
     uv_stub(tree, f'exec "{tree.empty}/bin/uv" "$@"')
@@ -645,10 +639,11 @@ def index(tmp_path):
     }
     server.pages[f"/files/{names[-1]}"] = wheel.getvalue()
     server.lock = tmp_path / "lock.txt"
-    server.lock.write_text(
-        f"uv==1.2.3 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{hashlib.sha256(wheel.getvalue()).hexdigest()}\nx==1\n"
-    )
-    server.folder, server.address = tmp_path / "uv here", f"http://127.0.0.1:{server.server_port}"
+    digests = ("0" * 64, hashlib.sha256(wheel.getvalue()).hexdigest())
+    hashes = " \\\n".join(f"    --hash=sha256:{digest}" for digest in digests)
+    server.lock.write_text(f"uv==1.2.3 \\\n{hashes}\nx==1\n")
+    server.folder = tmp_path / "uv here"
+    server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -701,12 +696,8 @@ def test_uv_that_cannot_be_fetched(index, what, sentence):
             "http://127.0.0.1:9/simple" if what == "nobody answers" else "mirror/simple"
         )
     done = get_uv(index, **variables)
-    assert (
-        done.returncode == 2
-        and sentence in done.stderr
-        and done.stderr.count("\n") == 1
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and sentence in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (index.folder / "uv").exists()
 
 
@@ -714,18 +705,22 @@ def test_uv_that_cannot_be_fetched(index, what, sentence):
 
 
 def test_blank_in_the_path(tree):
-    """The environment stands elsewhere, .venv is a link to it, and Python that is started by the
-    link does not learn of the blank.
+    """The environment stands elsewhere, and .venv is a link to it.
+
+    Python that is started by the link does not learn of the blank.
     """
     tree.root = tree.root.rename(tree.root.with_name("路径 with space"))
     tree.conda()
     tree.refuses("make setup ENV=venv")
     assert ".venv is a link to it" in tree.works(ENV="venv")
     first = tree.venv.readlink()
-    assert first.parent == Path(tree.environment["XDG_DATA_HOME"], "videofen") and " " not in str(
-        first
+    assert first.parent == Path(tree.environment["XDG_DATA_HOME"], "videofen")
+    assert " " not in str(first)
+    ask = (
+        "import sys, sysconfig\n"
+        "paths = sysconfig.get_paths().values()\n"
+        "print(sys.prefix, sys.executable, *paths, sep='\\n')"
     )
-    ask = "import sys, sysconfig; print(sys.prefix, sys.executable, *sysconfig.get_paths().values(), sep='\\n')"
     for program in ("python", "python3"):
         paths = subprocess.check_output([tree.venv / "bin" / program, "-c", ask], text=True)
         assert paths.startswith(f"{first}\n") and " " not in paths

@@ -1,7 +1,6 @@
-"""One model on two machines: what is refused, that heads of zeros change nothing, and that an
-interrupted start leaves nothing behind.
+"""One model on two machines: refusals, heads of zeros, and what an interrupted start leaves.
 
-The run itself, with both kinds of parallelism, is the readme's; test_readmes.py looks at its
+The run itself, with both kinds of parallelism, is the readme's; test_claims.py looks at its
 records.
 """
 

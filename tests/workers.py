@@ -1,8 +1,8 @@
 """Several tests at a time (pytest-xdist, `-n auto`), none in another's way.
 
 The first worker has the machine as it is. Each further one has a network of its own, in which the
-ports 8000, 29500 ... are free, a /dev/shm of its own, whose files DeepSpeed names by its port, and a
-folder of its own for what runs write (RUNS).
+ports 8000, 29500 ... are free, a /dev/shm of its own, whose files DeepSpeed names by its port, and
+a folder of its own for what runs write (RUNS).
 """
 
 import fcntl
@@ -55,6 +55,9 @@ def separate(config) -> None:
 
 def settle(worker: str, root: Path) -> Path:
     """The folder that this worker's commands write into; makes its network and its /dev/shm."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+        # OpenMP threads sleep while they wait: spinning, they hold cores that other workers need.
+        os.environ["GOMP_SPINCOUNT"] = "0"
     if worker == "gw0":
         return root / "runs"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -69,8 +69,9 @@ class ServePlan:
 def kv_bytes_per_token(
     model: Model, kv_dtype: str = "auto", tp: int = 1, pp: int = 1, dtype: str = "bfloat16"
 ) -> int:
-    """Bytes of keys and values of one token on one card (arXiv 2309.06180). With more cards than
-    KV heads, vLLM keeps copies.
+    """Bytes of keys and values of one token on one card (arXiv 2309.06180).
+
+    With more cards than KV heads, vLLM keeps copies.
 
     >>> kv_bytes_per_token(QWEN_7B)  # 2 * 28 layers * 4 heads * 128 * 2 bytes = 56 KiB
     57344
@@ -96,8 +97,9 @@ def tokens_in(room: float, per_token: int) -> int:
 
 
 def splits(model: Model, tp: int) -> bool:
-    """Whether tensor parallelism over `tp` cards divides the heads, and the KV heads or copies of
-    them (vllm/config/model.py).
+    """Whether tensor parallelism over `tp` cards divides the heads.
+
+    The KV heads are divided too, or copied. Source: vllm/config/model.py.
 
     >>> [cards for cards in range(1, 9) if splits(QWEN_7B, cards)]
     [1, 2, 4]
@@ -141,8 +143,9 @@ def check(model: Model, setup: Serving) -> None:
 
 
 def card_weights(model: Model, dtype: str, tp: int = 1, pp: int = 1) -> float:
-    """Bytes of weights on the card that has most: its layers' share (arXiv 1909.08053), and
-    embedding and output layer.
+    """Bytes of weights on the card that has most.
+
+    Its share of its layers (arXiv 1909.08053), and of the embedding and the output layer.
 
     >>> round(card_weights(QWEN_7B, "bfloat16", tp=2) / GIB, 2)  # half of 14.19 GiB
     7.09
@@ -158,8 +161,9 @@ def card_weights(model: Model, dtype: str, tp: int = 1, pp: int = 1) -> float:
 
 
 def flow_bytes_per_token(model: Model, dtype: str, tp: int = 1) -> float:
-    """Bytes that are alive at once in a layer for each token of a batch: six times the hidden size
-    and three times the MLP's width (fit).
+    """Bytes that are alive at once in a layer for each token of a batch.
+
+    Six numbers for each of the hidden size and three for each of the MLP's width (fit).
 
     >>> flow_bytes_per_token(QWEN_7B, "bfloat16")  # (6 * 3584 + 3 * 18944) * 2
     156672.0
@@ -168,18 +172,20 @@ def flow_bytes_per_token(model: Model, dtype: str, tp: int = 1) -> float:
 
 
 def compiling_bytes(model: Model, dtype: str, tokens: int, tp: int = 1) -> float:
-    """Bytes while torch.compile runs at a first start: one more copy of the embedding, and two
-    hidden states (seen with every model; not with --enforce-eager).
+    """Bytes while torch.compile runs at a first start; not with --enforce-eager.
 
-    >>> round(compiling_bytes(QWEN_7B, "bfloat16", 2048) / GIB, 2)
+    One more copy of the embedding, and two hidden states of the batch: seen with every model.
+
+    >>> round(compiling_bytes(QWEN_7B, "bfloat16", 2048) / GIB, 2)  # (545e6 + 2 * 2048 * 3584) * 2
     1.04
     """
     return (weights.embedding(model) / tp + 2 * tokens * model.hidden) * width(dtype)
 
 
 def captured_sizes(largest: int) -> int:
-    """Batch sizes that vLLM captures a CUDA graph for: 1, 2, 4, then every 8th to 256, every 16th
-    from there (vllm/config/compilation.py).
+    """How many batch sizes vLLM captures a CUDA graph for.
+
+    1, 2, 4, then every 8th to 256, every 16th from there. Source: vllm/config/compilation.py.
 
     >>> captured_sizes(256), captured_sizes(512)
     (35, 51)
@@ -190,7 +196,7 @@ def captured_sizes(largest: int) -> int:
 def graph_bytes(model: Model, setup: Serving, dtype: str) -> float:
     """Bytes of the CUDA graphs, captured when the cache has its share already.
 
-    >>> round(graph_bytes(QWEN_7B, Serving(tp=1), "bfloat16") / GIB, 2)
+    >>> round(graph_bytes(QWEN_7B, Serving(tp=1), "bfloat16") / GIB, 2)  # 51 graphs, a batch of 512
     0.43
     """
     if setup.enforce_eager:

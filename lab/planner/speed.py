@@ -1,5 +1,4 @@
-"""How fast a model can be at best: predictions from bandwidth, arithmetic and communication, no
-measurement.
+"""How fast a model can be at best, from bandwidth, arithmetic and communication: predictions.
 
 Decoding reads every weight once a step, so memory bandwidth bounds it; prefill and training
 multiply matrices, so FLOP/s bound them (roofline model, Williams et al. 2009). Communication is
@@ -24,9 +23,10 @@ CARD = "RTX 4090"  # what is predicted for where no card is
 
 @dataclass(frozen=True)
 class Machine:
-    """Nominal rates of a cluster of equal cards. The defaults are two RTX 4090s
-    (configs/cards.yaml: dense bf16 with fp32 accumulation) in PCIe 4.0 slots without peer-to-peer,
-    so that every message passes through host memory.
+    """Nominal rates of a cluster of equal cards.
+
+    The defaults are two RTX 4090s (configs/cards.yaml: dense bf16 with fp32 accumulation) in
+    PCIe 4.0 slots without peer-to-peer, so that every message passes through host memory.
     """
 
     gpus: int = 2
@@ -76,9 +76,9 @@ def nominal(gpus: int = 2, cards: tuple[str, ...] = (CARD,)) -> Machine | None:
 
 
 def collective(kind: str, size: float, n: int, machine: Machine) -> float:
-    """Seconds of an `all_reduce`, `all_gather` or `reduce_scatter` of `size` bytes (the whole
-    tensor) over `n` cards.
+    """Seconds of an `all_reduce`, `all_gather` or `reduce_scatter` of `size` bytes over `n` cards.
 
+    `size` is that of the whole tensor.
     The better of a ring, (n-1) steps of size/n bytes (twice for all_reduce), and a tree, log2(n)
     steps of all bytes, which NCCL takes for short messages. The slowest link on the way counts.
     Source: Thakur, Rabenseifner, Gropp 2005; NCCL tests, PERFORMANCE.md.
@@ -101,8 +101,9 @@ def collective(kind: str, size: float, n: int, machine: Machine) -> float:
 
 
 def tensor_parallel(model: Model, machine: Machine, tokens: int, tp: int, dtype: str) -> float:
-    """Seconds of a forward pass's all-reduces: two a layer, of tokens x hidden numbers (arXiv
-    1909.08053).
+    """Seconds of a forward pass's all-reduces: two a layer, of tokens x hidden numbers.
+
+    Source: arXiv 1909.08053.
 
     >>> round(tensor_parallel(QWEN_7B, Machine(), 1, 2, "bfloat16") * 1e3, 2)  # ms: latency
     2.27
@@ -116,8 +117,9 @@ def tensor_parallel(model: Model, machine: Machine, tokens: int, tp: int, dtype:
 
 
 def read_weights(model: Model, dtype: str, batch: int) -> float:
-    """Bytes of weights that one step of `batch` requests reads: of the embedding only a row each,
-    of a MoE no more experts than batch x experts_per_token.
+    """Bytes of weights that one step of `batch` requests reads.
+
+    Of the embedding only a row each, of a MoE no more experts than batch x experts_per_token.
 
     >>> read_weights(QWEN_7B, "bfloat16", 1) / 1e9  # 15.2 GB less the embedding
     14.141238272
@@ -138,8 +140,9 @@ def decode(
     batch: int = 1,
     context: int = 1024,
 ) -> DecodeSpeed:
-    """Upper bound of generated tokens/s with `batch` requests of `context` tokens each, and what
-    bounds it. A step reads the weights and the keys and values once.
+    """Upper bound of generated tokens/s with `batch` requests of `context` tokens each.
+
+    A step reads the weights and the keys and values once. Says also what bounds it.
 
     >>> round(decode(QWEN_7B, Machine()).decode_tok_per_s)  # 1008 GB/s / 14.2 GB
     71
@@ -159,9 +162,10 @@ def decode(
 
 
 def prefill_flop(model: Model, tokens: int) -> float:
-    """FLOP to read a prompt: 2 for a weight and a token (the output layer: for the last token), 4
-    for a pair of positions and a number of the queries, half of them masked (arXiv 2001.08361,
-    section 2.1).
+    """FLOP to read a prompt.
+
+    2 for a weight and a token (the output layer: for the last token); 4 for a pair of positions
+    and a number of the queries, half of them masked. Source: arXiv 2001.08361, section 2.1.
 
     >>> round(prefill_flop(QWEN_7B, 1024) / 1e12, 2)  # 2 * 6.5e9 * 1024 and 0.2 of attention
     13.58
@@ -190,8 +194,9 @@ def prefill(
 
 
 def train_flop(model: Model, setup: Training) -> float:
-    """FLOP of a card's step: 6 for a weight and a token (forward 2, backward 4), 8 with
-    checkpointing, 2 less for frozen weights (arXiv 2001.08361), and the attention's.
+    """FLOP of a card's step: 6 for a weight and a token (forward 2, backward 4).
+
+    8 with checkpointing, 2 less for frozen weights; and the attention's. Source: arXiv 2001.08361.
 
     >>> round(train_flop(QWEN_7B, Training(seq_len=1024)) / 1e12, 1)  # 6 * 7.07e9 * 1024, 0.6
     44.1
@@ -203,8 +208,9 @@ def train_flop(model: Model, setup: Training) -> float:
 
 
 def train_messages(model: Model, setup: Training, machine: Machine) -> float:
-    """Seconds of a step's messages: gradients once a step, 2 bytes each (ZeRO-2: every
-    micro-step); ZeRO-3 gathers the parameters twice a micro-step (arXiv 1910.02054, section 7).
+    """Seconds of a step's messages: gradients once a step, 2 bytes each (ZeRO-2: every micro-step).
+
+    ZeRO-3 gathers the parameters twice a micro-step. Source: arXiv 1910.02054, section 7.
 
     >>> round(train_messages(QWEN_7B, Training(zero=2), Machine()), 2)  # 15.2 GB / 2, twice
     1.27
@@ -224,10 +230,11 @@ def train_messages(model: Model, setup: Training, machine: Machine) -> float:
 
 
 def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
-    """Upper bound of trained tokens/s over all cards. Communication is counted as not hidden
-    behind the computation.
+    """Upper bound of trained tokens/s over all cards.
 
-    >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)
+    Communication is counted as not hidden behind the computation.
+
+    >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)  # 2048 in 0.27 + 1.27 s
     1333
     """
     computing = train_flop(model, setup) / machine.flops

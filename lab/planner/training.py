@@ -355,8 +355,9 @@ def cast_bytes(model: Model, setup: Training) -> float:
 
 
 def gathered_bytes(model: Model, setup: Training) -> float:
-    """Parameters that are whole on a card while they are used: two layers and the embeddings
-    (FSDP), at most ZERO3_LIVE and what is larger than that (ZeRO-3).
+    """Parameters that are whole on a card while they are used.
+
+    Two layers and the embeddings (FSDP), at most ZERO3_LIVE and what is larger than that (ZeRO-3).
 
     >>> round(gathered_bytes(QWEN_7B, Training(engine="deepspeed", zero=3)) / GIB, 2)
     2.88
@@ -401,10 +402,11 @@ def end_of_forward(model: Model, setup: Training) -> Moment:
 
 
 def begin_of_backward(model: Model, setup: Training) -> Moment:
-    """The logits three times in fp32: themselves, their log-softmax, its gradient. With
-    checkpointing only the output layer's cast copy is left.
+    """The logits three times in fp32: themselves, their log-softmax, its gradient.
 
-    >>> round(begin_of_backward(QWEN_7B, Training()).parts["logits"] / GIB, 2)
+    With checkpointing only the output layer's cast copy is left.
+
+    >>> round(begin_of_backward(QWEN_7B, Training()).parts["logits"] / GIB, 2)  # 152064 * 1024 * 12
     1.74
     """
     cast = cast_bytes(model, setup)
@@ -422,8 +424,9 @@ def begin_of_backward(model: Model, setup: Training) -> Moment:
 
 
 def layer_backward(model: Model, setup: Training) -> Moment:
-    """The last layer's backward pass: its activations once more where they are recomputed, and
-    the output layer's gradient.
+    """The last layer's backward pass.
+
+    Its activations once more where they are recomputed, and the output layer's gradient.
 
     >>> round(layer_backward(QWEN_7B, Training()).parts["gradients"] / GIB, 2)
     2.03
@@ -440,8 +443,9 @@ def layer_backward(model: Model, setup: Training) -> Moment:
 
 
 def end_of_backward(model: Model, setup: Training) -> Moment:
-    """One layer's activations are left; all gradients, and what is on its way to other cards:
-    two buckets, and the gradients that are larger than one.
+    """All gradients, and what is on its way to other cards; one layer's activations are left.
+
+    On its way are two buckets, and the gradients that are larger than one.
 
     >>> round(end_of_backward(QWEN_7B, Training()).parts["gradients"] / GIB, 2)  # psi * 4 + head
     30.4
@@ -512,8 +516,9 @@ def moments(model: Model, setup: Training) -> list[Moment]:
 
 
 def pinned(size: float, largest: float) -> float:
-    """Bytes that PyTorch page-locks for `size` bytes in tensors of at most `largest`: each is
-    rounded up to a power of two (CachingHostAllocator).
+    """Bytes that PyTorch page-locks for `size` bytes in tensors of at most `largest`.
+
+    Each is rounded up to a power of two (CachingHostAllocator).
 
     >>> pinned(10, 4)  # 4 + 4 + 2
     10
@@ -526,7 +531,9 @@ def pinned(size: float, largest: float) -> float:
 
 
 def host(model: Model, setup: Training) -> Host:
-    """Each process of an offloaded optimizer pins its part of the master copy and of the fp32
+    """What lies on the host, or on NVMe.
+
+    Each process of an offloaded optimizer pins its part of the master copy and of the fp32
     gradients, and has two moments that are not pinned; while it starts it also holds the model's
     weights once. Offloaded parameters lie there twice.
 

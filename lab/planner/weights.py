@@ -1,5 +1,6 @@
-"""How many weights a model has, and their bytes. Exact: tests/test_memory.py counts them in models
-that transformers builds.
+"""How many weights a model has, and their bytes.
+
+Exact: tests/test_memory.py counts them in models that transformers builds.
 """
 
 from lab.planner.config import Model
@@ -7,13 +8,14 @@ from lab.planner.constants import LINEAR_BYTES, width
 
 
 def attention(model: Model) -> int:
-    """Weights in the linear layers of one attention: q and o are hidden x queries, k and v
-    hidden x keys (arXiv 2305.13245).
+    """Weights in the linear layers q, k, v and o of one attention (arXiv 2305.13245).
 
-    >>> attention(QWEN_7B)  # 2 * 3584 * (3584 + 512)
+    >>> attention(QWEN_7B)  # 2 * 3584 * 3584 + 2 * 3584 * 512
     29360128
     """
-    return 2 * model.hidden * (model.query_width + model.kv_width)
+    query_and_output = 2 * model.hidden * model.query_width
+    key_and_value = 2 * model.hidden * model.kv_width
+    return query_and_output + key_and_value
 
 
 def mlp(model: Model, intermediate: int) -> int:
@@ -31,11 +33,13 @@ def linear(model: Model) -> int:
     >>> linear(QWEN_7B)  # 28 * (29360128 + 203685888)
     6525288448
     """
+    attentions = model.layers * attention(model)
     dense_layers = model.layers - model.expert_layers
     dense = dense_layers * mlp(model, model.intermediate)
-    width_of_all = model.experts * model.expert_intermediate + model.shared_intermediate
-    sparse = model.expert_layers * mlp(model, width_of_all)
-    return model.layers * attention(model) + dense + sparse
+    experts = model.experts * mlp(model, model.expert_intermediate)
+    shared = mlp(model, model.shared_intermediate)
+    sparse = model.expert_layers * (experts + shared)
+    return attentions + dense + sparse
 
 
 def embedding(model: Model) -> int:
@@ -53,7 +57,8 @@ def embeddings(model: Model) -> int:
     >>> embeddings(QWEN_7B)
     1089994752
     """
-    return embedding(model) * (1 if model.tied else 2)
+    copies = 1 if model.tied else 2
+    return copies * embedding(model)
 
 
 def other(model: Model) -> int:
@@ -62,12 +67,21 @@ def other(model: Model) -> int:
     >>> other(QWEN_7B)  # 28 layers * (2 norms * 3584 + 4608 biases) + the last norm
     333312
     """
-    norms = 2 * model.hidden + 2 * model.head_dim * model.qk_norm
-    qkv_biases = (model.query_width + 2 * model.kv_width) * model.qkv_bias
-    biases = qkv_biases + model.hidden * model.o_bias
-    has_shared = model.shared_intermediate > 0  # its gate is one more column of the router
-    routers = model.expert_layers * model.hidden * (model.experts + has_shared)
-    return model.layers * (norms + biases) + model.hidden + routers
+    norms = 2 * model.hidden
+    if model.qk_norm:
+        norms += 2 * model.head_dim
+    biases = 0
+    if model.qkv_bias:
+        biases += model.query_width + 2 * model.kv_width
+    if model.o_bias:
+        biases += model.hidden
+
+    columns = model.experts
+    if model.shared_intermediate:
+        columns += 1  # the gate of the expert that every token passes
+    routers = model.expert_layers * model.hidden * columns
+    last_norm = model.hidden
+    return model.layers * (norms + biases) + last_norm + routers
 
 
 def parameters(model: Model) -> int:
@@ -86,7 +100,8 @@ def active(model: Model) -> int:
     7070285824
     """
     idle_experts = model.experts - model.experts_per_token
-    idle = model.expert_layers * mlp(model, idle_experts * model.expert_intermediate)
+    idle_of_layer = idle_experts * mlp(model, model.expert_intermediate)
+    idle = model.expert_layers * idle_of_layer
     return linear(model) - idle + embedding(model)
 
 
@@ -98,24 +113,28 @@ def stored_bytes(model: Model, dtype: str = "auto") -> float:
     >>> round(stored_bytes(QWEN_7B, "int4") / 1e9, 2)  # embeddings stay in 16 bits
     5.57
     """
-    dtype = model.stored if dtype == "auto" else dtype
-    rest = parameters(model) - linear(model)
-    return linear(model) * LINEAR_BYTES[dtype] + rest * width(dtype)
+    if dtype == "auto":
+        dtype = model.stored
+    packed = linear(model)
+    rest = parameters(model) - packed
+    return packed * LINEAR_BYTES[dtype] + rest * width(dtype)
 
 
 def lora(model: Model, rank: int) -> int:
-    """Trained weights of LoRA on every linear layer: rank x (inputs + outputs) each (arXiv
-    2106.09685). Experts are left alone, as peft does.
+    """Trained weights of LoRA on every linear layer: rank x (inputs + outputs) of each.
 
-    >>> lora(QWEN_7B, 16)
+    Experts are left alone, as peft does. Source: arXiv 2106.09685.
+
+    >>> lora(QWEN_7B, 16)  # 16 * 28 layers * (2 * 7168 + 2 * 4096 + 3 * 22528)
     40370176
     """
     query_and_output = 2 * (model.hidden + model.query_width)
     key_and_value = 2 * (model.hidden + model.kv_width)
-    per_dense = 3 * (model.hidden + model.intermediate)
-    per_shared = 3 * (model.hidden + model.shared_intermediate)
-    ends = model.layers * (query_and_output + key_and_value)  # inputs + outputs, all layers
-    ends += (model.layers - model.expert_layers) * per_dense
+    inputs_and_outputs = model.layers * (query_and_output + key_and_value)
+
+    dense_layers = model.layers - model.expert_layers
+    inputs_and_outputs += dense_layers * 3 * (model.hidden + model.intermediate)
     if model.shared_intermediate:
-        ends += model.expert_layers * per_shared
-    return rank * ends
+        shared = 3 * (model.hidden + model.shared_intermediate)
+        inputs_and_outputs += model.expert_layers * shared
+    return rank * inputs_and_outputs

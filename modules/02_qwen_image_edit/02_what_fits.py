@@ -5,7 +5,7 @@
     python modules/02_qwen_image_edit/02_what_fits.py --model FOLDER   # another of this pipeline
 
 Look at: where the 57.7 GB are, and what of them each recipe leaves on a card. It is arithmetic on
-names and shapes (recipes.py), nothing is loaded.
+names and shapes (lab/planner/images.py), nothing is loaded.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import recipes
 
 from lab import fail, results
+from lab.planner.images import stored_gib
 from lab.profile import load_profile
 from lab.table import table
 
@@ -49,7 +50,7 @@ def main() -> None:
     for component in recipes.COMPONENTS:
         count = sum(math.prod(shape) for shape in tensors[component].values())
         kinds = ("bf16", "fp8", "nf4")
-        gb = [recipes.stored_gib(tensors[component], kind) * 2**30 / 1e9 for kind in kinds]
+        gb = [stored_gib(tensors[component], kind) * 2**30 / 1e9 for kind in kinds]
         rows.append([component, f"{count / 1e9:.3f} B", *(f"{value:.2f} GB" for value in gb)])
         metrics[f"{component}_parameters_count"] = count
         metrics[f"{component}_bf16_gb"] = round(gb[0], 3)

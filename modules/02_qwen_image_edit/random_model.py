@@ -52,8 +52,9 @@ PARTS = {
 
 
 def components(kind: str, vocabulary: int = 152064, ids: tuple[int, ...] = (0, 1, 2, 3)) -> dict:
-    """{transformer, text_encoder, vae}: models on torch's meta device, that is shapes without
-    memory. `ids` are VISION's token ids.
+    """{transformer, text_encoder, vae}, on torch's meta device: shapes without memory.
+
+    `ids` are VISION's token ids.
     """
     import torch
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
@@ -142,8 +143,9 @@ def shapes(model) -> dict[str, tuple[int, ...]]:
 
 @cache
 def tile(fan_in: int) -> memoryview:
-    """TILE normally distributed numbers of variance 1 / fan_in, as bfloat16 bytes: a layer's output
-    then has its input's scale.
+    """TILE normally distributed numbers of variance 1 / fan_in, as bfloat16 bytes.
+
+    A layer's output then has its input's scale.
     """
     import torch
 
@@ -152,8 +154,9 @@ def tile(fan_in: int) -> memoryview:
 
 
 def values(name: str, shape: tuple[int, ...]):
-    """The tensor's bfloat16 bytes, in pieces: ones for norms, zeros for biases, else the tile from
-    a place of the tensor's own.
+    """The tensor's bfloat16 bytes, in pieces.
+
+    Ones for norms, zeros for biases, else the tile from a place of the tensor's own.
     """
     left = 2 * math.prod(shape)
     if len(shape) == 1 or name.endswith("gamma"):
@@ -179,11 +182,8 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
         filled += 2 * math.prod(shape)
     where = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            if len(shards) > 1
-            else f"{stem}.safetensors"
-        )
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"{stem}{part}.safetensors"
         header = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
@@ -209,8 +209,9 @@ def write(folder: Path, stem: str, tensors: dict[str, tuple[int, ...]]) -> None:
 
 
 def build(kind: str, folder: Path, tokenizer_folder: Path | None = None) -> None:
-    """Write the pipeline folder; it has its name only when it is whole. Exit code 2 where the disk
-    is too small.
+    """Write the pipeline folder; it has its name only when it is whole.
+
+    Exit code 2 where the disk is too small.
     """
     import diffusers
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil

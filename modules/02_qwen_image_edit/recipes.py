@@ -1,21 +1,21 @@
-"""What each recipe needs on each card and on the host: arithmetic on names and shapes.
+"""The recipes: where the weights of each component lie, and how they are stored there.
 
-02_what_fits.py prints it, 01_edit.py goes by it, and so does the planner (make plan). Weights are
-exact; working memory was measured at 1024 x 1024 and scaled.
+What a recipe needs on each card and on the host is arithmetic on names and shapes of tensors
+(lab/planner/images.py). 02_what_fits.py prints it, 01_edit.py goes by it, and so does the planner
+(make plan).
 """
 
 import json
-import math
-import re
 import struct
 from pathlib import Path
 
 from lab import fail, machine, shown
+from lab.planner import images
+from lab.planner.images import Tensors, stored_gib
 
-Tensors = dict[str, dict[str, tuple[int, ...]]]  # {component: {tensor: shape}}
+COMPONENTS = ("transformer", "text_encoder", "vae")
 
-# Where the weights of each component lie, and how they are stored there; from the fastest recipe
-# to the slowest.
+# {recipe: {component: (place, how its weights are stored there)}}, from the fastest to the slowest.
 RECIPES = {
     "plain": {
         "transformer": ("cuda:0", "bf16"),
@@ -45,15 +45,10 @@ PLANNED = {
         "text_encoder": ("cuda:1", "bf16"),
         "vae": ("cuda:0", "bf16"),
     },
-    "model-offload": {c: ("in turn", "bf16") for c in ("transformer", "text_encoder", "vae")},
-    "sequential-offload": {c: ("host", "bf16") for c in ("transformer", "text_encoder", "vae")},
+    "model-offload": dict.fromkeys(COMPONENTS, ("in turn", "bf16")),
+    "sequential-offload": dict.fromkeys(COMPONENTS, ("host", "bf16")),
 }
-COMPONENTS = ("transformer", "text_encoder", "vae")
-# Working memory of a component at 1024 x 1024, GiB, from the peaks of fp8, nf4 and group-offload on
-# an H100. They run one after another.
-WORK = {"transformer": 0.9, "text_encoder": 1.1, "vae": 4.3}
-FILE = 5.0  # GiB: the largest safetensors files of such models
-LIBRARIES = 2.0  # GiB of host memory for Python, torch and the CUDA libraries
+TILED = {"nf4"}  # recipes whose VAE goes in tiles of 512 x 512
 
 # -----------------------------------------------------------------------------
 # The tensors of a model
@@ -110,69 +105,20 @@ def published() -> Tensors:
 
 def weights_gb(tensors: Tensors) -> float:
     """GB of the bf16 files."""
-    shapes = [shape for component in tensors.values() for shape in component.values()]
-    return 2 * sum(map(math.prod, shapes)) / 1e9
+    return sum(stored_gib(component, "bf16") for component in tensors.values()) * 2**30 / 1e9
 
 
 # -----------------------------------------------------------------------------
-# What they need
-
-
-def stored_bytes(name: str, shape: tuple[int, ...], how: str) -> float:
-    count = math.prod(shape)
-    # enable_layerwise_casting leaves norms and the output layer alone.
-    if how == "fp8" and not re.search(r"norm|proj_out", name):
-        return count
-    if how == "nf4" and len(shape) == 2 and not re.search(r"embed_tokens|lm_head", name):
-        return count * (4 + 32 / 64) / 8  # 4 bits, and a float32 scale for 64 numbers
-    if how == "gguf" and len(shape) == 2:
-        return count * 13.1 / 20.43  # a Q4_K_M file of this transformer has 13.1 GB
-    if how == "pinned":  # torch rounds page-locked host memory up to a power of two
-        return 2 ** math.ceil(math.log2(2 * count))
-    return count * (4 if how == "float32" else 2)
-
-
-def stored_gib(component: dict[str, tuple[int, ...]], how: str) -> float:
-    return sum(stored_bytes(name, shape, how) for name, shape in component.items()) / 2**30
-
-
-def working_memory(recipe: str, size: int) -> dict[str, float]:
-    """{component: GiB} while it runs, for a picture of size x size."""
-    tokens = 4096 + size**2 / 256  # of the input at 1 megapixel, and of the output
-    # The VAE encodes the input at 1 megapixel, whatever `size` is; nf4 goes in tiles of 512 x 512.
-    pictures = 1 / 4 if recipe == "nf4" else max(1, size**2 / 2**20)
-    return {
-        "transformer": WORK["transformer"] * tokens / 8192,
-        "text_encoder": WORK["text_encoder"],
-        "vae": WORK["vae"] * pictures,
-    }
+# What a recipe needs, and whether it fits here
 
 
 def needs(recipe: str, tensors: Tensors, size: int, device: str = "cuda") -> dict[str, float]:
-    """{place: GiB}: weights and working memory of every card, and the most that the host holds.
-
-    The host holds most while the model is loaded, or with an offloaded one all the time.
-    """
-    work = working_memory(recipe, size)
-    places = dict.fromkeys(COMPONENTS, ("host", "float32"))
-    gib: dict[str, float] = {"host": LIBRARIES}
-    if device == "cuda":
-        places = (RECIPES | PLANNED)[recipe]
-        gib["cuda:0"] = 0
-    for component, (place, how) in places.items():
-        weights = stored_gib(tensors[component], how)
-        if place == "in turn":  # lies on the host, and whole on the card while it runs
-            gib["cuda:0"] = max(gib["cuda:0"], weights + work[component])
-            place = "host"
-        gib[place] = gib.get(place, 0) + weights
-    for card in gib.keys() - {"host"}:
-        running = [work[c] for c, (place, _) in places.items() if place in (card, "host")]
-        gib[card] += max(running, default=0)
-    if recipe == "fp8":  # loaded as bf16, then cast
-        gib["host"] += stored_gib(tensors["transformer"], "bf16")
-    elif device == "cuda" and "offload" not in recipe:  # one file after another, on its way
-        gib["host"] += FILE
-    return gib
+    """{place: GiB}: weights and working memory of every card, and the most that the host holds."""
+    if device == "cpu":
+        on_cpu = dict.fromkeys(COMPONENTS, ("host", "float32"))
+        return {"host": images.on_host(on_cpu, tensors)}
+    work = images.working_memory(size, tiled=recipe in TILED)
+    return images.needs((RECIPES | PLANNED)[recipe], tensors, work)
 
 
 def lacking(

@@ -116,24 +116,24 @@ def static_cache(model, tokens: int) -> dict:
 
 def main() -> None:
     profile = load_profile()
-    p = profile.throughput
+    defaults = profile.throughput
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # The model and the requests
     parser.add_argument(
         "--model",
-        default=p.model,
+        default=defaults.model,
         help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
     )
-    data.add_trace_flags(parser, p)
+    data.add_trace_flags(parser, defaults)
     # How hard transformers tries
     parser.add_argument(
         "--batch-size",
         type=int,
         nargs="+",
-        default=[p.batch_size],
-        help=f"of transformers' static batches, one or several (default: {p.batch_size})",
+        default=[defaults.batch_size],
+        help=f"of transformers' static batches, one or several (default: {defaults.batch_size})",
     )
     parser.add_argument(
         "--compile",
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"  transformers: batches of {size}{', compiling' if compiled else ''}", flush=True)
         ways[size, compiled] = run_transformers(tokenizer, model, requests, size, compiled)
     del model
-    engine_args = {flag.replace("-", "_"): value for flag, value in p.args.items()}
+    engine_args = {flag.replace("-", "_"): value for flag, value in defaults.args.items()}
     vllm_s = run_vllm(folder, profile.dtype, requests, engine_args)
 
     # -----------------------------------------------------------------------------

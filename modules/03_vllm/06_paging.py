@@ -43,16 +43,16 @@ def reserved_for_nothing(
 
 def main() -> None:
     profile = load_profile()
-    p = profile.throughput
+    defaults = profile.throughput
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model",
-        default=p.model,
+        default=defaults.model,
         help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
     )
-    data.add_trace_flags(parser, p)
+    data.add_trace_flags(parser, defaults)
     parser.add_argument(
         "--slots",
         type=int,
@@ -92,7 +92,7 @@ def main() -> None:
         "num-gpu-blocks-override": pool // block + 1,  # one is vLLM's own, always empty
         "no-enable-prefix-caching": True,
     }
-    vllm = engine.start(folder, profile.dtype, {**p.args, **sizes}, flags)
+    vllm = engine.start(folder, profile.dtype, {**defaults.args, **sizes}, flags)
     warm_up(vllm)
     requests = [
         (prompt, SamplingParams(temperature=0, max_tokens=output, ignore_eos=True))

@@ -29,13 +29,13 @@ from lab.table import table
 
 def main() -> None:
     profile = load_profile()
-    p = profile.throughput
+    defaults = profile.throughput
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model",
-        default=p.model,
+        default=defaults.model,
         help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
     )
     parser.add_argument(
@@ -68,7 +68,7 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. What a step reads: every weight but the embedding's (one row of it a token), and the cache
 
-    vllm = engine.start(folder, profile.dtype, p.args, flags)
+    vllm = engine.start(folder, profile.dtype, defaults.args, flags)
     warm_up(vllm)
     sizes = config.read(models.config(str(folder)))
     stored = {None: profile.dtype, "fp8": "fp8"}.get(vllm.model_config.quantization, "auto")

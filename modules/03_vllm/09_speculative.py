@@ -34,13 +34,13 @@ COPY = f"{PARAGRAPH}\n\nThe same text once more:\n\n"
 
 def main() -> None:
     profile = load_profile()
-    p = profile.throughput
+    defaults = profile.throughput
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model",
-        default=p.model,
+        default=defaults.model,
         help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
     )
     parser.add_argument(
@@ -82,7 +82,7 @@ def main() -> None:
     answers: dict[tuple[str, str], list] = {}
     guesses: dict[str, tuple[int, float]] = {}  # how many, and the share accepted
     for way, more in ways.items():
-        vllm = engine.start(folder, profile.dtype, p.args, [*flags, *more])
+        vllm = engine.start(folder, profile.dtype, defaults.args, [*flags, *more])
         warm_up(vllm)
         for kind, asked in requests.items():
             before = engine.counters(vllm)

@@ -26,27 +26,33 @@ from lab.table import table
 
 def main() -> None:
     profile = load_profile()
-    p = profile.tensor_parallel
+    defaults = profile.tensor_parallel
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--shape",
-        default=p.shape,
+        default=defaults.shape,
         help="name in configs/models.yaml, hub id or config.json (default: %(default)s)",
     )
     parser.add_argument(
         "--batches",
         type=int,
         nargs="+",
-        default=list(p.batches),
-        help=f"requests at once (default: {' '.join(map(str, p.batches))})",
+        default=list(defaults.batches),
+        help=f"requests at once (default: {' '.join(map(str, defaults.batches))})",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, default=p.prompt_tokens, help="of each (default: %(default)s)"
+        "--prompt-tokens",
+        type=int,
+        default=defaults.prompt_tokens,
+        help="of each (default: %(default)s)",
     )
     parser.add_argument(
-        "--answer-tokens", type=int, default=p.answer_tokens, help="of each (default: %(default)s)"
+        "--answer-tokens",
+        type=int,
+        default=defaults.answer_tokens,
+        help="of each (default: %(default)s)",
     )
     args, flags = parser.parse_known_args()
     if min(*args.batches, args.prompt_tokens, args.answer_tokens - 1) < 1:
@@ -80,7 +86,7 @@ def main() -> None:
         if profile.device == "cpu":  # each rank one core
             cores = map(str, range(devices))
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
-        engine_args = {**p.args, "tensor-parallel-size": devices}
+        engine_args = {**defaults.args, "tensor-parallel-size": devices}
         vllm = engine.start(folder, profile.dtype, engine_args, flags)
         drive(vllm, requests(2, args.prompt_tokens, 3))  # compiles what is compiled
 

@@ -150,7 +150,7 @@ def percentile(values: list[float], q: float) -> float:
 
 def main() -> None:
     profile = load_profile()
-    p = profile.load
+    defaults = profile.load
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,30 +162,30 @@ def main() -> None:
     )
     # The load
     parser.add_argument(
-        "--requests", type=int, default=p.requests, help="how many (default: %(default)s)"
+        "--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)"
     )
     parser.add_argument(
         "--concurrency",
         type=int,
-        default=p.concurrency,
+        default=defaults.concurrency,
         help="at most so many at once (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt-tokens",
         type=float,
-        default=p.prompt_tokens,
+        default=defaults.prompt_tokens,
         help="mean prompt length (default: %(default)s)",
     )
     parser.add_argument(
         "--output-tokens",
         type=float,
-        default=p.output_tokens,
+        default=defaults.output_tokens,
         help="mean output length (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=p.max_tokens,
+        default=defaults.max_tokens,
         help="longest prompt, longest output (default: %(default)s)",
     )
     # Clients that do not wait for the end

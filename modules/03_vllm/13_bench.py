@@ -83,7 +83,7 @@ class Benchmark:
 
 def main() -> None:
     profile = load_profile()
-    p = profile.bench
+    defaults = profile.bench
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The server
@@ -97,7 +97,7 @@ def main() -> None:
         "--concurrencies",
         type=int,
         nargs="+",
-        default=list(p.concurrencies),
+        default=list(defaults.concurrencies),
         metavar="N",
         help="closed loop (default: %(default)s)",
     )
@@ -105,33 +105,33 @@ def main() -> None:
         "--rates",
         type=float,
         nargs="+",
-        default=list(p.rates),
+        default=list(defaults.rates),
         metavar="R",
         help="open loop, requests/s (default: %(default)s)",
     )
     parser.add_argument(
         "--prompts",
         type=int,
-        default=p.prompts,
+        default=defaults.prompts,
         help="judged requests a point, at least (default: %(default)s)",
     )
     parser.add_argument(
         "--answers",
         type=float,
-        default=p.answers,
+        default=defaults.answers,
         help="length of a point's window, in answers of a lone client (default: %(default)s)",
     )
     # The requests
     parser.add_argument(
         "--input-tokens",
         type=int,
-        default=p.input_tokens,
+        default=defaults.input_tokens,
         help="mean, 50 %% more or less (default: %(default)s)",
     )
     parser.add_argument(
         "--output-tokens",
         type=int,
-        default=p.output_tokens,
+        default=defaults.output_tokens,
         help="mean, 50 %% more or less (default: %(default)s)",
     )
     # What is promised
@@ -144,13 +144,13 @@ def main() -> None:
     parser.add_argument(
         "--slo-ttft-ms",
         type=float,
-        default=p.slo_ttft_ms,
+        default=defaults.slo_ttft_ms,
         help="objective: the first token within (default: %(default)s)",
     )
     parser.add_argument(
         "--slo-tpot-ms",
         type=float,
-        default=p.slo_tpot_ms,
+        default=defaults.slo_tpot_ms,
         help="objective: a request's mean time a token after it (default: %(default)s)",
     )
     args = parser.parse_args()

@@ -1,5 +1,6 @@
-"""The closed loop that the scripts beside this file measure with: a request's place is filled as
-soon as it is free, and every step of the engine is timed.
+"""The closed loop that the scripts beside this file measure with.
+
+A request's place is filled as soon as it is free, and every step of the engine is timed.
 
 `LLM.generate` hides the steps. `vllm.LLMEngine`, which it stands on, does not: `add_request` puts a
 request into the scheduler's queue, `step` lets the scheduler form one batch, computes one token for

@@ -62,8 +62,9 @@ class Inside:
 
 
 def train(precision: str, folder, blocks, args) -> dict:
-    """A few steps in one precision. Returns types, losses, seconds of each step, bytes kept for the
-    backward pass.
+    """A few steps in one precision.
+
+    Returns types, losses, seconds of each step, bytes kept for the backward pass.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -129,8 +129,9 @@ class Config:
         return fixed
 
     def settle(self, args, train, world: int) -> None:
-        """Batch, learning rate, optimizer and type: from the file, else the command line, else
-        `train`, the profile's.
+        """Batch, learning rate, optimizer and type.
+
+        From the file, else the command line, else `train`, the profile's.
         """
         batch = {
             "train_batch_size": self.chosen(self.values, "train_batch_size", None),

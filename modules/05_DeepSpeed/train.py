@@ -276,8 +276,9 @@ def gib_of_states(held: dict[str, int], expected: dict[str, float]) -> dict[str,
 
 
 def forget_shared_memory(rank: int) -> None:
-    """Take the name away from the 66 MiB that each process has opened on a CPU: DeepSpeed leaves
-    them behind.
+    """Take the name away from the 66 MiB that each process has opened on a CPU.
+
+    DeepSpeed leaves them behind.
     """
     import torch.distributed as dist
 

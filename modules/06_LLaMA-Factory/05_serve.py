@@ -1,7 +1,6 @@
-"""LLaMA-Factory's two servers in the background: the OpenAI-style API with the tuned model, or the
-web UI.
+"""LLaMA-Factory's two servers in the background: the API with the tuned model, or the web UI.
 
-    make lf-api                  # http://127.0.0.1:8010/v1, base model plus adapter
+    make lf-api                  # OpenAI-style, http://127.0.0.1:8010/v1, base model plus adapter
     make lf-webui                # http://127.0.0.1:7860: training, chat and export by mouse
     make lf-api ARGS="--port 8011"
     make stop                    # ends both

@@ -1,5 +1,4 @@
-"""The checks of `make doctor`, by what they look at: software.py, cards.py,
-links.py, host.py.
+"""The checks of `make doctor`: software.py, cards.py, links.py, host.py.
 
 A check takes the profile and returns a verdict and what was found. What must not hang or crash the
 doctor runs in a process of its own: programs.py, triton_kernel.py.

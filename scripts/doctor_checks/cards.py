@@ -47,15 +47,15 @@ def driver(profile) -> Finding:
     returncode, last_line = program("cuda_kernel", timeout_s=60)
     pynvml.nvmlInit()
     newest = pynvml.nvmlSystemGetCudaDriverVersion()
-    words = f"driver {used_cards()[0]['driver']} (CUDA {newest // 1000}.{newest % 1000 // 10})"
+    driver = f"driver {used_cards()[0]['driver']} (CUDA {newest // 1000}.{newest % 1000 // 10})"
     built = re.match(r"(\d+)\.(\d+) (\d+)$", last_line)
     if returncode or not built:
-        return FAILED, f"{words}, torch: {last_line[:120]}"
+        return FAILED, f"{driver}, torch: {last_line[:120]}"
     if int(built[1]) * 1000 + int(built[2]) * 10 > newest:
-        return FAILED, f"{words} is too old for torch's CUDA {built[1]}.{built[2]}"
+        return FAILED, f"{driver} is too old for torch's CUDA {built[1]}.{built[2]}"
     if int(built[3]) != len(used_cards()):
-        return FAILED, f"{words}, torch sees {built[3]} cards of {len(used_cards())}"
-    return OK, f"{words}, torch's CUDA {built[1]}.{built[2]} computes right on {built[3]} card(s)"
+        return FAILED, f"{driver}, torch sees {built[3]} cards of {len(used_cards())}"
+    return OK, f"{driver}, torch's CUDA {built[1]}.{built[2]} computes right on {built[3]} card(s)"
 
 
 def wsl(profile) -> Finding:
@@ -137,12 +137,14 @@ def xid(profile) -> Finding:
             break
     else:
         return ABSENT, "the kernel log cannot be read: sudo dmesg | grep Xid"
-    found = re.findall(r"NVRM: Xid \(PCI:([\w:.]+)\): (\d+)", done.stdout)
-    if not found:
+    errors = re.findall(r"NVRM: Xid \(PCI:([\w:.]+)\): (\d+)", done.stdout)
+    if not errors:
         return OK, "no Xid in the kernel log since the start of the machine"
-    last = {(address, int(number)): None for address, number in found}
-    words = [f"Xid {n} at {address}: {XIDS.get(n, 'see the catalogue')}" for address, n in last]
-    return WARNING, "; ".join(words[-3:])
+    lines = []
+    for address, number in dict.fromkeys(errors):
+        meaning = XIDS.get(int(number), "see the catalogue")
+        lines.append(f"Xid {int(number)} at {address}: {meaning}")
+    return WARNING, "; ".join(lines[-3:])
 
 
 def pinned(profile) -> Finding:
@@ -169,10 +171,11 @@ def load(profile) -> Finding:
         process.wait()
         return FAILED, "no matrix product could be started on the cards"
     time.sleep(2)
-    seen, bad = [], []
+    seen = []
+    bad = []
     for index, card in enumerate(machine.handles()):
-        words, problems = under_load(pynvml, card)
-        seen.append(f"card {index}: {words}")
+        readings, problems = under_load(pynvml, card)
+        seen.append(f"card {index}: {readings}")
         bad += [f"card {index} {problem}" for problem in problems]
     process.wait()
     return (WARNING, "; ".join(bad)) if bad else (OK, "; ".join(seen))
@@ -207,5 +210,5 @@ def under_load(pynvml, card) -> tuple[str, list[str]]:
         problems.append(f"is throttled by heat ({celsius} C)")
     if reasons & pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown:
         problems.append("is throttled by its power supply")
-    words = f"PCIe {generation} x{lanes}, {power:.0f} of {limit:.0f} W, {celsius} C"
-    return words, problems
+    readings = f"PCIe {generation} x{lanes}, {power:.0f} of {limit:.0f} W, {celsius} C"
+    return readings, problems

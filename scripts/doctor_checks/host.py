@@ -30,9 +30,10 @@ def ram(profile) -> Finding:
 
     need = 8 if profile.device == "cpu" else 38  # the offload of module 05: make plan
     memory = psutil.virtual_memory()
-    free, total = memory.available / 2**30, memory.total / 2**30
-    words = f"{free:.1f} GiB free of {total:.1f}, the stages need up to {need}"
-    return (OK if free >= need else WARNING), words
+    free = memory.available / 2**30
+    total = memory.total / 2**30
+    description = f"{free:.1f} GiB free of {total:.1f}, the stages need up to {need}"
+    return (OK if free >= need else WARNING), description
 
 
 def shared_memory(profile) -> Finding:
@@ -59,9 +60,11 @@ def disk(profile) -> Finding:
             names.add(section.model)
     downloads = sum(models.entry(name)[1].get("download_gb", 0) for name in names)
     hub_folder = Path(os.environ.get("HF_HOME") or Path.home() / ".cache")
-    descriptions, short = [], False
+    descriptions = []
+    short = False
     for use, folder, need in (("models", hub_folder, downloads + 1), ("runs", ROOT, 10)):
-        place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        above = (folder, *folder.absolute().parents)
+        place = next(existing for existing in above if existing.exists())
         free = shutil.disk_usage(place).free / 1e9
         short |= free < need
         descriptions.append(f"{free:.0f} GB free for {use} (up to {need:.0f})")
@@ -74,8 +77,8 @@ def limits(profile) -> Finding:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     lockable = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / 2**20:.0f} MiB"
     enough = soft == resource.RLIM_INFINITY or soft >= 1024
-    words = f"{soft} open files (at most {hard}), locked memory {lockable}"
-    return (OK if enough else WARNING), words
+    description = f"{soft} open files (at most {hard}), locked memory {lockable}"
+    return (OK if enough else WARNING), description
 
 
 def ports(profile) -> Finding:
@@ -129,8 +132,8 @@ def proxy(profile) -> Finding:
                 astray.append(host)
         server.shutdown()
     if astray:
-        words = f"requests from a shell to {' and '.join(astray)} go to the proxy"
-        return WARNING, f"{words}: export no_proxy=127.0.0.1,localhost"
+        problem = f"requests from a shell to {' and '.join(astray)} go to the proxy"
+        return WARNING, f"{problem}: export no_proxy=127.0.0.1,localhost"
     return OK, f"{', '.join(names)} set, 127.0.0.1 and localhost are asked directly"
 
 
@@ -160,14 +163,14 @@ def orphans(profile) -> Finding:
     ours = {process.pid for job in jobs.running().values() for process in jobs.members(job)}
     left = []
     for process in psutil.process_iter(["name", "cmdline", "memory_info"]):
-        words = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-        if process.pid in ours or not ENGINES.search(words):
+        command = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+        if process.pid in ours or not ENGINES.search(command):
             continue
         try:
             parent = process.parent()  # of an orphan: the first process, or the user's systemd
             if parent is None or parent.pid == 1 or parent.name() == "systemd":
                 gib = process.info["memory_info"].rss / 2**30
-                left.append(f"{process.pid} ({words[:40]}, {gib:.1f} GiB)")
+                left.append(f"{process.pid} ({command[:40]}, {gib:.1f} GiB)")
         except psutil.Error:
             continue
     for index, card in enumerate(machine.handles()):

@@ -1,5 +1,6 @@
-"""A stand-in for NVIDIA's pynvml: put this folder on PYTHONPATH, and describe the cards in
-FAKE_CARDS.
+"""A stand-in for NVIDIA's pynvml: FAKE_CARDS describes the cards.
+
+Put this folder on PYTHONPATH.
 
     FAKE_CARDS='[{"name": "NVIDIA GeForce RTX 4090", "memory_gib": 23.99, "capability": [8, 9]}]'
 
@@ -103,8 +104,10 @@ def nvmlSystemGetCudaDriverVersion():
 
 
 def nvmlDeviceGetComputeRunningProcesses(handle):
-    processes = _cards()[handle].get("processes", [])
-    return [SimpleNamespace(pid=p["pid"], usedGpuMemory=int(p["gib"] * 2**30)) for p in processes]
+    return [
+        SimpleNamespace(pid=process["pid"], usedGpuMemory=int(process["gib"] * 2**30))
+        for process in _cards()[handle].get("processes", [])
+    ]
 
 
 nvmlDeviceGetGraphicsRunningProcesses = nvmlDeviceGetComputeRunningProcesses

@@ -1,7 +1,4 @@
-"""Keys and values into blocks, and attention over blocks.
-
-Two ways: plain torch, to read and to compare with, and vLLM's kernel for CPUs. cuda.py holds the
-one for GPUs.
+"""Keys and values into blocks, and attention over them: plain torch, and vLLM's kernel for CPUs.
 
 A backend makes one layer's `cache`, is told of every step by `prepare`, and computes `attend` in
 every layer: q [T, heads, D], k and v [T, kv_heads, D] are the new tokens of all sequences one

@@ -10,7 +10,6 @@ first (LRU).
 from array import array
 from collections import OrderedDict
 from hashlib import sha256
-from itertools import takewhile
 
 from mini_vllm.sequence import Sequence
 
@@ -30,7 +29,8 @@ class BlockManager:
         size = self.block_size
         names = seq.block_hashes
         for i in range(len(names), len(seq) // size):
-            tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
+            start = i * size
+            tokens = array("q", seq.token_ids[start : start + size]).tobytes()
             before = names[-1] if names else b""
             names.append(sha256(before + tokens).digest())
         return names
@@ -39,7 +39,12 @@ class BlockManager:
         """Cached blocks with the beginning of `seq`."""
         # At least one token is left to compute: its logits choose the next.
         names = self.hashes(seq)[: (len(seq) - 1) // self.block_size]
-        return [self.cached[name] for name in takewhile(self.cached.__contains__, names)]
+        blocks = []
+        for name in names:
+            if name not in self.cached:
+                break
+            blocks.append(self.cached[name])
+        return blocks
 
     def allocate(self, seq: Sequence, num_tokens: int, prefix: list[int] = ()) -> bool:
         """Let `seq` hold blocks for `num_tokens` tokens, `prefix` first. False without room."""

@@ -42,9 +42,8 @@ class Recording(NamedTuple):
 class CudaGraphs:
     """Decode steps, recorded once and replayed.
 
-    The host then starts one graph instead of some twenty kernels in every layer. A graph has fixed
-    shapes and addresses: one is recorded for each of some numbers of sequences, and a step is
-    padded to the next.
+    The host starts one graph instead of some twenty kernels a layer. Shapes and addresses are
+    fixed: one is recorded for each of some numbers of sequences, and a step padded to the next.
     """
 
     @torch.inference_mode()

@@ -77,6 +77,11 @@ class LLM:
         self.scheduler.waiting.append(seq)
         return seq
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what finished requests left in the cache. While none runs."""
+        blocks = self.scheduler.block_manager
+        self.scheduler.block_manager = BlockManager(blocks.num_blocks, blocks.block_size)
+
     def abort(self, seq: Sequence) -> None:
         """Nobody waits for this request any more."""
         self.scheduler.abort(seq)

@@ -1,8 +1,7 @@
 """Llama and Qwen2 decoders in plain torch.
 
-Sequences are packed one behind another without padding: T tokens in one dimension. q, k and v are
-one matrix product and so are gate and up, as in vLLM. The model does not know about blocks:
-`attend` is handed in.
+Sequences are packed one behind another, T tokens in one dimension. q, k and v are one matrix
+product, and so are gate and up. The model does not know about blocks: `attend` is handed in.
 """
 
 import json
@@ -16,10 +15,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
 def read_config(folder: Path) -> dict:
-    """The model's config.json, with `head_dim` and `rope_theta` always there.
-
-    ValueError with one sentence where this engine would compute something else than the model is.
-    """
+    """config.json with `head_dim` and `rope_theta`; ValueError where we would compute wrongly."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or ["model without a name"])[0]
     if architecture not in ARCHITECTURES:

@@ -95,8 +95,9 @@ class ModelRunner:
             end = start + seq.num_scheduled_tokens
             blocks = seq.block_table
             step["tokens"] += seq.token_ids[start:end]
-            step["positions"] += range(start, end)
-            step["slot_mapping"] += [blocks[p // size] * size + p % size for p in range(start, end)]
+            positions = range(start, end)
+            step["positions"] += positions
+            step["slot_mapping"] += [blocks[i // size] * size + i % size for i in positions]
             new_tokens = len(step["tokens"])
             if end == len(seq):  # computed to its end: the last token's logits choose the next
                 step["rows"].append(new_tokens - 1)
@@ -113,8 +114,9 @@ class ModelRunner:
         for name in ("seq_lens", "query_start_loc", "block_table"):
             tensors[name] = tensors[name].int()  # as the kernels want them
         tensors["block_table"] = tensors["block_table"].view(len(lists["seq_lens"]), -1)
-        query_lens = [end - start for start, end in pairwise(lists["query_start_loc"])]
-        return Batch(**tensors, max_query_len=max(query_lens), max_seq_len=max(lists["seq_lens"]))
+        most_new = max(end - start for start, end in pairwise(lists["query_start_loc"]))
+        longest = max(lists["seq_lens"])
+        return Batch(**tensors, max_query_len=most_new, max_seq_len=longest)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [R, vocabulary] of the batch's `rows`."""

@@ -1,6 +1,4 @@
-"""Continuous batching: before every step, decide anew who computes how many tokens.
-
-From Orca (OSDI 2022) and vLLM's V1 scheduler.
+"""Continuous batching (Orca, OSDI 2022): before every step, decide who computes how many tokens.
 
 There is no prefill phase and no decode phase. Every sequence has tokens that are known and tokens
 that are computed; a step computes some of the difference, at most `max_num_batched_tokens` over all
@@ -70,10 +68,7 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def postprocess(self, scheduled: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Take note of what a step computed. Returns who finished.
-
-        `token_ids` are the next tokens of those that are now computed to their end.
-        """
+        """Note a step and `token_ids`, one for each that is computed to its end. Who finished."""
         tokens = iter(token_ids)
         for seq in scheduled:
             seq.num_computed_tokens += seq.num_scheduled_tokens

@@ -1,5 +1,6 @@
-"""Stand-ins for commands: python -m commands NAME [ARG ...]. Launchers run the script once, as the
-first of the processes.
+"""Stand-ins for commands: python -m commands NAME [ARG ...].
+
+Launchers run the script once, as the first of the processes.
 """
 
 import json
@@ -13,8 +14,8 @@ import road
 import yaml
 
 
-def launch(count: int, words: list[str], **variables) -> None:
-    """Run the script of `words` as process 0 of `count`, each with a card of its own."""
+def launch(count: int, arguments: list[str], **variables) -> None:
+    """Run the script of `arguments` as process 0 of `count`, each with a card of its own."""
     if count > len(road.visible()):
         sys.exit(f"ValueError: {count} processes, {len(road.visible())} cards")
     world = {
@@ -25,39 +26,39 @@ def launch(count: int, words: list[str], **variables) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }
-    os.execve(sys.executable, [sys.executable, *words], os.environ | world | variables)
+    os.execve(sys.executable, [sys.executable, *arguments], os.environ | world | variables)
 
 
-def option(words: list[str], *flags: str, default=None):
-    """Take `--flag value` or `--flag=value` out of the words before the script; its value."""
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    for i, word in enumerate(words[:script]):
+def option(arguments: list[str], *flags: str, default=None):
+    """Take `--flag value` or `--flag=value` out of the arguments before the script; its value."""
+    script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
+    for i, word in enumerate(arguments[:script]):
         if word.split("=")[0] in flags:
-            taken = words[i : i + (1 if "=" in word else 2)]
-            del words[i : i + len(taken)]
+            taken = arguments[i : i + (1 if "=" in word else 2)]
+            del arguments[i : i + len(taken)]
             return taken[0].partition("=")[2] or taken[1]
     return default
 
 
-def torchrun(words: list[str]) -> None:
-    count = int(option(words, "--nproc-per-node", "--nproc_per_node"))
-    launch(count, [word for word in words if word != "--standalone"])
+def torchrun(arguments: list[str]) -> None:
+    count = int(option(arguments, "--nproc-per-node", "--nproc_per_node"))
+    launch(count, [word for word in arguments if word != "--standalone"])
 
 
-def deepspeed(words: list[str]) -> None:
-    count = int(option(words, "--num_gpus"))
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    launch(count, [*words[: script + 1], "--local_rank=0", *words[script + 1 :]])
+def deepspeed(arguments: list[str]) -> None:
+    count = int(option(arguments, "--num_gpus"))
+    script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
+    launch(count, [*arguments[: script + 1], "--local_rank=0", *arguments[script + 1 :]])
 
 
-def accelerate(words: list[str]) -> None:
-    assert words.pop(0) == "launch"
-    config = yaml.safe_load(Path(option(words, "--config_file")).read_text())
-    launch(int(option(words, "--num_processes", default=config["num_processes"])), words)
+def accelerate(arguments: list[str]) -> None:
+    assert arguments.pop(0) == "launch"
+    config = yaml.safe_load(Path(option(arguments, "--config_file")).read_text())
+    launch(int(option(arguments, "--num_processes", default=config["num_processes"])), arguments)
 
 
-def llamafactory_cli(words: list[str]) -> None:
-    verb, *rest = words
+def llamafactory_cli(arguments: list[str]) -> None:
+    verb, *rest = arguments
     if verb == "webui":
         page(os.environ["GRADIO_SERVER_NAME"], int(os.environ["GRADIO_SERVER_PORT"]))
     settings = yaml.safe_load(Path(rest[0]).read_text())
@@ -118,9 +119,7 @@ def train(settings: dict, output: Path) -> None:
 
 
 class Page(BaseHTTPRequestHandler):
-    """200 for everything: an exporter, a web UI; and Prometheus with nothing to watch but one
-    target that is up.
-    """
+    """200 for everything: an exporter, a web UI, a Prometheus whose one target is up."""
 
     def log_message(self, *_):
         pass
@@ -149,15 +148,18 @@ def page(host: str, port: int) -> None:
     api_server.serve(host, port, Page)
 
 
-def prometheus(words: list[str]) -> None:
-    address = next(word for word in words if word.startswith("--web.listen-address")).partition(
+def prometheus(arguments: list[str]) -> None:
+    address = next(word for word in arguments if word.startswith("--web.listen-address")).partition(
         "="
     )[2]
     page(address.split(":")[0], int(address.split(":")[1]))
 
 
-def nvitop_exporter(words: list[str]) -> None:
-    page(words[words.index("--bind-address") + 1], int(words[words.index("--port") + 1]))
+def nvitop_exporter(arguments: list[str]) -> None:
+    page(
+        arguments[arguments.index("--bind-address") + 1],
+        int(arguments[arguments.index("--port") + 1]),
+    )
 
 
 def nothing(_) -> None:

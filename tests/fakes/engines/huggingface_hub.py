@@ -1,6 +1,4 @@
-"""Stand-in for the hub: the models of configs/models.yaml and no others; of each, its
-configuration, for weights would be large.
-"""
+"""Stand-in for the hub: the configurations of the models in configs/models.yaml, no weights."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""What the stand-ins of the engines share: the cards they fill, the flags they take, and where a
-script's own work ends.
+"""What the stand-ins of the engines share: cards, flags, and where a script's work ends.
 
 Each does up to the first computation what the real one does: it refuses what that refuses, and
 holds its cards as long as it lives. It computes nothing. FAKE_ROAD names the folder in which they
@@ -30,7 +29,7 @@ def visible() -> list[str]:
 
 
 def take_cards(count: int | None = None) -> None:
-    """Fill `count` of the visible cards (all); out of memory where another process has one of them."""
+    """Fill `count` of the visible cards (all); out of memory where another process has one."""
     cards = visible()
     if count and count > len(cards):
         sys.exit(f"RuntimeError: {count} devices wanted, {len(cards)} can be seen")
@@ -40,37 +39,33 @@ def take_cards(count: int | None = None) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             sys.exit(
-                f"torch.OutOfMemoryError: CUDA out of memory. GPU {card} is full: another process holds it"
+                f"torch.OutOfMemoryError: CUDA out of memory. GPU {card} is full: "
+                "another process holds it"
             )
         _held.append(file)
 
 
 def reached(what: str):
-    """The script has come to the point where it computes: its cards must be free, and here it ends."""
+    """The script has come to where it computes: its cards must be free, and here it ends."""
     take_cards()
     print(f"stand-in: {what} would compute from here", file=sys.stderr)
     raise SystemExit(0)
 
 
-def engine_args(command: str, words: list[str]) -> argparse.Namespace:
+def engine_args(command: str, arguments: list[str]) -> argparse.Namespace:
     """vLLM's arguments, checked against its own list, its model and the number of cards."""
     parser = argparse.ArgumentParser(prog=command, allow_abbrev=False)
     for flag in ("--model", "--host", "--dtype", "--api-key", "--base-url"):
         parser.add_argument(flag)
-    for flag, default in (
-        ("--port", 8000),
-        ("--tensor-parallel-size", 1),
-        ("--pipeline-parallel-size", 1),
-        ("--max-model-len", None),
-        ("--num-prompts", 1),
-    ):
-        parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--port", type=int, default=8000)
+    for flag in ("--tensor-parallel-size", "--pipeline-parallel-size", "--num-prompts"):
+        parser.add_argument(flag, type=int, default=1)
+    parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--lora-modules", nargs="+", default=[])
-    args, rest = parser.parse_known_args(words)
-    if unknown := {word.split("=")[0] for word in rest if word.startswith("--")} - accepted(
-        command
-    ):
+    args, rest = parser.parse_known_args(arguments)
+    flags = {argument.split("=")[0] for argument in rest if argument.startswith("--")}
+    if unknown := flags - accepted(command):
         parser.error(f"unrecognized arguments: {' '.join(sorted(unknown))}")
     if command == "vllm serve":
         check_model(args)
@@ -83,17 +78,21 @@ def check_model(args) -> None:
     args.max_model_len = args.max_model_len or longest
     if args.max_model_len > longest:
         sys.exit(
-            f"Value error, User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len ({longest})"
+            f"Value error, User-specified max_model_len ({args.max_model_len}) is greater than "
+            f"the derived max_model_len ({longest})"
         )
-    if (heads := args.config["num_attention_heads"]) % args.tensor_parallel_size:
+    heads = args.config["num_attention_heads"]
+    if heads % args.tensor_parallel_size:
         sys.exit(
-            f"Value error, Total number of attention heads ({heads}) must be divisible by tensor parallel size ({args.tensor_parallel_size})."
+            f"Value error, Total number of attention heads ({heads}) must be divisible by "
+            f"tensor parallel size ({args.tensor_parallel_size})."
         )
-    for name, _, folder in (module.partition("=") for module in args.lora_modules):
-        base = json.loads(Path(folder, "adapter_config.json").read_text())[
-            "base_model_name_or_path"
-        ]
+    for module in args.lora_modules:
+        name, _, folder = module.partition("=")
+        adapter = json.loads(Path(folder, "adapter_config.json").read_text())
+        base = adapter["base_model_name_or_path"]
         if Path(base).resolve() != Path(args.model).resolve():
             sys.exit(
-                f"RuntimeError: the adapter {name} is one of {base}: its sizes are not those of {args.model}"
+                f"RuntimeError: the adapter {name} is one of {base}: "
+                f"its sizes are not those of {args.model}"
             )

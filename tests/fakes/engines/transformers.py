@@ -1,6 +1,4 @@
-"""Stand-in for transformers: a tokenizer that counts words; whatever else is asked for would
-compute.
-"""
+"""Stand-in for transformers: a tokenizer that counts words; all else would compute."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
-"""Stand-in for vLLM in a script's own process: the engine's arguments are checked, its start is
-where the script ends.
+"""Stand-in for vLLM in a script's own process: its start is where the script ends.
+
+The engine's arguments are checked.
 """
 
 import road

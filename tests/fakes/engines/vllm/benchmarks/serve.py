@@ -1,6 +1,4 @@
-"""Stand-in for `vllm bench serve`: one request to the server that is to be measured, then numbers
-that mean nothing.
-"""
+"""Stand-in for `vllm bench serve`: one request to the server, then numbers that mean nothing."""
 
 import json
 import os

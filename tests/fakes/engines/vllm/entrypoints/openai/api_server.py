@@ -1,5 +1,6 @@
-"""Stand-in for vLLM's OpenAI-compatible server: real HTTP, the real one's paths, refusals and
-metrics; every answer is its prompt's length in words.
+"""Stand-in for vLLM's server: real HTTP, the real one's paths, refusals and metrics.
+
+Every answer is its prompt's length in words.
 """
 
 import json
@@ -138,7 +139,10 @@ class Handler(BaseHTTPRequestHandler):
         read = len(prompt if isinstance(prompt, list) else prompt.split())
         wanted = body.get("max_tokens") or 16
         if read + wanted > ARGS.max_model_len:
-            message = f"This model's maximum context length is {ARGS.max_model_len} tokens. However, you requested {wanted} output tokens and your prompt contains {read}."
+            message = (
+                f"This model's maximum context length is {ARGS.max_model_len} tokens. "
+                f"However, you requested {wanted} output tokens and your prompt contains {read}."
+            )
             self.send({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
             return
         METRICS["num_requests_running"].inc()

@@ -1,0 +1,194 @@
+"""This repository's own recipes, as questions to the planner: a GPU profile, modules/*/configs."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from lab import ROOT
+from lab.planner.serving import Serving
+from lab.planner.training import Training
+from lab.profile import read_yaml
+from plan_parts import TWO_4090S, Cards, Editing, Request, request
+
+ACCELERATE = "modules/04_Accelerate/configs"
+DEEPSPEED = "modules/05_DeepSpeed"
+LLAMAFACTORY = "modules/06_LLaMA-Factory/configs"
+ENGINES = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}  # by Accelerate's names
+BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, where a file has none
+
+
+class Recipe(NamedTuple):
+    """A command of this repository."""
+
+    command: str  # what a reader types
+    file: str  # where its values are written, seen from the repository root
+    request: Request
+
+
+def recipes(cards: Cards = TWO_4090S) -> list[Recipe]:
+    """Every command that loads a model on these cards.
+
+    One that needs more cards than there are is here too: its request says how many.
+    """
+    file = f"configs/profiles/{cards.profile}.yaml"
+    profile = read_yaml(ROOT / file)
+    return [
+        *servers(cards, file, profile),
+        *native_trainings(cards, file, profile),
+        *accelerate_trainings(cards, profile),
+        *deepspeed_trainings(cards, profile),
+        *fine_tunings(cards),
+        chat(cards, profile),
+        image_editing(cards, file, profile),
+    ]
+
+
+def read(file: str) -> dict:
+    path = ROOT / file
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    return read_yaml(path)
+
+
+def files(folder: str) -> list[str]:
+    """The YAML files of a folder, seen from the repository root."""
+    paths: list[Path] = sorted((ROOT / folder).glob("*.yaml"))
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+# -----------------------------------------------------------------------------
+# 03: vLLM
+
+
+def servers(cards: Cards, file: str, profile: dict) -> list[Recipe]:
+    serve = profile["serve"]
+    throughput = profile["throughput"]
+    written = [
+        Recipe("make vllm-serve", file, server(cards, profile, serve["model"], serve["args"])),
+        Recipe(
+            "make vllm-throughput",
+            file,
+            server(cards, profile, throughput["model"], throughput["args"]),
+        ),
+    ]
+    for recipe_file in files("modules/03_vllm/configs/recipes"):
+        command = f"make vllm-serve RECIPE={Path(recipe_file).stem}"
+        recipe = read(recipe_file)
+        model = recipe.pop("model", serve["model"])
+        asked = server(cards, profile, model, serve["args"] | recipe)
+        written.append(Recipe(command, recipe_file, asked))
+    return written
+
+
+def server(cards: Cards, profile: dict, model: str, flags: dict) -> Request:
+    """A server with these flags, which have vLLM's own names."""
+    tp = flags.get("tensor-parallel-size", 1)
+    setup = Serving(
+        gpus=max(profile["requires"]["gpus"], tp),
+        gpu_memory_gib=cards.memory_gib,
+        gpu_memory_utilization=flags.get("gpu-memory-utilization"),
+        tp=tp,
+        dtype=flags.get("quantization") or flags.get("dtype", "auto"),
+        max_model_len=flags.get("max-model-len"),
+    )
+    return request(model, setup, cards)
+
+
+# -----------------------------------------------------------------------------
+# 04 and 05: one training, by every engine
+
+
+def training(cards: Cards, profile: dict, model: str | None = None, **options) -> Request:
+    """The profile's training with these options; of another model than its own, where one is."""
+    train = profile["train"]
+    steps = {name: train[name] for name in ("dtype", "micro_batch", "accumulate", "seq_len")}
+    setup = Training(gpu_memory_gib=cards.memory_gib, **steps | options)
+    return request(model or train["model"], setup, cards)
+
+
+def native_trainings(cards: Cards, file: str, profile: dict) -> list[Recipe]:
+    """One process makes up with two micro-steps for the other that it lacks."""
+    return [
+        Recipe("make train-one", file, training(cards, profile, gpus=1, accumulate=2)),
+        Recipe("make train-ddp", file, training(cards, profile)),
+    ]
+
+
+def accelerate_trainings(cards: Cards, profile: dict) -> list[Recipe]:
+    written = []
+    for file in files(ACCELERATE):
+        launcher = read(file)
+        engine = ENGINES[launcher["distributed_type"]]
+        zero = launcher.get("deepspeed_config", {}).get("zero_stage", 0)
+        asked = training(cards, profile, engine=engine, zero=zero)
+        written.append(Recipe(f"make train-accelerate CONFIG={Path(file).stem}", file, asked))
+    return written
+
+
+def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
+    """The stages that divide something train a larger model."""
+    targets = {f"train-z{stage}": f"{DEEPSPEED}/configs/z{stage}.json" for stage in range(4)}
+    targets["train-z2-offload"] = f"{DEEPSPEED}/ds_config.json"
+    written = []
+    for target, file in targets.items():
+        config = read(file)
+        zero = config["zero_optimization"]
+        offloaded = [part for part in ("optimizer", "param") if f"offload_{part}" in zero]
+        options = {
+            "engine": "deepspeed",
+            "zero": zero["stage"],
+            "offload": "+".join(offloaded) or "none",
+            "bucket": zero.get("reduce_bucket_size", BUCKET),
+        }
+        if config["gradient_accumulation_steps"] != "auto":
+            options["accumulate"] = config["gradient_accumulation_steps"]
+        model = profile["zero"]["model"] if zero["stage"] else None
+        written.append(Recipe(f"make {target}", file, training(cards, profile, model, **options)))
+    return written
+
+
+# -----------------------------------------------------------------------------
+# 06: LLaMA-Factory. 02: Qwen-Image-Edit
+
+
+def fine_tunings(cards: Cards) -> list[Recipe]:
+    written = []
+    for name, target in (("sft_lora", "lf-train"), ("sft_lora_z2", "lf-train-z2")):
+        file = f"{LLAMAFACTORY}/{name}.yaml"
+        config = read(file)
+        divided = "deepspeed" in config
+        setup = Training(
+            gpus=2 if divided else 1,
+            gpu_memory_gib=cards.memory_gib,
+            method="qlora" if config.get("quantization_bit") == 4 else config["finetuning_type"],
+            engine="deepspeed" if divided else "ddp",
+            zero=read(config["deepspeed"])["zero_optimization"]["stage"] if divided else 0,
+            seq_len=config["cutoff_len"],
+            micro_batch=config["per_device_train_batch_size"],
+            accumulate=config["gradient_accumulation_steps"],
+            checkpointing=not config.get("disable_gradient_checkpointing"),
+            lora_rank=config["lora_rank"],
+        )
+        asked = request(config["model_name_or_path"], setup, cards)
+        written.append(Recipe(f"make {target}", file, asked))
+    return written
+
+
+def chat(cards: Cards, profile: dict) -> Recipe:
+    file = f"{LLAMAFACTORY}/infer.yaml"
+    config = read(file)
+    setup = Serving(
+        gpus=profile["requires"]["gpus"],
+        gpu_memory_gib=cards.memory_gib,
+        tp=1,
+        dtype=config["infer_dtype"],
+        max_model_len=4096,
+    )
+    return Recipe("make lf-chat", file, request(config["model_name_or_path"], setup, cards))
+
+
+def image_editing(cards: Cards, file: str, profile: dict) -> Recipe:
+    edit = profile["image_edit"]
+    gpus = profile["requires"]["gpus"]
+    setup = Editing(gpus, cards.memory_gib, edit["recipe"], edit["size"])
+    return Recipe("make image-edit", file, request(edit["model"], setup, cards))
