@@ -41,8 +41,8 @@ def make(target: str, *flags, **variables) -> dict:
 
 def in_turn(*runs: list, **env) -> list[dict]:
     """The result of each run, [script, flag, ...], all in one process of one training each."""
-    words = [[str(word) for word in run] for run in runs]
-    done = python(ROOT / "tests/programs/in_turn.py", json.dumps(words), check=0, **env)
+    commands = [[str(word) for word in run] for run in runs]
+    done = python(ROOT / "tests/programs/in_turn.py", json.dumps(commands), check=0, **env)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -165,7 +165,7 @@ def test_the_data_begins_anew(tiny_model):
 
 @pytest.mark.parametrize("script", [DDP, ACCELERATE], ids=lambda f: f.stem)
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, reason",
     [
         (["--steps", "0"], "must be positive"),
         (["--accumulate", "-1"], "must be positive"),
@@ -174,8 +174,8 @@ def test_the_data_begins_anew(tiny_model):
         (["--save", str(ROOT / "Makefile")], "cannot save to"),
     ],
 )
-def test_impossible_flags(script, flags, words):
-    assert words in refused("python", script, *flags)
+def test_impossible_flags(script, flags, reason):
+    assert reason in refused("python", script, *flags)
 
 
 def test_too_few_blocks(tiny_model):

@@ -102,9 +102,11 @@ def test_both_objectives():
 
 
 def test_what_failed_is_left_out():
-    found = answers((0, 0.1, [0.1], 2), (1, 0.1, [0.1], 2), (2, 0, [], 0))
-    found["errors"][2] = "refused"
-    assert steady(found, 0, 1000, 100)["window_s"] == 1 and steady(found, 1, 1000, 100) is None
+    answered = answers((0, 0.1, [0.1], 2), (1, 0.1, [0.1], 2), (2, 0, [], 0))
+    answered["errors"][2] = "refused"
+    assert (
+        steady(answered, 0, 1000, 100)["window_s"] == 1 and steady(answered, 1, 1000, 100) is None
+    )
 
 
 def test_refusals():
@@ -123,9 +125,9 @@ def test_what_counts_as_failed(small_model):
     flags = ["--concurrencies", "1", "--rates", "0.5", "--prompts", "3", "--output-tokens", "8"]
     with pretender(root=str(small_model), missing=1) as address:
         done = python(BENCH, "--address", address, *flags, check=1)
-    found = json.loads(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     sent = (
-        5 + found["concurrency_1_sent_count"] + found["rate_0.5_sent_count"]
+        5 + counts["concurrency_1_sent_count"] + counts["rate_0.5_sent_count"]
     )  # 5 of a lone client first
-    assert found["failed_count"] == sent > 10 and "failed: " in done.stdout
+    assert counts["failed_count"] == sent > 10 and "failed: " in done.stdout
     assert f"{sent} requests failed" in done.stderr

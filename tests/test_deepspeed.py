@@ -81,9 +81,9 @@ def trained(tiny_model, saved, tmp_path_factory) -> list[dict]:
     runs.append([TRAIN, "--deepspeed", form, *short])
     last = ["--steps", STEPS - 1, "--save", saved]
     runs.append([TRAIN, "--deepspeed", configs[3], *flags, *last])
-    words = json.dumps([[str(word) for word in run] for run in runs])
+    commands = json.dumps([[str(word) for word in run] for run in runs])
     program = ROOT / "tests/programs/in_turn.py"
-    done = run("deepspeed", "--num_gpus=2", program, words, check=0, **CPU)
+    done = run("deepspeed", "--num_gpus=2", program, commands, check=0, **CPU)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"script"')]
     return [json.loads(line) for line in lines]
 
@@ -388,17 +388,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("content, flags, words", REFUSED)
-def test_bad_configurations(judged, capsys, content, flags, words):
+@pytest.mark.parametrize("content, flags, reason", REFUSED)
+def test_bad_configurations(judged, capsys, content, flags, reason):
     """One sentence that names the key and what would be right, exit code 2."""
     with pytest.raises(SystemExit) as refusal:
         judged(content, **flags)
     sentences = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert refusal.value.code == 2 and len(sentences) == 1 and words in sentences[0]
+    assert refusal.value.code == 2 and len(sentences) == 1 and reason in sentences[0]
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, reason",
     [
         (["--steps", "0"], "must be positive"),
         (["--seq-len", "1"], "--seq-len at least 2"),
@@ -406,18 +406,18 @@ def test_bad_configurations(judged, capsys, content, flags, words):
         (["--deepspeed", "Makefile"], "not valid JSON at line 1"),
     ],
 )
-def test_bad_settings(flags, words):
+def test_bad_settings(flags, reason):
     """Said by each process before it meets the others; here by one of two, before torch."""
-    assert words in refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
+    assert reason in refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
 
 
 def test_bad_data(tiny_model):
-    for flags, words in (
+    for flags, reason in (
         (["--data", "alpaca"], "launch_en_train"),
         (["--micro-batch", "9999"], "lower --micro-batch"),
     ):
         command = ["python", TRAIN, "--deepspeed", MODULE / "configs/z2.json", *flags]
-        assert words in refused(*command, "--model", tiny_model, WORLD_SIZE="2", RANK="0", **CPU)
+        assert reason in refused(*command, "--model", tiny_model, WORLD_SIZE="2", RANK="0", **CPU)
 
 
 def test_one_process_is_refused():

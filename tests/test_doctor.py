@@ -73,12 +73,12 @@ def checked(*names, before="", **env) -> dict:
     """What these checks found (exit code 2 for a failure); `before`: shell that breaks a thing."""
     command = shlex.join([sys.executable, DOCTOR, "--only", *names, "--json"])
     done = run("bash", "-c", f"{before}\n{command}", **CPU | env)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == (2 if any(f["verdict"] == "failed" for f in found.values()) else 0), (
-        done.stderr
-    )
-    assert all(("faq" in f) == (f["verdict"] in ("warning", "failed")) for f in found.values())
-    return found
+    findings = json.loads(done.stdout.splitlines()[-1])
+    verdicts = [finding["verdict"] for finding in findings.values()]
+    assert done.returncode == (2 if "failed" in verdicts else 0), done.stderr
+    for finding in findings.values():
+        assert ("faq" in finding) == (finding["verdict"] in ("warning", "failed"))
+    return findings
 
 
 SLOW = {"compiler", "torch-compile", "all-reduce"}
@@ -129,14 +129,15 @@ def test_versions_go_by_the_lock_not_by_the_cards(cards, doctor):
     cards(CARD, lock="cpu")
     assert doctor.software.versions(None)[0] == "ok"
     cards(lock="gpu")
-    verdict, words = doctor.software.versions(None)
-    assert verdict == "failed" and "locks/gpu.txt" in words
+    verdict, reason = doctor.software.versions(None)
+    assert verdict == "failed" and "locks/gpu.txt" in reason
 
 
 def test_a_path_that_compilers_cannot_cope_with(tmp_path):
     """A cache with a blank; then the environment, called through a link in such a folder."""
-    found = checked("path", TORCHINDUCTOR_CACHE_DIR="/tmp/a b")["path"]
-    assert found["verdict"] == "failed" and "TORCHINDUCTOR_CACHE_DIR: /tmp/a b" in found["found"]
+    finding = checked("path", TORCHINDUCTOR_CACHE_DIR="/tmp/a b")["path"]
+    assert finding["verdict"] == "failed"
+    assert "TORCHINDUCTOR_CACHE_DIR: /tmp/a b" in finding["found"]
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b/venv").symlink_to(sys.prefix)
     done = run(tmp_path / "a b/venv/bin/python", DOCTOR, "--only", "path", check=2, **CPU)
@@ -147,8 +148,8 @@ def test_no_c_compiler_no_headers(doctor, monkeypatch, tmp_path):
     """The C compiler away, broken, absent; the headers away, as in a Python of the distribution."""
     assert doctor.software.headers(None)[0] == "ok"
     monkeypatch.setattr(doctor.software.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    verdict, words = doctor.software.headers(None)
-    assert verdict == "failed" and "no Python.h" in words and "Triton" in words
+    verdict, reason = doctor.software.headers(None)
+    assert verdict == "failed" and "no Python.h" in reason and "Triton" in reason
     monkeypatch.undo()
     monkeypatch.setenv("CC", str(program(tmp_path, "cc", "echo broken >&2; exit 1") / "cc"))
     assert "cannot compile against Python.h: broken" in doctor.software.headers(None)[1]
@@ -168,8 +169,9 @@ def test_no_compiler_no_ninja(doctor, monkeypatch, tmp_path):
     assert "no C++ compiler" in doctor.software.compiler(None)[1]
     program(tmp_path, "c++", f'exec {shutil.which("c++", path=ENVIRONMENT["PATH"])} "$@"')
     before = f"export PATH={bare}"
-    found = checked("compiler", before=before, TORCH_EXTENSIONS_DIR="/dev/null/nowhere")["compiler"]
-    assert found["verdict"] == "failed" and "ninja" not in found["found"]
+    nowhere = {"TORCH_EXTENSIONS_DIR": "/dev/null/nowhere"}
+    finding = checked("compiler", before=before, **nowhere)["compiler"]
+    assert finding["verdict"] == "failed" and "ninja" not in finding["found"]
 
 
 def test_the_lock_of_a_killed_build(tmp_path):
@@ -177,14 +179,14 @@ def test_the_lock_of_a_killed_build(tmp_path):
     folder.mkdir(parents=True)
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - 700,) * 2)
-    found = checked("compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))["compiler"]
-    assert found["verdict"] == "failed" and f"rm {folder / 'lock'}" in found["found"]
+    finding = checked("compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))["compiler"]
+    assert finding["verdict"] == "failed" and f"rm {folder / 'lock'}" in finding["found"]
 
 
 def test_torch_compile_without_a_compiler(tmp_path):
     broken = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    found = checked("torch-compile", **broken)["torch-compile"]
-    assert found["verdict"] == "failed" and "torch.compile" in found["found"]
+    finding = checked("torch-compile", **broken)["torch-compile"]
+    assert finding["verdict"] == "failed" and "torch.compile" in finding["found"]
 
 
 def test_triton_without_a_card(cards, doctor):
@@ -214,8 +216,8 @@ def test_nvcc(cards, doctor, monkeypatch, tmp_path):
     ):
         script = f'[ "$1" = --version ] && echo release {release}, && exit 0; {cuda}'
         program(tmp_path, "nvcc", script)
-        verdict, words = nvcc(None)
-        assert verdict == expected[0] and expected[1] in words
+        verdict, reason = nvcc(None)
+        assert verdict == expected[0] and expected[1] in reason
     cards(CARD, lock="cpu")
     assert nvcc(None) == (
         "not applicable",
@@ -272,8 +274,8 @@ def test_a_card_without_a_working_driver(
     if nvidia_smi:
         program(path, "nvidia-smi", f"echo '{nvidia_smi}'; exit 18")
     for lock, expected in (("gpu", "failed"), ("cpu", "warning")):
-        verdict, words = cards(lock=lock).driver(None)
-        assert verdict == expected and remedy in words
+        verdict, reason = cards(lock=lock).driver(None)
+        assert verdict == expected and remedy in reason
 
 
 @pytest.mark.parametrize("other", [{"vendor": "0x1002"}, {"kind": "0x040300"}])
@@ -282,15 +284,15 @@ def test_no_nvidia_card_is_no_failure(cards, monkeypatch, tmp_path, path, other)
     monkeypatch.setenv("MACHINE_ROOT", str(machine_root(tmp_path, **other)))
     profile = types.SimpleNamespace(device="cpu")
     assert cards(lock="cpu").driver(profile) == ("not applicable", "no NVIDIA GPU")
-    verdict, words = cards(lock="gpu").driver(profile)
-    assert verdict == "failed" and "make setup LOCK=cpu" in words
+    verdict, reason = cards(lock="gpu").driver(profile)
+    assert verdict == "failed" and "make setup LOCK=cpu" in reason
 
 
 def test_a_card_that_the_cpu_lock_leaves_alone(cards, monkeypatch, tmp_path, path):
     monkeypatch.setenv("MACHINE_ROOT", str(machine_root(tmp_path)))
     program(path, "nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 4090'")
-    verdict, words = cards(CARD, lock="cpu").driver(None)
-    assert verdict == "not applicable" and "not used by the cpu lock" in words
+    verdict, reason = cards(CARD, lock="cpu").driver(None)
+    assert verdict == "not applicable" and "not used by the cpu lock" in reason
 
 
 def test_wsl(doctor, monkeypatch, tmp_path):
@@ -312,8 +314,8 @@ def test_driver_and_torch(cards, monkeypatch):
     ):
         monkeypatch.setattr(checks, "program", lambda name, timeout_s, answer=answer: answer)
         monkeypatch.setenv("FAKE_CUDA", driver_cuda)
-        found = checks.driver(None)
-        assert found[0] == verdict and part in found[1]
+        finding = checks.driver(None)
+        assert finding[0] == verdict and part in finding[1]
     monkeypatch.setenv("FAKE_CUDA", "13000")
     monkeypatch.setattr(checks, "program", lambda name, timeout_s: (0, "13.0 2"))
     assert cards(*[CARD] * 4, visible="2,3").driver(None)[0] == "ok"
@@ -347,10 +349,10 @@ def test_memory_that_others_hold(cards, monkeypatch):
     owner = {"pid": os.getpid(), "gib": 3}
     held = CARD | {"used_gib": 3, "processes": [owner]}
     checks = cards(CARD, CARD, CARD, held, visible="2,3")
-    verdict, words = checks.desktop(serve(0.9))
+    verdict, reason = checks.desktop(serve(0.9))
     name = psutil.Process().name()
-    assert verdict == "warning" and f"card 1: 3.0 of 23.6 GiB held by {name}" in words
-    assert "up to 0.85 starts" in words and "0.9 is refused" in words
+    assert verdict == "warning" and f"card 1: 3.0 of 23.6 GiB held by {name}" in reason
+    assert "up to 0.85 starts" in reason and "0.9 is refused" in reason
     assert "0.85 starts" in checks.desktop(serve(0.85))[1]
     assert cards(CARD, CARD, CARD, held, visible="0,1").desktop(serve(0.9))[0] == "ok"
     monkeypatch.setattr(jobs, "running", lambda: {"vllm": {}})
@@ -383,11 +385,11 @@ def test_iommu_and_acs(cards, doctor, monkeypatch, tmp_path):
     assert checks.iommu(None) == ("ok", "no IOMMU translates for the cards, ACS redirects nothing")
     (card / "iommu_group/type").write_text("DMA-FQ\n")
     (bridge / "config").write_bytes(bridge_config(0b11101))
-    verdict, words = checks.iommu(None)
+    verdict, reason = checks.iommu(None)
     assert (
         verdict == "warning"
-        and "translates for card 1" in words
-        and "ACS redirects at 0000:00:02.0" in words
+        and "translates for card 1" in reason
+        and "ACS redirects at 0000:00:02.0" in reason
     )
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     assert checks.iommu(None)[0] == "ok" and "no harm" in checks.iommu(None)[1]
@@ -401,8 +403,8 @@ def test_xid(cards, monkeypatch, tmp_path):
     line = "[  9.1] NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."
     folder = program(tmp_path, "dmesg", f"cat <<'END'\n{line}\nEND")
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    verdict, words = checks.xid(None)
-    assert verdict == "warning" and words.startswith(
+    verdict, reason = checks.xid(None)
+    assert verdict == "warning" and reason.startswith(
         "Xid 79 at 0000:01:00: the card fell off the bus"
     )
     program(tmp_path, "dmesg", "echo '[ 0.0] Linux version'")
@@ -444,8 +446,8 @@ def test_under_load(cards, busy, problem):
 
 
 def test_processes_that_cannot_meet():
-    found = checked("all-reduce", GLOO_SOCKET_IFNAME="nosuch0")["all-reduce"]
-    assert found["verdict"] == "failed" and "gloo" in found["found"]
+    finding = checked("all-reduce", GLOO_SOCKET_IFNAME="nosuch0")["all-reduce"]
+    assert finding["verdict"] == "failed" and "gloo" in finding["found"]
 
 
 def test_wrong_sums_and_hangs_are_found(doctor, monkeypatch, tmp_path):
@@ -479,15 +481,15 @@ def test_little_room(tmp_path):
         HF_HOME=str(tmp_path),
         **CPU,
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {name: f["verdict"] for name, f in found.items()} == {
+    finding = json.loads(done.stdout.splitlines()[-1])
+    assert {name: f["verdict"] for name, f in finding.items()} == {
         "shared-memory": "failed",
         "disk": "warning",
         "limits": "warning",
     }
     assert (
-        "512 open files" in found["limits"]["found"]
-        and "0 GB free for models" in found["disk"]["found"]
+        "512 open files" in finding["limits"]["found"]
+        and "0 GB free for models" in finding["disk"]["found"]
     )
 
 
@@ -496,27 +498,30 @@ def test_little_memory(doctor, monkeypatch):
 
     real = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=3 * 2**30))
-    verdict, words = doctor.host.ram(load_profile("cpu"))
-    assert verdict == "warning" and words.startswith("3.0 GiB free")
+    verdict, reason = doctor.host.ram(load_profile("cpu"))
+    assert verdict == "warning" and reason.startswith("3.0 GiB free")
 
 
 def test_a_taken_port():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 5050))
         other.listen()
-        found = checked("ports")["ports"]
-    assert found["verdict"] == "warning" and "5050 (make monitor's exporter)" in found["found"]
+        finding = checked("ports")["ports"]
+    assert finding["verdict"] == "warning" and "5050 (make monitor's exporter)" in finding["found"]
     assert "5050 (" not in checked("ports")["ports"]["found"]
 
 
 def test_a_proxy():
     """A proxy that nobody answers at: 127.0.0.1 goes to it, unless the shell says otherwise."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-    found = checked("proxy", **proxy)["proxy"]
-    assert found["verdict"] == "warning" and "export no_proxy=127.0.0.1,localhost" in found["found"]
-    assert "127.0.0.1 and localhost go to the proxy" in found["found"]
-    found = checked("proxy", **proxy | {"no_proxy": "127.0.0.1"})["proxy"]
-    assert found["verdict"] == "warning" and "to localhost go" in found["found"]
+    finding = checked("proxy", **proxy)["proxy"]
+    assert (
+        finding["verdict"] == "warning"
+        and "export no_proxy=127.0.0.1,localhost" in finding["found"]
+    )
+    assert "127.0.0.1 and localhost go to the proxy" in finding["found"]
+    finding = checked("proxy", **proxy | {"no_proxy": "127.0.0.1"})["proxy"]
+    assert finding["verdict"] == "warning" and "to localhost go" in finding["found"]
     assert (
         checked("proxy", **proxy | {"no_proxy": "127.0.0.1,localhost"})["proxy"]["verdict"] == "ok"
     )
@@ -544,8 +549,8 @@ def test_an_orphan():
         check=0,
     )
     try:
-        found = checked("orphans")["orphans"]
-        assert found["verdict"] == "warning" and "VLLM::EngineCore-test" in found["found"]
+        finding = checked("orphans")["orphans"]
+        assert finding["verdict"] == "warning" and "VLLM::EngineCore-test" in finding["found"]
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if "VLLM::EngineCore-test" in (process.info["cmdline"] or []):

@@ -334,10 +334,10 @@ def test_a_recipe_that_does_not_fit(scripts, tiny, tmp_path, capsys):
     with (copy / "transformer" / "model.safetensors").open("wb") as f:
         f.write(struct.pack("<Q", len(header)) + header)
         f.truncate(8 + len(header) + 10**12)
-    said = refusal(scripts, capsys, "--model", copy, "--output", tmp_path / "out")
+    sentence = refusal(scripts, capsys, "--model", copy, "--output", tmp_path / "out")
     assert (
-        re.search(r"recipe plain does not fit: it needs 1864\.\d GiB on host", said)
-        and "no recipe fits this machine" in said
+        re.search(r"recipe plain does not fit: it needs 1864\.\d GiB on host", sentence)
+        and "no recipe fits this machine" in sentence
     )
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -348,9 +348,9 @@ def test_interrupted_run(tiny, tmp_path):
     """
     Image.new("RGB", (8, 8), "red").save(tmp_path / "output.png")
     before = (tmp_path / "output.png").read_bytes()
-    words = [sys.executable, SCRIPT, "--model", tiny, "--output", tmp_path, "--steps", "5000"]
+    command = [sys.executable, SCRIPT, "--model", tiny, "--output", tmp_path, "--steps", "5000"]
     process = subprocess.Popen(
-        words,
+        command,
         cwd=ROOT,
         env=ENVIRONMENT | {"PROFILE": "cpu"},
         text=True,

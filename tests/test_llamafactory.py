@@ -535,7 +535,7 @@ def test_chat_with_piped_input(adapter, tuned_answers):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, reason",
     [
         (
             ["dataset=alpaca"],
@@ -551,11 +551,11 @@ def test_chat_with_piped_input(adapter, tuned_answers):
         (["--model", "gpt-5"], "unknown model gpt-5"),
     ],
 )
-def test_bad_settings(arguments, words):
-    if words is None:
+def test_bad_settings(arguments, reason):
+    if reason is None:
         assert run("python", TRAIN, *arguments, check=2).stderr.count("unrecognized arguments") == 1
     else:
-        assert words in refused("python", TRAIN, *arguments)
+        assert reason in refused("python", TRAIN, *arguments)
 
 
 def test_bf16_on_a_cpu():

@@ -330,7 +330,7 @@ def test_port_in_use(no_server):
 
 
 @pytest.mark.parametrize(
-    "flag, words",
+    "flag, reason",
     [
         ("--tensor-parallel-size=2", "attention heads"),
         pytest.param(
@@ -338,9 +338,9 @@ def test_port_in_use(no_server):
         ),
     ],
 )
-def test_settings_the_engine_refuses(no_server, flag, words):
+def test_settings_the_engine_refuses(no_server, flag, reason):
     sentence = refused("make", "vllm-serve", f"ARGS={flag}")
-    assert words in sentence and shown(RUNS / "03_vllm/serve.log") in sentence
+    assert reason in sentence and shown(RUNS / "03_vllm/serve.log") in sentence
     assert not jobs.running()
 
 

@@ -33,12 +33,12 @@ def test_refusals(tmp_path):
             "#!/bin/sh\necho unshare: unshare failed: Operation not permitted >&2\nexit 1\n"
         )
         (tmp_path / program).chmod(0o755)
-    said = refused(
+    sentence = refused(
         sys.executable, SCRIPT, PROFILE="cpu", PATH=f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
     )
     assert (
         "no network namespaces can be made here (unshare: unshare failed: Operation not permitted)"
-        in said
+        in sentence
     )
 
 

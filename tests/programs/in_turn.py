@@ -8,6 +8,7 @@ first one prints.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -29,6 +30,7 @@ def main() -> None:
     if of_the_launcher:
         import torch.distributed
 
+        leave = torch.distributed.destroy_process_group
         torch.distributed.destroy_process_group = lambda: None
     environment = dict(os.environ)
     for script, *arguments in json.loads(runs):
@@ -42,6 +44,9 @@ def main() -> None:
         forget_accelerate()
         os.environ.clear()
         os.environ.update(environment)
+    if of_the_launcher:
+        gc.collect()  # engines before the process group
+        leave()
 
 
 main()
