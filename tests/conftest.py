@@ -27,9 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("ARGS", None)
 ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
-PATIENCE = (
-    1200  # seconds until a command counts as hung: no limit on how slow a busy machine may be
-)
+# Seconds until a command counts as hung: no limit on how slow a busy machine may be.
+PATIENCE = 1200
 
 # Programs that tests use beside those README asks for, and the Debian package of each; .ci/run
 # installs them all.

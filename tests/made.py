@@ -21,7 +21,7 @@ def record(name: str, *commands: str) -> dict:
     """The metrics of a record of this session; where it is missing, `commands` store it first."""
     file = RUNS / "tests" / "records" / f"{name}.json"
     if not is_of_this_session(file):
-        run("bash", "-euo", "pipefail", "-c", "\n".join(commands), check=0, timeout=1900)
+        run("bash", "-euo", "pipefail", "-c", "\n".join(commands), check=0)
     assert is_of_this_session(file), f"{commands} store no record {name}"
     return json.loads(file.read_text())["metrics"]
 
@@ -29,6 +29,6 @@ def record(name: str, *commands: str) -> dict:
 def folder(path: Path, holds: str, *commands: str) -> Path:
     """A folder made in this session, by the file that it `holds`."""
     if not is_of_this_session(path / holds):
-        run("bash", "-euo", "pipefail", "-c", "\n".join(commands), check=0, timeout=1900)
+        run("bash", "-euo", "pipefail", "-c", "\n".join(commands), check=0)
     assert is_of_this_session(path / holds), f"{commands} do not write {path / holds}"
     return path

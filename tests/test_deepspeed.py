@@ -308,7 +308,6 @@ def test_bfloat16_is_the_old_name_of_bf16(judged):
 
 # It compiles CPUAdam and computes in bf16, which a CPU without AVX-512 emulates.
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_the_original_command_trains(tiny_model):
     """From the module's folder, with the original file, word for word."""
     command = ["deepspeed", "--num_gpus=2", "train.py", "--deepspeed", "ds_config.json"]

@@ -33,7 +33,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(600)
 def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
     import torch
     from mini_vllm import LLM, SamplingParams

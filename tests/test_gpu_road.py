@@ -213,7 +213,6 @@ def walks(request, tmp_path_factory):
         yield {file: pool.submit(walk, file, tmp_path_factory.mktemp("road")) for file in files}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("file", FILES)
 def test_a_page_on_two_4090s(walks, file):
     """The page's blocks work, ask for no model that is not served, and end what they start."""

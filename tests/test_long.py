@@ -30,7 +30,6 @@ print("compiled", round(weight[0].item(), 3), total.item())
 """
 
 
-@pytest.mark.timeout(1500)
 def test_clone_in_an_awkward_place(tmp_path):
     """git clone, make setup, pytest -m smoke: a blank and Chinese in the path, HOME read-only.
 
@@ -53,7 +52,7 @@ def test_clone_in_an_awkward_place(tmp_path):
     environment |= {
         variable: str(tmp_path / "caches" / folder) for variable, folder in empty.items()
     }
-    assert "done" in run("make", "setup", cwd=clone, timeout=1200, check=0, **environment).stdout
+    assert "done" in run("make", "setup", cwd=clone, check=0, **environment).stdout
     assert "up to date" in run("make", "setup", cwd=clone, check=0, **environment).stdout
     environment["PATH"] = f"{clone}/.venv/bin:{environment['PATH']}"
     out = run(".venv/bin/python", "-c", COMPILES, cwd=clone, check=0, **environment).stdout
@@ -85,7 +84,6 @@ def test_gpu_lock_is_whole(tmp_path):
     assert "check: the gpu lock is whole" in out
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.needs("ip")
 @pytest.mark.skipif(
     not namespaces() and os.environ.get("CI") != "true",
