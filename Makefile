@@ -14,7 +14,7 @@ export MAKE_COMMAND = $(MAKECMDGOALS) $(MAKEOVERRIDES)
 
 .PHONY: help
 help: ## list every target
-	@echo 'usage: make TARGET [ARGS="--flag value"] [PROFILE=cpu|4090x1|4090x2]'
+	@echo 'usage: make TARGET [ARGS="--flag value"] [PROFILE=cpu|4090x1|4090x2] [RUNS=folder]'
 	@awk -F ':.*## ' '/^# [A-Z0-9]/ && banner {printf "\n%s\n", substr($$0, 3)} \
 	  {banner = /^# ---/} \
 	  /^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile

@@ -1,4 +1,4 @@
-"""Plumbing that no stage teaches: profiles, models, records, the machine, background jobs."""
+"""Plumbing: profiles, models, records, the machine, background jobs; module 01 teaches planner/."""
 
 import os
 import sys

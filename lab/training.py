@@ -26,10 +26,13 @@ def add_flag(parser, name: str, kind: type, value, meaning: str, left_to: str = 
     )
 
 
-def add_data_flags(parser, train, model: str = "") -> None:
-    """--model, --data, --seq-len. `train`: the profile's; `model`: on what its default depends."""
+def add_data_flags(parser, train, model_left_to: str = "") -> None:
+    """--model, --data, --seq-len with the defaults of `train`, the profile's.
+
+    `model_left_to` says who decides about the model where it is not given.
+    """
     meaning = "name in configs/models.yaml, hub id or folder"
-    add_flag(parser, "--model", str, "" if model else train.model, meaning, model)
+    add_flag(parser, "--model", str, "" if model_left_to else train.model, meaning, model_left_to)
     add_flag(parser, "--data", str, train.data, "name of a data set, or a .json file of chat rows")
     add_flag(parser, "--seq-len", int, train.seq_len, "tokens of a block of training text")
 

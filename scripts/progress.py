@@ -15,7 +15,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from lab import ROOT, fail, results, shown
+from lab import ROOT, RUNS, fail, results, shown
 from lab.profile import FOLDER, detect, read_yaml
 
 TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
@@ -62,8 +62,12 @@ def finished() -> list[tuple[str, set[str]]]:
     """(profile, words) of every command that did its work here, as typed and as make was told."""
     history = results.FOLDER / "history.jsonl"
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-    ran = [json.loads(line) for line in lines]
-    return [(line["profile"], typed(line[how])[1]) for line in ran for how in ("command", "make")]
+    ran = []
+    for line in map(json.loads, lines):
+        for how in ("command", "make"):
+            command = line[how].replace(f"{shown(RUNS)}/", "runs/")  # as PLAN.md writes it
+            ran.append((line["profile"], typed(command)[1]))
+    return ran
 
 
 def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
@@ -74,7 +78,8 @@ def is_done(task: Task, ran: list[tuple[str, set[str]]]) -> bool:
         return marker.is_file() and marker.stat().st_size > 0
     last = shlex.split(task.command)[-1]
     if last.startswith("runs/"):
-        return (ROOT / last).is_file() and (ROOT / last).stat().st_size > 0
+        file = RUNS / last.removeprefix("runs/")
+        return file.is_file() and file.stat().st_size > 0
     profile, wanted = typed(task.command)
     dry = "--dry-run" in task.command
     return any(

@@ -6,8 +6,8 @@
 Look at: what each step added, beside what arithmetic says it must add (lab/planner), and the
 three gauges that disagree: what tensors hold, what the allocator keeps for later (`nvidia-smi`
 shows this one), and the peak, which decides whether it fits. On a CPU the C library is the
-allocator: `holds` is read after malloc_trim, `keeps` before it. Fragmentation stands at the end,
-provoked.
+allocator: `holds` is read after malloc_trim, `keeps` before it. Last comes fragmentation,
+provoked by fragmentation.py.
 """
 
 import argparse

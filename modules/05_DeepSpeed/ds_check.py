@@ -143,7 +143,7 @@ def check_scheduler(config) -> None:
 
 
 def check_keys(config) -> None:
-    """Keys that DeepSpeed's own parser never asks for, and what it refuses itconfig."""
+    """Refuse keys that DeepSpeed's own parser never asks for, and what that parser refuses."""
     import deepspeed
 
     whole = {key: value for key, value in config.values.items() if key != "train_batch_size"}

@@ -133,20 +133,24 @@ class Config:
 
         From the file, else the command line, else `train`, the profile's.
         """
-        batch = {
-            "train_batch_size": self.chosen(self.values, "train_batch_size", None),
-            "train_micro_batch_size_per_gpu": self.chosen(
-                self.values, "train_micro_batch_size_per_gpu", args.micro_batch
-            ),
-            "gradient_accumulation_steps": self.chosen(
-                self.values, "gradient_accumulation_steps", args.accumulate
-            ),
-        }
-        for key, number in batch.items():
-            if number is not None and (type(number) is not int or number < 1):
-                self.refuse(f"{key} is {json.dumps(number)}: write a whole number above 0")
-        total, micro_batch, accumulate = batch.values()
-        if total and not micro_batch:  # DeepSpeed's own rules for what is missing
+        self.settle_batch(args, train, world)
+        self.settle_optimizer(args, train)
+        self.settle_type(train)
+
+    def count(self, key: str, flag: int | None = None) -> int | None:
+        """A whole number of the file or the command line; None where both leave it open."""
+        number = self.chosen(self.values, key, flag)
+        if number is not None and (type(number) is not int or number < 1):
+            self.refuse(f"{key} is {json.dumps(number)}: write a whole number above 0")
+        return number
+
+    def settle_batch(self, args, train, world: int) -> None:
+        """train_batch_size = micro-batch x accumulation x processes; any of them may be open."""
+        total = self.count("train_batch_size")
+        micro_batch = self.count("train_micro_batch_size_per_gpu", args.micro_batch)
+        accumulate = self.count("gradient_accumulation_steps", args.accumulate)
+        # Where the total is given: DeepSpeed's own rules for what is missing.
+        if total and not micro_batch:
             accumulate = accumulate or 1
             micro_batch = total // (accumulate * world)
         elif total and not accumulate:
@@ -160,14 +164,9 @@ class Config:
                 f"{self.accumulate} x {world} processes = {self.step_blocks}: correct one of "
                 "them, or leave train_batch_size out"
             )
-        keys = {
-            "train_batch_size": self.step_blocks,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulate,
-        }
-        self.values |= keys
-        self.settle_optimizer(args, train)
-        self.settle_type(train)
+        self.values["train_batch_size"] = self.step_blocks
+        self.values["train_micro_batch_size_per_gpu"] = self.micro_batch
+        self.values["gradient_accumulation_steps"] = self.accumulate
 
     def settle_optimizer(self, args, train) -> None:
         """AdamW where the file names none, as the Trainer does, and its learning rate."""

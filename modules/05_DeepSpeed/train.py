@@ -1,6 +1,6 @@
 """Full fine-tuning by DeepSpeed: ZeRO divides what plain data parallelism keeps whole.
 
-    make train-z2                       # train-z0, -z1, -z3; train-z2-offload: ds_config.json
+    make train-z2     # likewise train-z0, train-z1, train-z3; train-z2-offload takes ds_config.json
     cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json
     make train-z3 ARGS="--save runs/05_DeepSpeed/z3"     # gathered from all processes
 
@@ -106,7 +106,7 @@ def main() -> None:
     batches = endless(loader)
     losses = []
     seconds = []
-    gradients = Held(0, 0)
+    gradients = Held(0, 0)  # the most that was held between a backward and its step
     for step in range(args.steps):
         began = time.perf_counter()
         step_loss = torch.zeros((), device=engine.device)
@@ -114,7 +114,9 @@ def main() -> None:
             batch = next(batches).to(engine.device)  # [micro_batch, seq_len]
             loss = engine(input_ids=batch, labels=batch).loss
             engine.backward(loss)
-            gradients = max(gradients, gradients_held(engine))
+            now_held = gradients_held(engine)
+            if now_held.everywhere > gradients.everywhere:
+                gradients = now_held
             engine.step()
             step_loss += loss.detach().float() / config.accumulate
         dist.all_reduce(step_loss)  # the sum over the processes, for the eye only
@@ -206,9 +208,11 @@ def bytes_of(tensors, device) -> Held:
 def stage_that_runs(engine) -> int:
     """The stage by the class of the optimizer: one does stages 1 and 2, one stage 3."""
     zero = type(engine.optimizer).__name__
-    divides_gradients = getattr(engine.optimizer, "partition_gradients", False)
-    classes = {"DeepSpeedZeroOptimizer": 1 + divides_gradients, "DeepSpeedZeroOptimizer_Stage3": 3}
-    stage = classes.get(zero, 0)
+    stage = 0
+    if zero == "DeepSpeedZeroOptimizer_Stage3":
+        stage = 3
+    elif zero == "DeepSpeedZeroOptimizer":
+        stage = 2 if engine.optimizer.partition_gradients else 1
     configured = engine.zero_optimization_stage()
     if stage != configured:
         fail(
@@ -240,16 +244,16 @@ def states_held(engine) -> dict[str, Held]:
 
     weights = []
     for weight in engine.module.parameters():
-        weights += [
-            weight.data,
-            getattr(weight, "ds_tensor", None),
-        ]  # stage 3: own part, rest empty
+        weights.append(weight.data)  # empty at stage 3 ...
+        weights.append(getattr(weight, "ds_tensor", None))  # ... where this is the own part
     moments = []
     for master, state in engine.basic_optimizer.state.items():
         moments += [tensor for tensor in (master, *state.values()) if torch.is_tensor(tensor)]
     parameters = bytes_of(weights, engine.device)
-    both = bytes_of([*weights, *moments], engine.device)  # in fp32 DDP a master copy is a weight
-    optimizer = Held(*(whole - part for whole, part in zip(both, parameters, strict=True)))
+    # In fp32 without ZeRO the master copy is the weight itself: counted together, then taken off.
+    both = bytes_of([*weights, *moments], engine.device)
+    everywhere = both.everywhere - parameters.everywhere
+    optimizer = Held(everywhere, both.on_device - parameters.on_device)
     return {"parameters": parameters, "optimizer": optimizer}
 
 

@@ -25,7 +25,7 @@ def of_deepspeed(
 ) -> dict[str, float]:
     """The same as DeepSpeed 0.19 holds it between backward and step.
 
-    Stage 2 in fp32 on 2: 4 + 2 + 6 = 12.
+    Stage 2 in fp32 on 2 processes: 4 + 2 + 6 = 12.
 
     It differs from the paper in three things. In fp32 the parameters could be their own master
     copy, but from stage 1 on DeepSpeed copies this process's part of them all the same. Stage 1

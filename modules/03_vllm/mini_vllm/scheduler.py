@@ -68,7 +68,7 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def postprocess(self, scheduled: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Note a step and `token_ids`, one for each that is computed to its end. Who finished."""
+        """A step's `token_ids`, one for each that is computed to its end. Returns who finished."""
         tokens = iter(token_ids)
         for seq in scheduled:
             seq.num_computed_tokens += seq.num_scheduled_tokens
