@@ -61,8 +61,8 @@ LESSON = {
     "04_Accelerate/01_train_ddp.py": r"DistributedDataParallel\(",
     "04_Accelerate/02_train_accelerate.py": r"accelerator\.prepare\(",
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",
-    "05_DeepSpeed/01_state_bytes.py": r"theory\(|estimate_zero2",
-    "05_DeepSpeed/02_compare.py": r"losses",
+    "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
+    "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",
@@ -191,8 +191,13 @@ def median_length(files: list[File]) -> float:
 
 
 def lesson_line(file: File, pattern: str) -> int | None:
-    lines = (number for number in file.code if re.search(pattern, file.lines[number - 1]))
-    return next(lines, None)
+    """The first line of code, neither an import nor a comment, with the pattern."""
+    for number in file.code:
+        text = file.lines[number - 1].split("  # ")[0]
+        is_import = text.lstrip().startswith(("import ", "from "))
+        if re.search(pattern, text) and not is_import:
+            return number
+    return None
 
 
 def late_lessons(files: list[File]) -> list[str]:

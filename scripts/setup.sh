@@ -145,7 +145,7 @@ index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$({ "$base" -m pip config get global.
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 cache=${XDG_CACHE_HOME:-${HOME:-/proc}/.cache}
-{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_CACHE_DIR=${UV_CACHE_DIR:-$root/runs/cache/uv}   # HOME is read-only
+{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export UV_CACHE_DIR=${UV_CACHE_DIR:-${RUNS:-$root/runs}/cache/uv}   # HOME is read-only
 
 requirement() { awk -v pattern="$1" '/^[^ #]/ {on = $0 ~ pattern} on' "locks/$lock.txt"; }   # the lock's entries whose first line matches
 uv=""

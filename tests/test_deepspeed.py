@@ -249,7 +249,7 @@ def judged(tmp_path, monkeypatch):
         given = {"micro_batch": None, "accumulate": None, "learning_rate": None} | flags
         config = ds_config.Config(file)
         config.settle(SimpleNamespace(**given), PROFILE, world=2)
-        config.fill(8, {"hidden_size": HIDDEN})
+        config.fill(8, SimpleNamespace(hidden_size=HIDDEN))
         ds_check.check(config)
         return config
 
@@ -351,6 +351,7 @@ REFUSED = [
     ({"bf16": True}, {}, 'bf16 is true: write an object, such as {"enabled": true}'),
     ({"zero_optimization": True}, {}, 'such as {"stage": 2}'),
     ({"bf16": {"enabled": "false"}}, {}, 'bf16.enabled is the text "false": write false'),
+    ({"bf16": {"enabled": "off"}}, {}, 'bf16.enabled is "off": write true, false or "auto"'),
     ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, {}, "params.lr is the text"),
     # Values
     ({"zero_optimization": {"stage": 4}}, {}, "stage is 4: write 0, 1, 2 or 3"),
@@ -371,13 +372,24 @@ REFUSED = [
     ({"optimizer": {"type": "AdamW", "params": {"beta": 1}}}, {}, "unexpected keyword"),
     ({"optimizer": {"type": "AdamW", "params": {"betas": [2, 0.9]}}}, {}, "beta parameter"),
     ({"scheduler": {"type": "Warmup"}}, {}, "choose one of LRRangeTest"),
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, {}, "index out of range"),
     ({"scheduler": {"type": "WarmupDecayLR"}}, {}, "total_num_steps"),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -10}}},
+        {},
+        "must be a positive integer, got -10",
+    ),
     # Against the command line
     ({"train_batch_size": 7}, {}, "micro-batch 3 x accumulation 1 x 2 processes = 6"),
     (
         {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2},
         {"accumulate": 2},
         "2 processes = 8",
+    ),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}},
+        {"learning_rate": 1e-4},
+        "warmup_max_lr is 0.001, the command line says 0.0001",
     ),
     (
         {"gradient_accumulation_steps": 4},
@@ -408,6 +420,34 @@ def test_bad_configurations(judged, capsys, content, flags, reason):
 def test_bad_settings(flags, reason):
     """Said by each process before it meets the others; here by one of two, before torch."""
     assert reason in refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
+
+
+def test_a_key_that_stands_there_twice(judged, capsys, tmp_path):
+    import ds_config
+
+    file = tmp_path / "twice.json"
+    file.write_text('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}')
+    with pytest.raises(SystemExit):
+        ds_config.Config(file)
+    assert "bf16 stands there twice" in capsys.readouterr().err
+
+
+def test_what_the_engine_refuses_is_a_sentence(judged, capsys):
+    import ds_check
+
+    config = judged({})
+    with pytest.raises(SystemExit) as refusal, ds_check.refusals_as_sentences(config):
+        raise AssertionError("You are using an untested ZeRO Optimizer")
+    assert refusal.value.code == 2
+    assert "ds.json: DeepSpeed refuses it: You are using" in capsys.readouterr().err
+
+
+def test_train_asks_the_check(tiny_model, tmp_path):
+    """What only ds_check.py sees, said by the script itself."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimisation": {"stage": 3}}')
+    command = ["python", TRAIN, "--deepspeed", file, "--model", tiny_model]
+    assert "did you mean zero" in refused(*command, WORLD_SIZE="2", RANK="0", **CPU)
 
 
 def test_bad_data(tiny_model):

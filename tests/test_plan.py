@@ -115,6 +115,7 @@ FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measu
     "train --model qwen2.5-7b-instruct --zero 3 --offload optimizer+param --checkpointing": True,
     "train --model qwen2.5-7b-instruct --gpus 1 --method qlora --checkpointing": True,
     "train --model qwen2.5-1.5b-instruct --gpus 1": False,
+    "train --model qwen2.5-7b-instruct --gpus 2 --engine ddp": False,
     "image-edit --gpus 2 --recipe plain": False,
     "image-edit --gpus 2 --recipe fp8": True,
     "image-edit --gpus 1 --recipe fp8": False,

@@ -59,6 +59,7 @@ def settle(worker: str, root: Path) -> Path:
         # OpenMP threads sleep while they wait: spinning, they hold cores that other workers need.
         os.environ["GOMP_SPINCOUNT"] = "0"
     if worker == "gw0":
+        os.environ.pop("RUNS", None)
         return root / "runs"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         up = struct.pack("16sh", b"lo", 1)  # IFF_UP

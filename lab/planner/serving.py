@@ -109,7 +109,7 @@ def splits(model: Model, tp: int) -> bool:
 
 def filled(model: Model, setup: Serving) -> Serving:
     """`setup` with the size of the tensor parallel group and the length it leaves open."""
-    cards = max(1, setup.gpus // setup.pp)
+    cards = max(1, min(setup.gpus // setup.pp, model.heads))
     largest = max(tp for tp in range(1, cards + 1) if splits(model, tp))
     return replace(
         setup,

@@ -4,6 +4,7 @@ It says nothing of a key that it does not know, of an optimizer's misspelt argum
 late, and "auto" it only knows where transformers has replaced it.
 """
 
+import contextlib
 import difflib
 import json
 
@@ -28,6 +29,10 @@ class Asked(dict):
     def get(self, key, default=None):
         self.asked.add(key)
         return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
 
 
 def alike(name: str, known) -> str:
@@ -119,13 +124,13 @@ def check_optimizer(config) -> None:
         inspect.signature(taken).bind([], **params)
         if numbers:  # PyTorch says which of them is out of range
             torch.optim.AdamW([weight], **numbers)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, IndexError) as e:
         config.refuse(f"{taken.__name__} does not take optimizer.params as they are: {e}")
 
 
 def check_scheduler(config) -> None:
-    import inspect
-
+    """Its type, and its arguments, by making one."""
+    import torch
     from deepspeed.runtime import lr_schedules
 
     scheduler = config.values.get("scheduler")
@@ -135,10 +140,10 @@ def check_scheduler(config) -> None:
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         config.refuse(f"scheduler.type is {json.dumps(kind)}: choose one of {known}")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     try:
-        signature = inspect.signature(getattr(lr_schedules, kind))
-        signature.bind(None, **scheduler.get("params", {}))
-    except TypeError as e:
+        getattr(lr_schedules, kind)(optimizer, **scheduler.get("params", {}))
+    except (TypeError, ValueError) as e:
         config.refuse(f"{kind} does not take scheduler.params as they are: {e}")
 
 
@@ -160,6 +165,19 @@ def check_keys(config) -> None:
     if unread:
         known = alike(unread[0], settings.asked) or ": correct the name, or take it out"
         config.refuse(f"DeepSpeed never reads {', '.join(unread)}{known}")
+
+
+@contextlib.contextmanager
+def refusals_as_sentences(config):
+    """What only the engine, with model and optimizer in hand, can refuse."""
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        yield
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
+        config.refuse(f"DeepSpeed refuses it: {' '.join(str(e).split())}")
+    except ZeRORuntimeException as e:
+        config.refuse(f"DeepSpeed refuses it: {e}")
 
 
 def refuse_type(config) -> None:

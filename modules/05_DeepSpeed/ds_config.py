@@ -56,9 +56,12 @@ class Config:
                 "ds_config.json and configs/z0.json to z3.json of modules/05_DeepSpeed"
             )
         try:
-            self.values = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            self.values = json.loads(text, object_pairs_hook=self.once_each)
         except json.JSONDecodeError as e:
             self.refuse(f"not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}")
+        except UnicodeDecodeError:
+            self.refuse("it is not UTF-8 text: save it as UTF-8")
         if not isinstance(self.values, dict):
             self.refuse("it must be an object of keys and values, such as {}")
         self.refuse_shapes()
@@ -68,6 +71,14 @@ class Config:
 
     def refuse(self, problem: str):
         fail(f"{shown(self.file)}: {problem}")
+
+    def once_each(self, pairs: list[tuple[str, object]]) -> dict:
+        """An object of the file; DeepSpeed, too, refuses a key that stands there twice."""
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                self.refuse(f"{key} stands there twice: take one out")
+        return dict(pairs)
 
     # -----------------------------------------------------------------------------
     # Without DeepSpeed: what can be seen at once
@@ -180,6 +191,9 @@ class Config:
             self.refuse('the optimizer has no type: write "type": "AdamW"')
         params = optimizer.setdefault("params", {})
         rate = self.chosen(params, "lr", args.learning_rate)
+        schedule = self.values.get("scheduler", {}).get("params", {})
+        peak = self.chosen(schedule, "warmup_max_lr", args.learning_rate)  # overrides the other
+        rate = peak if rate is None else rate
         self.learning_rate = train.learning_rate if rate is None else rate
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate < math.inf:
             self.refuse(
@@ -196,6 +210,11 @@ class Config:
             fp16["enabled"] = train.dtype == "float16"
         if bf16.get("enabled", "auto") == "auto":
             bf16["enabled"] = train.dtype == "bfloat16" and not fp16.get("enabled")
+        for name, section in (("bf16", bf16), ("fp16", fp16)):
+            enabled = section.get("enabled", False)
+            if type(enabled) is not bool:
+                right = 'write true, false or "auto"'
+                self.refuse(f"{name}.enabled is {json.dumps(enabled)}: {right}")
         if bf16["enabled"] and fp16.get("enabled"):
             self.refuse("bf16 and fp16 are both enabled: write false in one of them")
         self.dtype = "float32"
@@ -205,8 +224,8 @@ class Config:
     # -----------------------------------------------------------------------------
     # With transformers
 
-    def fill(self, steps: int, model: dict):
-        """Replace every "auto" by transformers' own rules; `model`: the content of its config.json.
+    def fill(self, steps: int, model):
+        """Replace every "auto" by transformers' own rules; `model`: transformers' config of it.
 
         Returns what must live as long as the training: while it does, from_pretrained divides a
         stage 3 model as it loads it.
@@ -223,6 +242,7 @@ class Config:
         trainer.gradient_accumulation_steps = self.accumulate
         trainer.bf16 = self.dtype == "bfloat16"
         trainer.fp16 = self.dtype == "float16"
+        trainer.warmup_steps = 1  # the Trainer's 0 is refused by DeepSpeed's schedulers
         trainer.get_warmup_steps = lambda _: trainer.warmup_steps
         filled = HfTrainerDeepSpeedConfig(self.values)
         filled.trainer_config_process(trainer)
@@ -233,8 +253,11 @@ class Config:
             trainer.warmup_steps = schedule["warmup_num_steps"]
         if schedule.get("total_num_steps", "auto") != "auto":
             steps = schedule["total_num_steps"]
-        shape = SimpleNamespace(config=SimpleNamespace(**model))
-        filled.trainer_config_finalize(trainer, shape, steps)
+        shape = SimpleNamespace(config=model)
+        try:
+            filled.trainer_config_finalize(trainer, shape, steps)
+        except ValueError as e:  # a model that does not say its hidden size
+            self.refuse(" ".join(str(e).split()))
         # Accelerate fills this one.
         filled.fill_only("zero_optimization.stage3_gather_16bit_weights_on_model_save", False)
         self.values = filled.config

@@ -66,10 +66,10 @@ def main() -> None:
     import torch
     import torch.distributed as dist
     from torch.utils.data import DataLoader, DistributedSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = models.model_folder(args.model)
-    seen_by_transformers = config.fill(args.steps, models.config(str(folder)))
+    seen_by_transformers = config.fill(args.steps, AutoConfig.from_pretrained(folder))
     ds_check.check(config)
     ds_check.refuse_type(config)
 
@@ -89,9 +89,10 @@ def main() -> None:
     dtype = getattr(torch, config.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
     parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config.values
-    )
+    with ds_check.refusals_as_sentences(config):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=config.values
+        )
     del seen_by_transformers
     stage = stage_that_runs(engine)
 
@@ -207,17 +208,19 @@ def bytes_of(tensors, device) -> Held:
 
 def stage_that_runs(engine) -> int:
     """The stage by the class of the optimizer: one does stages 1 and 2, one stage 3."""
-    zero = type(engine.optimizer).__name__
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    zero = engine.optimizer
     stage = 0
-    if zero == "DeepSpeedZeroOptimizer_Stage3":
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         stage = 3
-    elif zero == "DeepSpeedZeroOptimizer":
-        stage = 2 if engine.optimizer.partition_gradients else 1
+    elif isinstance(zero, DeepSpeedZeroOptimizer):
+        stage = 2 if zero.partition_gradients else 1
     configured = engine.zero_optimization_stage()
     if stage != configured:
-        fail(
-            f"the engine is configured for ZeRO stage {configured} but runs stage {stage} ({zero})"
-        )
+        kind = type(zero).__name__
+        fail(f"configured for ZeRO stage {configured}, but the engine runs stage {stage} ({kind})")
     return stage
 
 

@@ -21,7 +21,7 @@ from doctor_checks import (
     end_of,
     start,
 )
-from lab import ROOT, jobs, machine, models
+from lab import RUNS, jobs, machine, models
 
 
 def ram(profile) -> Finding:
@@ -62,7 +62,7 @@ def disk(profile) -> Finding:
     hub_folder = Path(os.environ.get("HF_HOME") or Path.home() / ".cache")
     descriptions = []
     short = False
-    for use, folder, need in (("models", hub_folder, downloads + 1), ("runs", ROOT, 10)):
+    for use, folder, need in (("models", hub_folder, downloads + 1), ("runs", RUNS, 10)):
         above = (folder, *folder.absolute().parents)
         place = next(existing for existing in above if existing.exists())
         free = shutil.disk_usage(place).free / 1e9

@@ -67,6 +67,7 @@ class Request(NamedTuple):
     model: str  # a name of configs/models.yaml, a hub id, a folder or a config.json
     setup: Setup
     cards: Cards
+    engine: str = ""  # of a training, where the question names one
 
     @property
     def task(self) -> str:

@@ -22,7 +22,8 @@ def asked(args: argparse.Namespace, cards: Cards) -> Request:
     if args.task == "train" and args.engine is None:
         deepspeed = args.zero or args.offload != "none"
         options["engine"] = "deepspeed" if deepspeed else "ddp"
-    return request(args.model, setup(**options), cards)
+    question = request(args.model, setup(**options), cards)
+    return question._replace(engine=getattr(args, "engine", None) or "")
 
 
 # -----------------------------------------------------------------------------

@@ -46,7 +46,10 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
     for combination in combinations(options):
         new_setup = changed(setup, combination)
         if combination and new_setup and fits(model, new_setup):
-            return " ".join(change.flag for change in combination)
+            flags = [change.flag for change in combination]
+            if request.engine and new_setup.engine != request.engine:
+                flags.insert(0, f"--engine {new_setup.engine}")
+            return " ".join(flags)
     return NOTHING
 
 
@@ -64,7 +67,8 @@ def serve_changes(
     model: Model, setup: Serving, kv_tokens: int, fp8_cards: bool
 ) -> list[list[Change]]:
     """What to try when a server does not fit; its cache holds `kv_tokens`."""
-    larger = range(setup.tp + 1, setup.gpus // setup.pp + 1)
+    cards = min(setup.gpus // setup.pp, model.heads)
+    larger = range(setup.tp + 1, cards + 1)
     divisions = [tp for tp in larger if serving.splits(model, tp)]
     asked = setup.gpu_memory_utilization
     shares = [share for share in (0.95, *serving.UTILIZATIONS) if asked and share != asked]
