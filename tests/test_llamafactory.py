@@ -349,6 +349,15 @@ def test_plain_ddp_and_zero3_succeed(tiny_model, tmp_path, stage):
     assert (trained["zero_stage"], trained["world_size"]) == (stage, 2)
 
 
+@pytest.mark.long
+def test_zero2_that_is_not_active_is_refused(tiny_model, tmp_path):
+    """With this variable Accelerate leaves DeepSpeed out and says nothing; the adapter is kept."""
+    settings = (f"output_dir={tmp_path / 'x'}", "max_samples=16")
+    command = ["python", TRAIN, "--zero2", "--model", tiny_model, *settings]
+    assert "ran without ZeRO-2" in refused(*command, ACCELERATE_USE_CPU="true")
+    assert (tmp_path / "x/adapter_model.safetensors").is_file()
+
+
 def test_the_stage_is_read_without_running_code(tmp_path):
     """Two processes and stage 2 from DeepSpeed's files; a file with more than data is refused."""
     import pickle

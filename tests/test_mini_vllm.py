@@ -95,13 +95,9 @@ def engine(folder, **options):
 def tokens(llm, requests=REQUESTS) -> list[list[int]]:
     from mini_vllm import SamplingParams
 
-    return [
-        o["token_ids"]
-        for o in llm.generate(
-            [p for p, _ in requests],
-            [SamplingParams(max_tokens=n, ignore_eos=True) for _, n in requests],
-        )
-    ]
+    prompts = [prompt for prompt, _ in requests]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in requests]
+    return [output["token_ids"] for output in llm.generate(prompts, params)]
 
 
 # -----------------------------------------------------------------------------
@@ -111,16 +107,16 @@ def tokens(llm, requests=REQUESTS) -> list[list[int]]:
 def test_greedy_tokens_of_transformers_and_the_prefix_cache(qwen2, expected):
     llm = engine(qwen2)
     assert tokens(llm) == expected
-    computed, stats = llm.scheduler.stats["computed_tokens"], llm.scheduler.stats
-    assert stats["preemptions"] == 0 and stats["steps"] == max(
-        n for _, n in REQUESTS
-    )  # everything in the first step, then one token each
+    stats = llm.scheduler.stats
+    computed = stats["computed_tokens"]
+    # Everything in the first step, then one token each.
+    assert stats["steps"] == max(count for _, count in REQUESTS)
+    assert stats["preemptions"] == 0
     assert tokens(llm) == expected
-    prompts = [len(llm.tokenizer(p)["input_ids"]) for p, _ in REQUESTS]
-    hits = sum((n - 1) // 16 * 16 for n in prompts)
-    assert stats["cached_tokens"] == hits > 100, (
-        "every full block of every prompt is found the second time"
-    )
+    # Every full block of every prompt is found the second time.
+    lengths = [len(llm.tokenizer(prompt)["input_ids"]) for prompt, _ in REQUESTS]
+    hits = sum((length - 1) // 16 * 16 for length in lengths)
+    assert stats["cached_tokens"] == hits > 100
     assert stats["computed_tokens"] - computed == computed - hits
 
 
@@ -139,53 +135,55 @@ def test_plain_torch_attention(qwen2, expected):
     assert tokens(engine(qwen2, attention="torch", max_num_batched_tokens=48)) == expected
 
 
+def filled_cache(backend, past):
+    """The backend's cache with `past` [2, blocks, heads, block, D] in it, in its own layout."""
+    import torch
+    from mini_vllm.attention import TorchAttention
+
+    cache = backend.cache(10, 16, 2, 32, dtype=torch.float32)
+    if isinstance(backend, TorchAttention):
+        for part, values in zip(cache, past, strict=True):
+            part.copy_(values.transpose(1, 2))
+        return cache
+    # The layout inside a block is the kernel's own: it writes the past itself.
+    for part in cache:
+        part.zero_()
+    keys, values = past.transpose(2, 3).flatten(1, 2)  # each [160, 2, 32]
+    slots = torch.arange(160)
+    backend.ops.cpu_attn_reshape_and_cache(keys, values, *cache, slots, backend.isa)
+    return cache
+
+
 def test_the_kernel_and_plain_torch_compute_the_same(qwen2):
-    """One layer's attention of a mixed step: a chunk in the middle of a prompt, a whole prompt, a
-    decoding sequence.
-    """
+    """One layer's attention of a mixed step."""
     import torch
     from mini_vllm.attention import CpuAttention, TorchAttention
     from mini_vllm.model_runner import ModelRunner
     from mini_vllm.sequence import Sequence
 
     runner = ModelRunner(qwen2, "cpu", "float32", 16, 0.01, None, "torch")
-    seqs = [Sequence([0] * n, n) for n in (40, 9, 70)]
-    for seq, computed, scheduled, blocks in zip(
-        seqs, (17, 0, 69), (20, 9, 1), ([4, 2, 9], [1], [3, 8, 5, 6, 7]), strict=True
-    ):
-        seq.num_computed_tokens, seq.num_scheduled_tokens, seq.block_table = (
-            computed,
-            scheduled,
-            blocks,
-        )
-    batch, found = runner.send(runner.prepare(seqs)), []
-    assert (
-        batch.slot_mapping[:4].tolist() == [2 * 16 + 1, 2 * 16 + 2, 2 * 16 + 3, 2 * 16 + 4]
-        and batch.slot_mapping[-1] == 7 * 16 + 5
-    )
+    chunk = Sequence([0] * 40, 40, block_table=[4, 2, 9])  # from the middle of its prompt
+    chunk.num_computed_tokens = 17
+    chunk.num_scheduled_tokens = 20
+    whole = Sequence([0] * 9, 9, block_table=[1])
+    whole.num_scheduled_tokens = 9
+    decoding = Sequence([0] * 70, 70, block_table=[3, 8, 5, 6, 7])
+    decoding.num_computed_tokens = 69
+    decoding.num_scheduled_tokens = 1
+    batch = runner.send(runner.prepare([chunk, whole, decoding]))
+    assert batch.slot_mapping[:4].tolist() == [2 * 16 + place for place in (1, 2, 3, 4)]
+    assert batch.slot_mapping[-1] == 7 * 16 + 5
+
     torch.manual_seed(0)
-    past, (q, k, v) = (
-        torch.randn(2, 10, 2, 16, 32),
-        (torch.randn(30, heads, 32) for heads in (4, 2, 2)),
-    )
+    past = torch.randn(2, 10, 2, 16, 32)
+    q, k, v = (torch.randn(30, heads, 32) for heads in (4, 2, 2))
+    outputs = []
     for backend in (TorchAttention(), CpuAttention(4, 2, 32, torch.float32)):
-        cache = backend.cache(10, 16, 2, 32, dtype=torch.float32)
-        for i in (0, 1):
-            cache[i].copy_(
-                past[i].transpose(1, 2)
-                if isinstance(backend, TorchAttention)
-                else torch.zeros_like(cache[i])
-            )
-        if isinstance(
-            backend, CpuAttention
-        ):  # the layout inside a block is the kernel's own: let it write the past itself
-            everything = past.transpose(2, 3).flatten(1, 2)
-            backend.ops.cpu_attn_reshape_and_cache(
-                everything[0], everything[1], *cache, torch.arange(160), "vec16"
-            )
+        cache = filled_cache(backend, past)
         backend.prepare(batch)
-        found.append(backend.attend(cache, batch, q, k, v))
-    assert (found[0] - found[1]).abs().max() < 1e-5
+        outputs.append(backend.attend(cache, batch, q, k, v))
+    by_torch, by_the_kernel = outputs
+    assert (by_torch - by_the_kernel).abs().max() < 1e-5
 
 
 def test_cuda_graphs_compute_what_the_kernels_do(qwen2):
@@ -196,19 +194,18 @@ def test_cuda_graphs_compute_what_the_kernels_do(qwen2):
 
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a GPU")
-    llm, sizes = (
-        engine(qwen2, device="cuda", dtype="bfloat16", num_blocks=40, max_num_batched_tokens=48),
-        [],
-    )
-    runner, replay = llm.model_runner, llm.model_runner.graphs.forward
+    options = {"dtype": "bfloat16", "num_blocks": 40, "max_num_batched_tokens": 48}
+    llm = engine(qwen2, device="cuda", **options)
+    runner = llm.model_runner
+    replay = runner.graphs.forward
+    sizes = []
 
     def both(runner, seqs):
         sizes.append(len(seqs))
-        logits = replay(runner, seqs).clone()
-        assert (
-            logits - runner.forward(runner.send(runner.prepare(seqs)))
-        ).abs().max() < 0.02 * logits.abs().max()
-        return logits
+        replayed = replay(runner, seqs).clone()
+        direct = runner.forward(runner.send(runner.prepare(seqs)))
+        assert (replayed - direct).abs().max() < 0.02 * replayed.abs().max()
+        return replayed
 
     tokens(llm)
     runner.graphs.forward = both
