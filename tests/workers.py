@@ -19,7 +19,13 @@ import pytest
 
 # What these read lies where a reader's commands write it (`runs/...`), or comes from a package
 # index: the first worker's, in this order.
-FIRST_WORKER = ("test_layout", "test_setup", "test_readmes", "test_claims", "test_tuned_in_vllm")
+FIRST_WORKER = (
+    *("test_layout", "test_setup", "test_long"),
+    *("test_readmes", "test_claims", "test_tuned_in_vllm"),
+)
+# Modules whose slow blocks name nothing that another command has written: any worker's. 05 compares
+# itself with 04.
+ELSEWHERE = {"01_": "01", "02_": "02", "04_": "04 and 05", "05_": "04 and 05"}
 MEMORY_GIB = 5  # a worker's engines
 ALONE = ["unshare", "--net", "--mount"]
 if os.geteuid() != 0:  # who is not root gets the right to it in a user namespace
@@ -87,7 +93,11 @@ def pytest_xdist_make_scheduler(config, log):
             return sorted(self.assigned_work, key=lambda node: node.gateway.id)
 
         def _split_scope(self, nodeid: str) -> str:
+            """Which unit a test belongs to: a worker runs a unit whole, in order."""
             file = Path(nodeid.split("::")[0]).stem
+            for module in ELSEWHERE:
+                if f"test_readme_long[modules/{module}" in nodeid:
+                    return f"long blocks of {ELSEWHERE[module]}"
             return "first worker" if file in FIRST_WORKER else file
 
     config.option.loadscopereorder = False  # in the order of collection
