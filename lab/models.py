@@ -127,6 +127,14 @@ def served_names(name: str) -> list[str]:
     return [Path(name).name if is_folder else name]
 
 
+MODEL_FLAG = "name in configs/models.yaml, hub id or folder"  # what --model takes
+
+
+def add_model_flag(parser, default: str | None) -> None:
+    """--model, as `model_folder` takes it."""
+    parser.add_argument("--model", default=default, help=f"{MODEL_FLAG} (default: %(default)s)")
+
+
 def model_folder(name: str) -> Path:
     """Folder with the model's config, tokenizer and weights, downloaded or converted on first use.
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lab import fail, jobs, machine
+from lab import fail, jobs, machine, models
 
 # What torchrun sets for each process that it starts, for a script that nobody launched.
 ONE_PROCESS = {
@@ -31,7 +31,7 @@ def add_data_flags(parser, train, model_left_to: str = "") -> None:
 
     `model_left_to` says who decides about the model where it is not given.
     """
-    meaning = "name in configs/models.yaml, hub id or folder"
+    meaning = models.MODEL_FLAG
     add_flag(parser, "--model", str, "" if model_left_to else train.model, meaning, model_left_to)
     add_flag(parser, "--data", str, train.data, "name of a data set, or a .json file of chat rows")
     add_flag(parser, "--seq-len", int, train.seq_len, "tokens of a block of training text")

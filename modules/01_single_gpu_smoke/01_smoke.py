@@ -44,11 +44,7 @@ def main() -> None:
         help="MiB per buffer of the copy (default: %(default)s)",
     )
     # The model that writes
-    parser.add_argument(
-        "--model",
-        default=profile.smoke.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, profile.smoke.model)
     parser.add_argument(
         "--new-tokens",
         type=int,

@@ -44,11 +44,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The model, and what it is asked to do
-    parser.add_argument(
-        "--model",
-        default=profile.smoke.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, profile.smoke.model)
     parser.add_argument(
         "--batches",
         type=int,

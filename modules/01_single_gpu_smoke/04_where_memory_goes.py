@@ -36,8 +36,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The model and its work
-    name = "name in configs/models.yaml, hub id or folder (default: %(default)s)"
-    parser.add_argument("--model", default=profile.smoke.model, help=name)
+    models.add_model_flag(parser, profile.smoke.model)
     parser.add_argument("--batch", type=int, default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="of each (default: %(default)s)")
     args = parser.parse_args()

@@ -121,11 +121,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # The model and the requests
-    parser.add_argument(
-        "--model",
-        default=defaults.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, defaults.model)
     data.add_trace_flags(parser, defaults)
     # How hard transformers tries
     parser.add_argument(

@@ -38,11 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        default=defaults.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, defaults.model)
     parser.add_argument(
         "--guesses", type=int, default=4, help="tokens proposed a step (default: %(default)s)"
     )

@@ -51,8 +51,7 @@ def main() -> None:
     # The server
     division = "divide the layers, or every layer (default: %(default)s)"
     parser.add_argument("--parallel", choices=("pp", "tp"), default="pp", help=division)
-    name = "name in configs/models.yaml, hub id or folder (default: %(default)s)"
-    parser.add_argument("--model", default="smollm2-135m", help=name)
+    models.add_model_flag(parser, "smollm2-135m")
     patience = "seconds to wait for a healthy server (default: %(default)s)"
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help=patience)
     # The answers

@@ -86,11 +86,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The model and the requests
-    parser.add_argument(
-        "--model",
-        default=defaults.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, defaults.model)
     data.add_trace_flags(parser, defaults)
     # What runs, and how often
     parser.add_argument("--only", choices=("mini", "vllm"), help="leave the other engine out")

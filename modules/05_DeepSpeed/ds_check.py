@@ -154,12 +154,8 @@ def check_keys(config) -> None:
     whole = {key: value for key, value in config.values.items() if key != "train_batch_size"}
     optimizer = Asked(whole["optimizer"])
     settings = Asked(whole | {"optimizer": optimizer})
-    try:
+    with refusals_as_sentences(config, AttributeError, KeyError, deepspeed.DeepSpeedConfigError):
         deepspeed.DeepSpeedConfig(settings)
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as e:
-        config.refuse(f"DeepSpeed refuses it: {' '.join(str(e).split())}")
-    except deepspeed.DeepSpeedConfigError as e:
-        config.refuse(f"DeepSpeed refuses it: {e}")
     unread = [key for key in settings if key not in settings.asked | HARMLESS and key[:1] != "_"]
     unread += [f"optimizer.{key}" for key in optimizer if key not in optimizer.asked]
     if unread:
@@ -168,16 +164,15 @@ def check_keys(config) -> None:
 
 
 @contextlib.contextmanager
-def refusals_as_sentences(config):
-    """What only the engine, with model and optimizer in hand, can refuse."""
+def refusals_as_sentences(config, *also: type[Exception]):
+    """What DeepSpeed's parser or its engine refuses, by these exceptions or those in `also`."""
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+    kinds = (AssertionError, NotImplementedError, TypeError, ValueError, ZeRORuntimeException)
     try:
         yield
-    except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
+    except (*kinds, *also) as e:
         config.refuse(f"DeepSpeed refuses it: {' '.join(str(e).split())}")
-    except ZeRORuntimeException as e:
-        config.refuse(f"DeepSpeed refuses it: {e}")
 
 
 def refuse_type(config) -> None:

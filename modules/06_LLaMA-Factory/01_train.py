@@ -34,11 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # What is trained
-    parser.add_argument(
-        "--model",
-        default=profile.finetune.model,
-        help="name in configs/models.yaml, hub id or folder (default: %(default)s)",
-    )
+    models.add_model_flag(parser, profile.finetune.model)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings by LLaMA-Factory's own names"
     )

@@ -73,11 +73,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # What is scored
-    parser.add_argument(
-        "--adapter",
-        default=shown(factory.FOLDER / "lora"),
-        help="folder that training wrote (default: %(default)s)",
-    )
+    factory.add_adapter_flag(parser)
     parser.add_argument("--train", action="store_true", help="run 01_train.py first")
     # On what
     parser.add_argument(

@@ -25,11 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--adapter",
-        default=shown(factory.FOLDER / "lora"),
-        help="folder that training wrote (default: %(default)s)",
-    )
+    factory.add_adapter_flag(parser)
     args = parser.parse_args()
     jobs.refuse_taken_cards()
 

@@ -102,6 +102,12 @@ def last_exception(log: Path) -> str:
 # What later scripts take from the training
 
 
+def add_adapter_flag(parser) -> None:
+    """--adapter, as `adapter_folder` takes it."""
+    trained = "folder that training wrote (default: %(default)s)"
+    parser.add_argument("--adapter", default=shown(FOLDER / "lora"), help=trained)
+
+
 def adapter_folder(path: str) -> Path:
     """The folder, if training has finished in it."""
     folder = ROOT / path
