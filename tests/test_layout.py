@@ -17,22 +17,12 @@ import pytest
 import yaml
 from conftest import ROOT, python, run
 from readmes import BLOCKS, README_FILES
+from test_smoke import PACKAGES
 
 TRACKED = run("git", "ls-files", "-co", "--exclude-standard", check=0).stdout.splitlines()
 MODULE_SCRIPTS = [f for f in TRACKED if re.fullmatch(r"modules/[^/]+/\d\d_\w+\.py", f)]
 SCRIPTS = MODULE_SCRIPTS + [f for f in TRACKED if re.fullmatch(r"scripts/\w+\.py", f)]
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
-PACKAGES = [
-    "torch",
-    "vllm",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "llamafactory",
-    "nvitop",
-    "gpustat",
-    "pytest",
-]  # of the original design
 
 EDITING = "modules/02_qwen_image_edit"
 DEEPSPEED = "modules/05_DeepSpeed"

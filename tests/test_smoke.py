@@ -9,7 +9,7 @@ from conftest import ROOT, RUNS, python, refused
 from lab import machine
 
 MODULE = ROOT / "modules/01_single_gpu_smoke"
-PACKAGES = [
+PACKAGES = [  # of the original design
     "torch",
     "vllm",
     "transformers",
