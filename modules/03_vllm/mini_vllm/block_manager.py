@@ -2,9 +2,8 @@
 
 PagedAttention: arXiv 2309.06180. A block holds the keys and values of `block_size` tokens of one
 sequence. A full block is named by a hash of its tokens and of the block before it, so that equal
-names mean equal tokens from the very beginning: a new sequence with the same beginning shares it. A
-block nobody holds keeps its contents and its name until the room is needed; the longest unused goes
-first (LRU).
+names mean equal tokens from the start: a new sequence that starts with the same shares it. A block
+of nobody keeps contents and name until the room is needed; the longest unused goes first (LRU).
 """
 
 from array import array
@@ -19,10 +18,9 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.ref_counts = [0] * num_blocks  # how many sequences hold the block
-        self.names: list[bytes | None] = [None] * num_blocks
-        self.cached: dict[bytes, int] = {}  # name -> block
-        # Held by nobody, the longest unused first.
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.names = [None] * num_blocks
+        self.cached = {}  # name -> block
+        self.free = OrderedDict.fromkeys(range(num_blocks))  # of nobody, the longest unused first
 
     def hashes(self, seq: Sequence) -> list[bytes]:
         """Names of the sequence's full blocks, each chained to the one before."""
@@ -46,7 +44,7 @@ class BlockManager:
             blocks.append(self.cached[name])
         return blocks
 
-    def allocate(self, seq: Sequence, num_tokens: int, prefix: list[int] = ()) -> bool:
+    def allocate(self, seq: Sequence, num_tokens: int, prefix=()) -> bool:
         """Let `seq` hold blocks for `num_tokens` tokens, `prefix` first. False without room."""
         needed = -(-num_tokens // self.block_size)
         new = needed - len(seq.block_table) - len(prefix)
@@ -65,7 +63,7 @@ class BlockManager:
             seq.block_table.append(block)
         return True
 
-    def name_blocks(self, seq: Sequence) -> None:
+    def name_blocks(self, seq: Sequence):
         """Offer the blocks that have just been filled to later sequences."""
         first = (seq.num_computed_tokens - seq.num_scheduled_tokens) // self.block_size
         for i in range(first, seq.num_computed_tokens // self.block_size):
@@ -74,7 +72,7 @@ class BlockManager:
             if self.cached.setdefault(name, block) == block:  # else another holds the same
                 self.names[block] = name
 
-    def deallocate(self, seq: Sequence) -> None:
+    def deallocate(self, seq: Sequence):
         """Take all blocks from `seq`, the last first: others gain more by a beginning."""
         for block in reversed(seq.block_table):
             self.ref_counts[block] -= 1

@@ -40,26 +40,21 @@ class LLM:
         folder = Path(model)
         runner = ModelRunner(folder, device, dtype, block_size, kv_cache_gib, num_blocks, attention)
         self.model_runner = runner
-        # Now: it takes seconds, and a refused model needs none.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # now: it takes seconds; a refused model needs none
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        # Most tokens of a request, its answer with it.
-        self.longest = min(
+        self.longest = min(  # tokens of a request, its answer with it
             max_model_len, runner.config["max_position_embeddings"], runner.num_blocks * block_size
         )
         if device == "cuda" and attention == "kernel" and not enforce_eager:
             from mini_vllm.cuda import CudaGraphs
 
             runner.graphs = CudaGraphs(runner, self.longest, max_num_seqs)
-        self.scheduler = Scheduler(
-            BlockManager(runner.num_blocks, block_size),
-            max_num_seqs,
-            max_num_batched_tokens,
-            eos_tokens(folder, runner.config),
-        )
+        blocks = BlockManager(runner.num_blocks, block_size)
+        eos = eos_tokens(folder, runner.config)
+        self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, eos)
 
-    def request(self, prompt: str | list[int], params: SamplingParams) -> Sequence:
+    def request(self, prompt, params) -> Sequence:
         """A checked request, not added yet. ValueError where it could never be finished."""
         tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         if not tokens:
@@ -77,12 +72,12 @@ class LLM:
         self.scheduler.waiting.append(seq)
         return seq
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self):
         """Forget what finished requests left in the cache. While none runs."""
         blocks = self.scheduler.block_manager
         self.scheduler.block_manager = BlockManager(blocks.num_blocks, blocks.block_size)
 
-    def abort(self, seq: Sequence) -> None:
+    def abort(self, seq: Sequence):
         """Nobody waits for this request any more."""
         self.scheduler.abort(seq)
 
@@ -92,9 +87,7 @@ class LLM:
         token_ids = self.model_runner.run(scheduled)
         return self.scheduler.postprocess(scheduled, token_ids)
 
-    def generate(
-        self, prompts: list, params: list[SamplingParams], watch=lambda llm: None
-    ) -> list[dict]:
+    def generate(self, prompts: list, params: list[SamplingParams], watch=lambda llm: None):
         """{text, token_ids} for each prompt, in order. `watch(self)` is called after every step."""
         # All are checked before one is added: where one is refused, none is left behind.
         seqs = [self.request(*request) for request in zip(prompts, params, strict=True)]
@@ -102,9 +95,6 @@ class LLM:
         while not all(seq.finished for seq in seqs):
             self.step()
             watch(self)
-        return [self.output(seq) for seq in seqs]
-
-    def output(self, seq: Sequence) -> dict:
-        token_ids = seq.completion_token_ids
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids}
+        answers = [seq.completion_token_ids for seq in seqs]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [{"text": text, "token_ids": ids} for text, ids in zip(texts, answers, strict=True)]

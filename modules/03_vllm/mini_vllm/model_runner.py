@@ -24,10 +24,12 @@ Its row 0 of the four has the logits of A's next token; B, in the middle of its 
 """
 
 from array import array
+from collections import defaultdict
 from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mini_vllm.attention import Batch, CpuAttention, TorchAttention
 from mini_vllm.model import Model, read_config, read_weights
@@ -57,13 +59,13 @@ class ModelRunner:
         self.graphs = None  # on a GPU: cuda.CudaGraphs
         kv_heads = self.config["num_key_value_heads"]
         head_dim = self.config["head_dim"]
-        num_layers = len(self.model.layers)
-        token_bytes = 2 * num_layers * kv_heads * head_dim * self.dtype.itemsize
+        token_bytes = 2 * len(self.model.layers) * kv_heads * head_dim * self.dtype.itemsize
         self.num_blocks = num_blocks or int(kv_cache_gib * 2**30 // (block_size * token_bytes))
-        # One block more, which the manager does not know, is for the padding of CUDA graphs.
-        shape = (self.num_blocks + 1, block_size, kv_heads, head_dim)
-        kind = {"dtype": self.dtype, "device": device}
-        self.caches = [self.attention.cache(*shape, **kind) for _ in range(num_layers)]
+        blocks = self.num_blocks + 1  # one, unknown to the manager, for the padding of CUDA graphs
+        shape = (blocks, block_size, kv_heads, head_dim)
+        self.caches = [
+            self.attention.cache(*shape, dtype=self.dtype, device=device) for _ in self.model.layers
+        ]
 
     def backend(self, attention: str):
         """The attention called `attention`: "torch", or the "kernel" of this device."""
@@ -84,10 +86,7 @@ class ModelRunner:
 
     def prepare(self, seqs: list[Sequence]) -> dict[str, list[int]]:
         """The integers of a step, on the host: the table above."""
-        names = ("tokens", "positions", "slot_mapping", "rows")
-        names += ("seq_lens", "query_start_loc", "block_table")
-        step: dict[str, list[int]] = {name: [] for name in names}
-        step["query_start_loc"].append(0)
+        step = defaultdict(list, rows=[], query_start_loc=[0])
         size = self.block_size
         width = max(len(seq.block_table) for seq in seqs)
         for seq in seqs:
@@ -106,7 +105,7 @@ class ModelRunner:
             step["block_table"] += blocks + [0] * (width - len(blocks))
         return step
 
-    def send(self, lists: dict[str, list[int]]) -> Batch:
+    def send(self, lists: dict) -> Batch:
         """Those lists as tensors on the device, in one piece: each transfer is waited for."""
         numbers = torch.frombuffer(array("q", chain(*lists.values())), dtype=torch.int64)
         pieces = numbers.to(self.device).split([len(part) for part in lists.values()])
@@ -114,21 +113,23 @@ class ModelRunner:
         for name in ("seq_lens", "query_start_loc", "block_table"):
             tensors[name] = tensors[name].int()  # as the kernels want them
         tensors["block_table"] = tensors["block_table"].view(len(lists["seq_lens"]), -1)
-        most_new = max(end - start for start, end in pairwise(lists["query_start_loc"]))
-        longest = max(lists["seq_lens"])
-        return Batch(**tensors, max_query_len=most_new, max_seq_len=longest)
+        return Batch(
+            **tensors,
+            max_query_len=max(end - start for start, end in pairwise(lists["query_start_loc"])),
+            max_seq_len=max(lists["seq_lens"]),
+        )
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits [R, vocabulary] of the batch's `rows`."""
 
-        def attend(layer: int, q, k, v) -> torch.Tensor:
+        def attend(layer, q, k, v):
             return self.attention.attend(self.caches[layer], batch, q, k, v)
 
         self.attention.prepare(batch)
         return self.model.forward(batch.tokens, batch.positions, attend, batch.rows)
 
     @torch.inference_mode()
-    def run(self, seqs: list[Sequence]) -> list[int]:
+    def run(self, seqs) -> list[int]:
         """Compute what is scheduled. The next token of each that is now computed to its end."""
         ending = [s for s in seqs if s.num_computed_tokens + s.num_scheduled_tokens == len(s)]
         all_decode = ending == seqs and all(seq.num_scheduled_tokens == 1 for seq in seqs)

@@ -1,11 +1,12 @@
 """From logits to the next tokens."""
 
 import torch
+from torch import Tensor
 
 from mini_vllm.sequence import Sequence
 
 
-def sample(logits: torch.Tensor, seqs: list[Sequence]) -> list[int]:
+def sample(logits: Tensor, seqs: list[Sequence]) -> list[int]:
     """The next token of each sequence from its row of `logits` [S, vocabulary]."""
     tokens = logits.max(dim=-1).indices  # [S]: on CPUs twice as fast as argmax
     rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
@@ -15,7 +16,7 @@ def sample(logits: torch.Tensor, seqs: list[Sequence]) -> list[int]:
     return tokens.tolist()
 
 
-def draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+def draw(logits, seqs) -> Tensor:
     """A token [R] for each row of `logits` [R, vocabulary], after temperature and top-p."""
     settings = [(seq.params.temperature, seq.params.top_p) for seq in seqs]
     columns = torch.tensor(settings, device=logits.device)  # [R, 2]
@@ -33,6 +34,5 @@ def draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
             generator = torch.Generator(row.device)
             generator.manual_seed(seed * 1_000_003 + len(seq))
             row.exponential_(generator=generator)
-    # The largest quotient is a draw from `ordered` (Gumbel's trick).
-    drawn = (ordered / noise).argmax(-1, keepdim=True)  # [R, 1]
+    drawn = (ordered / noise).argmax(-1, keepdim=True)  # [R, 1]: a draw, by Gumbel's trick
     return order.gather(1, drawn)[:, 0]

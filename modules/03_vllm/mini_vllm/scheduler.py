@@ -7,34 +7,28 @@ computed in several steps beside others' decoding (chunked prefill).
 """
 
 from collections import Counter, deque
+from dataclasses import dataclass, field
 
 from mini_vllm.block_manager import BlockManager
 from mini_vllm.sequence import Sequence
 
 
+@dataclass
 class Scheduler:
-    def __init__(
-        self,
-        block_manager: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        eos_token_ids=(),
-    ):
-        self.block_manager = block_manager
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.eos_token_ids = set(eos_token_ids)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
-        # Steps, computed tokens, tokens that were in the cache at admission, preemptions.
-        self.stats = Counter()
+    block_manager: BlockManager
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: list = ()
+    waiting: deque = field(default_factory=deque)
+    running: list = field(default_factory=list)  # in order of admission
+    # Steps, computed tokens, tokens that were in the cache at admission, preemptions.
+    stats: Counter = field(default_factory=Counter)
 
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step: `num_scheduled_tokens` set, blocks for those held."""
         manager = self.block_manager
-        stats = self.stats
         budget = self.max_num_batched_tokens
-        scheduled: list[Sequence] = []
+        scheduled = []
         # 1. Who runs goes on. A sequence without room takes the youngest's, which may be itself.
         while len(scheduled) < len(self.running) and budget:
             seq = self.running[len(scheduled)]
@@ -55,13 +49,13 @@ class Scheduler:
             seq.num_computed_tokens = len(prefix) * manager.block_size
             seq.num_scheduled_tokens = min(len(seq) - seq.num_computed_tokens, budget)
             budget -= seq.num_scheduled_tokens
-            stats["cached_tokens"] += seq.num_computed_tokens
+            self.stats["cached_tokens"] += seq.num_computed_tokens
             self.running.append(self.waiting.popleft())
             scheduled.append(seq)
-        stats.update(steps=1, computed_tokens=self.max_num_batched_tokens - budget)
+        self.stats.update(steps=1, computed_tokens=self.max_num_batched_tokens - budget)
         return scheduled
 
-    def preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence):
         """Give its blocks away and let it wait at the front, to be computed again."""
         self.stats["preemptions"] += 1
         self.block_manager.deallocate(seq)
@@ -75,15 +69,16 @@ class Scheduler:
             self.block_manager.name_blocks(seq)
             if seq.num_computed_tokens < len(seq):
                 continue  # in the middle of its prompt
-            seq.token_ids.append(next(tokens))
-            is_eos = seq.token_ids[-1] in self.eos_token_ids and not seq.params.ignore_eos
+            token = next(tokens)
+            seq.token_ids.append(token)
+            is_eos = token in self.eos_token_ids and not seq.params.ignore_eos
             if is_eos or len(seq) - seq.num_prompt_tokens >= seq.params.max_tokens:
                 seq.finished = True
                 self.block_manager.deallocate(seq)
         self.running = [seq for seq in self.running if not seq.finished]
         return [seq for seq in scheduled if seq.finished]
 
-    def abort(self, seq: Sequence) -> None:
+    def abort(self, seq: Sequence):
         """Forget a request that nobody wants any more, and free its blocks. Between two steps."""
         if not seq.finished:
             (self.running if seq in self.running else self.waiting).remove(seq)
