@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, python
+from small_models import MODELS, random_model
 
 sys.path.insert(0, str(ROOT / "modules/03_vllm"))  # as it is for a script that is run from there
 
@@ -21,45 +22,67 @@ PROMPTS = [
 ]
 TOKENS = 20
 
+# In one process: importing takes longest.
 VLLM = """
-import json, sys
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    folder, prompts, tokens = json.loads(sys.argv[1])
-    llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
+    folders, prompts, tokens = json.loads(sys.argv[1])
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    outputs = llm.generate(prompts, greedy, use_tqdm=False)
-    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+    for folder in folders:
+        llm = LLM(model=folder, dtype="float32", max_model_len=512, enforce_eager=True)
+        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+        print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+        llm.llm_engine.engine_core.shutdown()
 """
 
 
-def test_greedy_tokens_of_the_three_engines(small_model, tmp_path):
+@pytest.fixture(scope="module")
+def folders(small_model, tmp_path_factory) -> dict[str, str]:
+    """The small model, and random ones of what else mini_vllm runs."""
+    return {"smollm2-135m": str(small_model)} | {
+        name: str(random_model(name, tmp_path_factory.mktemp(name), small_model))
+        for name in MODELS
+        if name != "qwen2"  # in test_mini_vllm.py, against transformers
+    }
+
+
+def transformers_tokens(folder) -> list[list[int]]:
     import torch
-    from mini_vllm import LLM, SamplingParams
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(small_model)
-    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # as ignore_eos
-    expected = []
+    answers = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-        expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+        answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
 
-    mini = LLM(small_model, dtype="float32", kv_cache_gib=0.1)
+
+def test_greedy_tokens_of_the_three_engines(folders, tmp_path):
+    from mini_vllm import LLM, SamplingParams
+
+    expected = {name: transformers_tokens(folder) for name, folder in folders.items()}
     greedy = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-    outputs = mini.generate(PROMPTS, [greedy] * len(PROMPTS))
-    assert [output["token_ids"] for output in outputs] == expected
+    for name, folder in folders.items():
+        mini = LLM(folder, dtype="float32", kv_cache_gib=0.1)
+        outputs = mini.generate(PROMPTS, [greedy] * len(PROMPTS))
+        assert [output["token_ids"] for output in outputs] == expected[name], name
 
     script = tmp_path / "generate.py"
     script.write_text(VLLM)
-    asked = json.dumps([str(small_model), PROMPTS, TOKENS])
+    asked = json.dumps([list(folders.values()), PROMPTS, TOKENS])
     done = python("-m", "lab.profile", "python", script, asked, check=0)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert json.loads(line.removeprefix("TOKENS ")) == expected
-    different = {tuple(tokens) for tokens in expected}
-    assert len(different) == len(PROMPTS), "the prompts must lead to different texts"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    by_vllm = [json.loads(line.removeprefix("TOKENS ")) for line in lines]
+    assert dict(zip(folders, by_vllm, strict=True)) == expected
+    for name, answers in expected.items():
+        different = {tuple(tokens) for tokens in answers}
+        assert len(different) == len(PROMPTS), f"{name}: the prompts must lead to different texts"
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@ mixed up, the real engine's refusals.
 """
 
 import contextlib
+import functools
 import gc
 import json
 import random
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, refused, run
+from small_models import MODELS, random_model
 
 from lab.profile import load_profile
 
@@ -50,40 +52,52 @@ def transformers_tokens(folder) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def qwen2(small_model, tmp_path_factory):
-    """A Qwen2 of random weights, its biases not 0, its output layer not the embedding: what the
-    small model does not have.
-    """
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=49152,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            **sizes,
-        )
+def folder_of(small_model, tmp_path_factory):
+    """Folder of a model of small_models.py by its name, made once."""
+    return functools.cache(
+        lambda name: random_model(name, tmp_path_factory.mktemp("model"), small_model)
     )
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=1.0 if name.endswith("bias") else 0.2)
-    folder = tmp_path_factory.mktemp("qwen2")
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(small_model).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def expected(qwen2) -> list[list[int]]:
-    return transformers_tokens(qwen2)
+def qwen2(folder_of):
+    return folder_of("qwen2")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, folder_of):
+    """Every model of small_models.py, one after another."""
+    return folder_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    return transformers_tokens(folder)
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """mini_vllm.cuda can be imported, and records nothing."""
+    import torch
+
+    class Graph:
+        def replay(self):
+            """The logits stay those of the recording: any will do here."""
+
+    monkeypatch.setitem(
+        sys.modules,
+        "vllm.v1.attention.backends.fa_utils",
+        SimpleNamespace(get_flash_attn_version=None),
+    )
+    monkeypatch.setitem(
+        sys.modules, "vllm.vllm_flash_attn", SimpleNamespace(flash_attn_varlen_func=None)
+    )
+    for name, stand_in in (
+        ("CUDAGraph", Graph),
+        ("graph", lambda *_, **__: contextlib.nullcontext()),
+        ("graph_pool_handle", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
 def engine(folder, **options):
@@ -104,8 +118,8 @@ def tokens(llm, requests=REQUESTS) -> list[list[int]]:
 # The same tokens
 
 
-def test_greedy_tokens_of_transformers_and_the_prefix_cache(qwen2, expected):
-    llm = engine(qwen2)
+def test_greedy_tokens_of_transformers_and_the_prefix_cache(folder, expected):
+    llm = engine(folder)
     assert tokens(llm) == expected
     stats = llm.scheduler.stats
     computed = stats["computed_tokens"]
@@ -120,19 +134,19 @@ def test_greedy_tokens_of_transformers_and_the_prefix_cache(qwen2, expected):
     assert stats["computed_tokens"] - computed == computed - hits
 
 
-def test_greedy_tokens_under_a_tiny_cache(qwen2, expected):
+def test_greedy_tokens_under_a_tiny_cache(folder, expected):
     """10 blocks, where the longest request needs 7 and all together 20; 20 tokens a step: prompts
     in chunks, the youngest preempted and computed again.
     """
-    llm = engine(qwen2, num_blocks=10, max_num_batched_tokens=20)
+    llm = engine(folder, num_blocks=10, max_num_batched_tokens=20)
     assert tokens(llm) == expected
     assert llm.scheduler.stats["preemptions"] >= 1
     assert len(llm.scheduler.block_manager.free) == 10
     assert llm.scheduler.stats["computed_tokens"] <= 20 * llm.scheduler.stats["steps"]
 
 
-def test_plain_torch_attention(qwen2, expected):
-    assert tokens(engine(qwen2, attention="torch", max_num_batched_tokens=48)) == expected
+def test_plain_torch_attention(folder, expected):
+    assert tokens(engine(folder, attention="torch", max_num_batched_tokens=48)) == expected
 
 
 def filled_cache(backend, past):
@@ -233,6 +247,56 @@ def test_the_worked_example():
     batch = runner.send(lists)
     assert batch.block_table.tolist() == [[7, 2], [4, 9]]
     assert (batch.max_query_len, batch.max_seq_len) == (3, 6)
+
+
+# -----------------------------------------------------------------------------
+# A mixture of experts
+
+
+def experts_of(folder, rank: int = 0, world: int = 1):
+    """The layer with experts of a model, or a process's part of it by 16_tensor_parallel.py."""
+    import torch
+    from mini_vllm.model import Model, read_config, read_weights
+
+    shard = runpy.run_path(str(MODULE / "16_tensor_parallel.py"), run_name="imported")["shard"]
+    weights = shard(read_weights(folder, "cpu", torch.float32), rank, world)
+    return Model(read_config(folder), weights).layers[1].mlp
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-dense-first"])
+def test_experts_compute_what_transformers_does(folder_of, name):
+    """Closer than tokens show: all experts chosen by somebody, and none by a single token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    mine = experts_of(folder_of(name))
+    theirs = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32)
+    with torch.inference_mode():
+        for x in (torch.randn(64, 64), torch.randn(1, 64)):
+            wanted = theirs.model.layers[1].mlp(x[None])[0]
+            assert (mine(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_experts_are_divided_as_any_mlp(folder_of):
+    """Tensor parallelism: the processes' parts add up to the whole layer."""
+    import torch
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 64)
+    whole = experts_of(folder_of("qwen3_moe"))
+    parts = [experts_of(folder_of("qwen3_moe"), rank, 2) for rank in (0, 1)]
+    assert [len(part.experts[0].gate_up) for part in (whole, *parts)] == [64, 32, 32]
+    summed = parts[0](x) + parts[1](x)
+    assert (summed - whole(x)).abs().max() < 1e-5 * summed.abs().max()
+
+
+def test_no_graph_records_experts(folder_of, without_a_gpu):
+    from mini_vllm.cuda import CudaGraphs
+
+    runner = engine(folder_of("qwen3_moe"), num_blocks=4).model_runner
+    with pytest.raises(ValueError, match="no CUDA graph can record .*: choose enforce_eager"):
+        CudaGraphs(runner, 64, max_num_seqs=4)
 
 
 # -----------------------------------------------------------------------------
@@ -388,9 +452,13 @@ def test_stops_at_eos(qwen2):
     [
         (
             {"architectures": ["MixtralForCausalLM"]},
-            "is a MixtralForCausalLM: this small engine computes LlamaForCausalLM "
-            "and Qwen2ForCausalLM only",
+            "is a MixtralForCausalLM: this small engine computes LlamaForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM only",
         ),
+        ({"architectures": "Qwen3NextForCausalLM"}, "is a Qwen3NextForCausalLM: this small engine"),
+        ({"architectures": [5]}, "is a 5: this small engine"),
+        ({"architectures": None}, "is a model without a name: this small engine"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is quantised, which this small engine"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             r"scales its rotary embedding \(llama3\)",
@@ -459,7 +527,7 @@ def test_tensor_parallel():
     assert 0.5 < found["weights_held_ratio"] < 0.7
 
 
-def test_nothing_of_the_small_engine_is_held_when_vllm_starts(qwen2, monkeypatch):
+def test_nothing_of_the_small_engine_is_held_when_vllm_starts(qwen2, monkeypatch, without_a_gpu):
     """The script's hand-over, with the graphs that a GPU has: whoever holds the runner then holds
     its weights and its KV cache.
 
@@ -467,26 +535,6 @@ def test_nothing_of_the_small_engine_is_held_when_vllm_starts(qwen2, monkeypatch
     collector is off, so that luck does not help.
     """
     import mini_vllm
-    import torch
-
-    class Graph:
-        def replay(self):
-            """The logits stay those of the recording: any will do here."""
-
-    monkeypatch.setitem(
-        sys.modules,
-        "vllm.v1.attention.backends.fa_utils",
-        SimpleNamespace(get_flash_attn_version=None),
-    )
-    monkeypatch.setitem(
-        sys.modules, "vllm.vllm_flash_attn", SimpleNamespace(flash_attn_varlen_func=None)
-    )
-    for name, stand_in in (
-        ("CUDAGraph", Graph),
-        ("graph", lambda *_, **__: contextlib.nullcontext()),
-        ("graph_pool_handle", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
     from mini_vllm.cuda import CudaGraphs
 
     held = {}

@@ -4,10 +4,12 @@
     python modules/03_vllm/15_mini_vllm.py --only mini --blocks 64          # watch the preemptions
     python modules/03_vllm/15_mini_vllm.py --only mini --batched-tokens 64  # prompts in chunks
     python modules/03_vllm/15_mini_vllm.py --only mini --enforce-eager      # no CUDA graphs
+    python modules/03_vllm/15_mini_vllm.py --moe --enforce-eager            # a mixture of experts
     python modules/03_vllm/15_mini_vllm.py --requests 256 --repeat 3        # worth quoting: medians
 
 In the second, 64 blocks are too few for all requests; in the third, small chunks of prompts are
-read beside others' decoding; the fourth shows on a GPU what CUDA graphs are worth.
+read beside others' decoding; the fourth shows on a GPU what CUDA graphs are worth; the fifth runs a
+small Qwen3-MoE of random weights, which mini_vllm cannot record in CUDA graphs (mini_vllm/mlp.py).
 
 Look at: what the scheduler did, a line a second: prompts are read and tokens are made in the same
 steps, a finished request's blocks go to the next one at once. Then at the ratio: what is left of
@@ -18,6 +20,8 @@ once); every repetition begins with an empty prefix cache.
 import argparse
 import statistics
 import time
+
+from random_moe import random_moe
 
 from lab import data, fail, jobs, models, results
 from lab.profile import load_profile
@@ -87,6 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The model and the requests
     models.add_model_flag(parser, defaults.model)
+    parser.add_argument(
+        "--moe",
+        action="store_true",
+        help="a small Qwen3-MoE with random weights, made here; --model gives its tokenizer",
+    )
     data.add_trace_flags(parser, defaults)
     # What runs, and how often
     parser.add_argument("--only", choices=("mini", "vllm"), help="leave the other engine out")
@@ -108,7 +117,7 @@ def main() -> None:
     parser.add_argument(
         "--enforce-eager",
         action="store_true",
-        help="mini_vllm without CUDA graphs (there are none on a CPU)",
+        help="mini_vllm without CUDA graphs (a CPU has none, and a mixture of experts)",
     )
     args = parser.parse_args()
     if min(args.repeat, args.batched_tokens, 1 if args.blocks is None else args.blocks) < 1:
@@ -116,6 +125,8 @@ def main() -> None:
     requests = data.trace_of(args)
     jobs.refuse_taken_cards()
     folder = models.model_folder(args.model)
+    if args.moe:
+        folder = random_moe(folder)
     tokens = sum(length for _, length in requests)
     metrics = {"request_count": len(requests), "output_tokens_count": tokens}
     seconds: dict[str, float] = {}  # of each engine
@@ -181,7 +192,7 @@ def main() -> None:
         ratio = seconds["vllm"] / seconds["mini"]
         metrics["mini_over_vllm_ratio"] = round(ratio, 3)
         print(f"mini / vllm: {ratio:.2f}x")
-    results.finish(__file__, metrics, vars(args), args.only or "")
+    results.finish(__file__, metrics, vars(args), "moe" if args.moe else args.only or "")
 
 
 if __name__ == "__main__":

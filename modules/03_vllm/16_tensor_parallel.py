@@ -179,7 +179,8 @@ def refuse_indivisible(config: dict, world: int) -> None:
     heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"]
     intermediate = config["intermediate_size"]
-    if heads % world or kv_heads % world or intermediate % world:
+    of_an_expert = config.get("moe_intermediate_size") or 0
+    if any(number % world for number in (heads, kv_heads, intermediate, of_an_expert)):
         sizes = f"{heads} heads, {kv_heads} KV heads and {intermediate} intermediate numbers"
         fail(f"{sizes} cannot all be divided by {world} processes")
 
