@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, refused, run
-from small_models import MODELS, random_model
+from small_models import random_model
 
 from lab.profile import load_profile
 
@@ -64,9 +64,9 @@ def qwen2(folder_of):
     return folder_of("qwen2")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "qwen3_moe-dense-first"])
 def folder(request, folder_of):
-    """Every model of small_models.py, one after another."""
+    """Models of small_models.py, one after another; the fourth is in test_equality.py."""
     return folder_of(request.param)
 
 
