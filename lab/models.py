@@ -25,7 +25,8 @@ def catalogue() -> dict[str, dict]:
 def entry(name: str) -> tuple[str, dict]:
     """(name, its entry) for a name or a hub's id in configs/models.yaml; else (`name`, {})."""
     for key, model in catalogue().items():
-        if name.lower() in (key, model["hub"].lower(), model["modelscope"].lower()):
+        hubs = [model[hub].lower() for hub in ("hub", "modelscope") if model[hub]]
+        if name.lower() in (key, *hubs):
             return key, model
     return name, {}
 
@@ -93,6 +94,8 @@ def _download_from_modelscope(name: str, file: str) -> str:
     from modelscope import model_file_download, snapshot_download
 
     hub = entry(name)[1].get("modelscope", name)
+    if hub is None:
+        raise ValueError("configs/models.yaml knows no copy of it on ModelScope")
     return model_file_download(hub, file) if file else snapshot_download(hub)
 
 
