@@ -19,7 +19,8 @@ from lab.profile import read_yaml
 
 def catalogue() -> dict[str, dict]:
     """configs/models.yaml: {name: {hub, modelscope, template, licence, ...}}."""
-    return read_yaml(ROOT / "configs" / "models.yaml")
+    content = read_yaml(ROOT / "configs" / "models.yaml")
+    return {name: model for name, model in content.items() if name != "families"}
 
 
 def entry(name: str) -> tuple[str, dict]:
@@ -128,6 +129,24 @@ def served_names(name: str) -> list[str]:
         return [key, model["hub"]]
     is_folder = "/" in name and Path(name).is_dir()
     return [Path(name).name if is_folder else name]
+
+
+def parsers(name: str) -> dict[str, object]:
+    """vLLM's settings for the format in which a model writes tool calls and its thinking.
+
+    `name` as `model_folder` takes it: the first family of configs/models.yaml whose pattern occurs
+    in its last part decides. Empty where no family is known, or vLLM has no parser for it.
+    """
+    last_part = served_names(name)[-1].split("/")[-1].lower()
+    families = read_yaml(ROOT / "configs" / "models.yaml")["families"]
+    family = next((each for each in families if re.search(each["name"], last_part)), {})
+    settings: dict[str, object] = {}
+    if "tool_parser" in family:
+        settings["enable-auto-tool-choice"] = True  # the model may decide to call
+        settings["tool-call-parser"] = family["tool_parser"]
+    if "reasoning_parser" in family:
+        settings["reasoning-parser"] = family["reasoning_parser"]
+    return settings
 
 
 MODEL_FLAG = "name in configs/models.yaml, hub id or folder"  # what --model takes
