@@ -56,6 +56,7 @@ class Serving:
     max_num_batched_tokens: int = 2048
     block_size: int = cache.KV_BLOCK
     enforce_eager: bool = False
+    language_model_only: bool = False  # a vision-language model without its tower
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,8 @@ def serve(model: Model, setup: Serving) -> ServePlan:
     """
     setup = filled(model, setup)
     check(model, setup)
+    if setup.language_model_only:
+        model = replace(model, weights=weights.without_tower(model))
     if setup.gpu_memory_utilization is not None:
         return serve_with_share(model, setup)
     plans = [

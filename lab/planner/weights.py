@@ -62,6 +62,11 @@ def vision(model: Model) -> int:
     return of_parts(model, "vision")
 
 
+def without_tower(model: Model) -> tuple[Weight, ...]:
+    """What is loaded of a model that reads no pictures."""
+    return tuple(weight for weight in model.weights if weight.part != "vision")
+
+
 def embedding(model: Model) -> int:
     """Weights of the embedding; the output layer has as many.
 

@@ -168,6 +168,11 @@ def add_serve(parser: Parser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=count, default=2048)
     parser.add_argument("--block-size", type=count, default=16, help="tokens of a block")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--language-model-only",
+        action="store_true",
+        help="leave the vision tower out: the server takes no pictures",
+    )
 
 
 def add_train(parser: Parser) -> None:
