@@ -200,7 +200,8 @@ def test_the_kernel_and_plain_torch_compute_the_same(qwen2):
     assert (by_torch - by_the_kernel).abs().max() < 1e-5
 
 
-def test_cuda_graphs_compute_what_the_kernels_do(qwen2):
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_cuda_graphs_compute_what_the_kernels_do(folder_of, name):
     """On a GPU: every decode step's logits, replayed in a padded batch, beside those of the same
     step without a graph.
     """
@@ -209,7 +210,7 @@ def test_cuda_graphs_compute_what_the_kernels_do(qwen2):
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a GPU")
     options = {"dtype": "bfloat16", "num_blocks": 40, "max_num_batched_tokens": 48}
-    llm = engine(qwen2, device="cuda", **options)
+    llm = engine(folder_of(name), device="cuda", **options)
     runner = llm.model_runner
     replay = runner.graphs.forward
     sizes = []
