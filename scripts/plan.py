@@ -45,6 +45,8 @@ def plan(request: Request) -> dict:
     answer["parameters"] = weights.parameters(model)
     answer["predicted_speed"] = predicted_speed(model, request)
     answer["notes"] = fp8_notes(model, request, answer["suggestion"])
+    if request.task == "serve":
+        answer["notes"] += start_notes(setup, answer)
     return answer
 
 
@@ -126,6 +128,27 @@ def fp8_notes(model: Model, request: Request, suggestion: str) -> list[str]:
         notes.append(
             "except on Hopper, vLLM reads an FP8 cache by FlashInfer, which nvcc compiles: "
             f"without a CUDA toolkit, {way}"
+        )
+    return notes
+
+
+def start_notes(setup: Serving, answer: dict) -> list[str]:
+    """What vLLM says at its start where others have the memory that it wants; checkpoints to find.
+
+    Source: vllm/v1/worker/utils.py, request_memory.
+    """
+    notes = []
+    free = setup.free_memory_gib
+    if free is not None and answer["budget_gib"] > free:
+        notes.append(
+            f"vLLM would not start: Free memory on device cuda:0 ({free:g}/"
+            f"{setup.gpu_memory_gib:g} GiB) on startup is less than desired GPU memory "
+            f"utilization ({answer['gpu_memory_utilization']:g}, {answer['budget_gib']:g} GiB)"
+        )
+    if "dtype int4" in answer["suggestion"] or setup.dtype == "int4":
+        notes.append(
+            "vLLM has no flag that makes int4: it is another checkpoint (AWQ or GPTQ) of the "
+            "model, given as --model"
         )
     return notes
 
