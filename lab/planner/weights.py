@@ -138,3 +138,38 @@ def lora(model: Model, rank: int) -> int:
         shared = 3 * (model.hidden + model.shared_intermediate)
         inputs_and_outputs += model.expert_layers * shared
     return rank * inputs_and_outputs
+
+
+def experts(model: Model) -> int:
+    """Weights of the experts that a router chooses from.
+
+    transformers 5.6 keeps those of a layer in two 3-d parameters.
+
+    >>> experts(QWEN_7B)
+    0
+    """
+    of_a_layer = model.experts * mlp(model, model.expert_intermediate)
+    return model.expert_layers * of_a_layer
+
+
+def tensors(model: Model) -> list[tuple[int, int, bool]]:
+    """Sizes of the tensors with two and three dimensions: (weights, how many, whether packed).
+
+    Packed are the matrices of linear layers in the decoder: what bitsandbytes replaces.
+
+    >>> sum(weights * count for weights, count, _ in tensors(QWEN_7B)) == 7615616512 - 333312
+    True
+    """
+    query = model.hidden * model.query_width
+    key = model.hidden * model.kv_width
+    dense_layers = model.layers - model.expert_layers
+    sizes = [
+        (embedding(model), 1 if model.tied else 2, False),
+        (query, 2 * model.layers, True),  # and the output
+        (key, 2 * model.layers, True),  # and the value
+        (model.hidden * model.intermediate, 3 * dense_layers, True),
+        (model.hidden * model.shared_intermediate, 3 * model.expert_layers, True),
+    ]
+    down = model.experts * model.hidden * model.expert_intermediate
+    sizes += [(2 * down, model.expert_layers, False), (down, model.expert_layers, False)]
+    return [size for size in sizes if size[0] and size[1]]

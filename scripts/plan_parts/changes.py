@@ -8,7 +8,7 @@ import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
-from lab.planner import constants, serving, training
+from lab.planner import constants, serving, states, training
 from lab.planner.config import Model
 from lab.planner.serving import Serving
 from lab.planner.training import Training
@@ -44,7 +44,7 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
     else:
         options = train_changes(setup)
     for combination in combinations(options):
-        new_setup = changed(setup, combination)
+        new_setup = changed(model, setup, combination)
         if combination and new_setup and fits(model, new_setup):
             flags = [change.flag for change in combination]
             if request.engine and new_setup.engine != request.engine:
@@ -87,25 +87,51 @@ def serve_changes(
 
 def train_changes(setup: Training) -> list[list[Change]]:
     """What to try when a training does not fit."""
-    batches = [(1 + times / 10, setup.micro_batch // 2**times) for times in range(1, 6)]
     options = [
         [] if setup.checkpointing else [Change(1, "checkpointing", True)],
-        [Change(cost, "micro_batch", batch) for cost, batch in batches if batch],
+        smaller_batches(setup),
         halved("seq_len", setup.seq_len, least=512),
         [Change(1, "dtype", "bfloat16")] if setup.dtype == "float32" else [],
+        divisions(setup),
+        offloads(setup),
     ]
-    if setup.full and setup.engine != "fsdp":
-        if setup.gpus > 1:
-            options.append([Change(z, "zero", z) for z in (1, 2, 3) if z > setup.zero])
-        if not setup.offloads:
-            optimizer = Change(5, "offload", "optimizer")
-            parameters_too = Change(7, "offload", "optimizer+param")
-            options.append([optimizer, parameters_too])
+    # QLoRA comes whole, unless its loader is another: no flag of an engine.
+    if setup.load == "whole" and setup.method != "qlora":
+        options.append([Change(0.5, "load", "divided")])
     lora = Change(12, "method", "lora")
     qlora = Change(14, "method", "qlora")
     smaller_methods = {"full": [lora, qlora], "lora": [qlora], "qlora": []}
     options.append(smaller_methods[setup.method])
     return options
+
+
+def smaller_batches(setup: Training) -> list[Change]:
+    """Half of the micro-batch, a quarter ... down to a 32nd, but at least one sequence."""
+    changes = []
+    for times in range(1, 6):
+        batch = setup.micro_batch // 2**times
+        if batch:
+            changes.append(Change(1 + times / 10, "micro_batch", batch))
+    return changes
+
+
+def divisions(setup: Training) -> list[Change]:
+    """Higher ZeRO stages; of frozen weights only stage 3 divides something."""
+    if setup.engine == "fsdp" or setup.gpus == 1:
+        return []
+    stages = {"full": (1, 2, 3), "lora": (3,), "qlora": ()}
+    return [Change(stage, "zero", stage) for stage in stages[setup.method] if stage > setup.zero]
+
+
+def offloads(setup: Training) -> list[Change]:
+    """What is not offloaded yet, and is worth it: of frozen weights the parameters are."""
+    optimizer = Change(5, "offload", "optimizer")
+    parameters_too = Change(7, "offload", "optimizer+param")
+    if setup.offloads_parameters or setup.method == "qlora":
+        return []
+    if setup.engine == "fsdp" or setup.offloads or not setup.full:
+        return [parameters_too]
+    return [optimizer, parameters_too]
 
 
 # -----------------------------------------------------------------------------
@@ -119,18 +145,14 @@ def combinations(options: list[list[Change]]) -> list[tuple[Change, ...]]:
     return sorted(chosen, key=lambda changes: (sum(c.cost for c in changes), len(changes)))
 
 
-def changed(
-    setup: Serving | Training, combination: tuple[Change, ...]
-) -> Serving | Training | None:
+def changed(model: Model, setup: Setup, combination: tuple[Change, ...]) -> Setup | None:
     """`setup` with these changes; None where no engine does that together."""
-    new = replace(setup, **{change.option: change.value for change in combination})
+    values = {change.option: change.value for change in combination}
+    new = replace(setup, **values)
     if isinstance(new, Serving):
         return new
-    options = {change.option for change in combination}
-    if "method" in options and options & {"zero", "offload"}:
+    if "method" in values and ("zero" in values or "offload" in values):
         return None
-    if new.offloads and new.zero < (3 if new.offloads_parameters else 1):
-        return None
-    if new.zero or new.offloads:
-        return replace(new, engine="deepspeed")
-    return new
+    if new.engine != "fsdp" and (new.zero or new.offloads):
+        new = replace(new, engine="deepspeed")
+    return None if states.refusal(model, new) else new

@@ -118,11 +118,31 @@ def accelerate_trainings(cards: Cards, profile: dict) -> list[Recipe]:
     written = []
     for file in files(ACCELERATE):
         launcher = read(file)
-        engine = ENGINES[launcher["distributed_type"]]
-        zero = launcher.get("deepspeed_config", {}).get("zero_stage", 0)
-        asked = training(cards, profile, engine=engine, zero=zero)
+        options = launched(launcher)
+        asked = training(cards, profile, **options)
         written.append(Recipe(f"make train-accelerate CONFIG={Path(file).stem}", file, asked))
     return written
+
+
+def launched(launcher: dict) -> dict:
+    """What a launcher's YAML of Accelerate says of the engine, as fields of `Training`."""
+    deepspeed = launcher.get("deepspeed_config", {})
+    fsdp = launcher.get("fsdp_config", {})
+    offloaded = [part for part in ("optimizer", "param") if moved(deepspeed, part)]
+    if fsdp.get("fsdp_offload_params"):
+        offloaded = ["optimizer", "param"]
+    comes_divided = deepspeed.get("zero3_init_flag", True)
+    return {
+        "engine": ENGINES[launcher["distributed_type"]],
+        "zero": deepspeed.get("zero_stage", 0),
+        "offload": "+".join(offloaded) or "none",
+        "load": None if comes_divided else "whole",
+    }
+
+
+def moved(deepspeed: dict, part: str) -> bool:
+    """Whether Accelerate's deepspeed_config offloads this part, optimizer or param."""
+    return deepspeed.get(f"offload_{part}_device", "none") != "none"
 
 
 def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
