@@ -19,13 +19,15 @@ from lab.profile import read_yaml
 
 def catalogue() -> dict[str, dict]:
     """configs/models.yaml: {name: {hub, modelscope, template, licence, ...}}."""
-    return read_yaml(ROOT / "configs" / "models.yaml")
+    content = read_yaml(ROOT / "configs" / "models.yaml")
+    return {name: model for name, model in content.items() if name != "families"}
 
 
 def entry(name: str) -> tuple[str, dict]:
     """(name, its entry) for a name or a hub's id in configs/models.yaml; else (`name`, {})."""
     for key, model in catalogue().items():
-        if name.lower() in (key, model["hub"].lower(), model["modelscope"].lower()):
+        hubs = [model[hub].lower() for hub in ("hub", "modelscope") if model[hub]]
+        if name.lower() in (key, *hubs):
             return key, model
     return name, {}
 
@@ -93,6 +95,8 @@ def _download_from_modelscope(name: str, file: str) -> str:
     from modelscope import model_file_download, snapshot_download
 
     hub = entry(name)[1].get("modelscope", name)
+    if hub is None:
+        raise ValueError("configs/models.yaml knows no copy of it on ModelScope")
     return model_file_download(hub, file) if file else snapshot_download(hub)
 
 
@@ -125,6 +129,24 @@ def served_names(name: str) -> list[str]:
         return [key, model["hub"]]
     is_folder = "/" in name and Path(name).is_dir()
     return [Path(name).name if is_folder else name]
+
+
+def parsers(name: str) -> dict[str, object]:
+    """vLLM's settings for the format in which a model writes tool calls and its thinking.
+
+    `name` as `model_folder` takes it: the first family of configs/models.yaml whose pattern occurs
+    in its last part decides. Empty where no family is known, or vLLM has no parser for it.
+    """
+    last_part = served_names(name)[-1].split("/")[-1].lower()
+    families = read_yaml(ROOT / "configs" / "models.yaml")["families"]
+    family = next((each for each in families if re.search(each["name"], last_part)), {})
+    settings: dict[str, object] = {}
+    if "tool_parser" in family:
+        settings["enable-auto-tool-choice"] = True  # the model may decide to call
+        settings["tool-call-parser"] = family["tool_parser"]
+    if "reasoning_parser" in family:
+        settings["reasoning-parser"] = family["reasoning_parser"]
+    return settings
 
 
 MODEL_FLAG = "name in configs/models.yaml, hub id or folder"  # what --model takes

@@ -8,10 +8,16 @@ host          all processes of a machine, with what loading takes (arXiv 2101.06
 import math
 from typing import NamedTuple
 
-from lab.planner import weights
 from lab.planner.config import Model
 from lab.planner.constants import GIB, HOST_PROCESS_GIB
-from lab.planner.states import Training, frozen_bytes, scale_bytes, trained_parameters, whole_bytes
+from lab.planner.states import (
+    Training,
+    frozen_bytes,
+    packs,
+    scale_bytes,
+    trained_parameters,
+    whole_bytes,
+)
 
 ZERO3_SUB_GROUP = 1e9  # numbers that ZeRO-3 updates at a time: sub_group_size
 NVME_BUFFERS = 5 * 1e8  # numbers on their way from NVMe: buffer_count x buffer_size
@@ -56,10 +62,11 @@ def pinned_parameters(model: Model, setup: Training, each: float) -> float:
     27.0
     """
     total = 0.0
-    for size, count, packs in weights.tensors(model):
-        bytes_each = 0.5 if packs and setup.method == "qlora" else each
-        part = size * bytes_each / setup.gpus
-        total += setup.gpus * count * power_of_two(part)
+    for weight in model.weights:
+        is_packed = setup.method == "qlora" and packs(weight)
+        part = weight.each * (0.5 if is_packed else each) / setup.gpus
+        if len(weight.shape) > 1:  # norms and biases are below ZeRO-3's persistence threshold
+            total += setup.gpus * weight.count // weight.each * power_of_two(part)
     return total
 
 

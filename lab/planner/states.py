@@ -14,8 +14,8 @@ from typing import NamedTuple
 from lab.planner import weights
 from lab.planner.config import Model
 from lab.planner.constants import CARD_GIB, GIB, LINEAR_BYTES
+from lab.planner.tensors import Weight
 
-FLOATS = ("float32", "bfloat16", "float16")
 UNPACKED = ("fp8", "mxfp4")  # LLaMA-Factory loads these with dequantize=True
 
 
@@ -125,26 +125,39 @@ class States(NamedTuple):
 
 
 def trained_parameters(model: Model, setup: Training) -> int:
-    """Weights that get a gradient.
+    """Weights that get a gradient: no vision tower, which LLaMA-Factory freezes.
 
     >>> trained_parameters(QWEN_7B, Training())
     7615616512
     >>> trained_parameters(QWEN_7B, Training(method="lora"))
     40370176
     """
-    return weights.parameters(model) if setup.full else weights.lora(model, setup.lora_rank)
+    if setup.full:
+        return weights.parameters(model) - weights.vision(model)
+    return weights.lora(model, setup.lora_rank)
+
+
+def packs(weight: Weight) -> bool:
+    """Whether bitsandbytes packs it: it replaces nn.Linear, in a vision tower too.
+
+    Source: transformers, replace_with_bnb_linear. transformers 5.6 keeps the experts of a layer in
+    3-d parameters, which are none: they stay in 16 bits.
+
+    >>> packs(Weight("mlp.experts.down_proj", (8, 64, 48), part="experts"))
+    False
+    """
+    of_tower = weight.part == "vision" and len(weight.shape) == 2
+    is_linear = weight.name.endswith(".weight") and "embed" not in weight.name
+    return weight.part == "linear" or (of_tower and is_linear)
 
 
 def packed(model: Model) -> int:
     """Weights that bitsandbytes packs.
 
-    It replaces nn.Linear (transformers, replace_with_bnb_linear), and transformers 5.6 keeps the
-    experts of a layer in 3-d parameters, which are none: they stay in 16 bits.
-
     >>> packed(QWEN_7B) / 1e9
     6.525288448
     """
-    return weights.linear(model) - weights.experts(model)
+    return sum(weight.count for weight in model.weights if packs(weight))
 
 
 def scale_bytes(model: Model, setup: Training) -> float:
@@ -169,12 +182,13 @@ def frozen_bytes(model: Model, setup: Training) -> float:
     14.19
     """
     if setup.full:
-        return 0
+        return weights.vision(model) * setup.computed
     if setup.method == "qlora":
         unpacked = weights.parameters(model) - packed(model)
         return packed(model) * LINEAR_BYTES["nf4"] + unpacked * setup.computed
-    as_stored = model.stored not in FLOATS + UNPACKED
-    return weights.stored_bytes(model, "auto" if as_stored else setup.dtype)
+    if model.quantised and model.stored not in UNPACKED:
+        return weights.stored_bytes(model)
+    return weights.parameters(model) * setup.computed
 
 
 def whole_bytes(model: Model, setup: Training) -> float:
@@ -287,7 +301,7 @@ def refused_checkpoint(model: Model, setup: Training) -> str:
 
     model_utils/quantization.py:97 and adapter.py:308.
     """
-    if model.stored in FLOATS:
+    if not model.quantised:
         return ""
     checkpoint = f"the checkpoint is quantised already ({model.stored})"
     if setup.method == "qlora":
@@ -321,8 +335,18 @@ def notes(model: Model, setup: Training) -> list[str]:
         )
     if not setup.full and experts_gib:
         written.append("LoRA leaves the experts alone: peft adapts them by target_parameters only")
-    if model.stored in UNPACKED:
+    if model.quantised and model.stored in UNPACKED:
         written.append(f"the {model.stored} checkpoint is trained in 16 bits (dequantize=True)")
+    if any("linear_attn" in weight.name or "kv_a_proj" in weight.name for weight in model.weights):
+        written.append(
+            "activations of linear and of latent attention are counted as of full attention: "
+            "nobody has measured them here"
+        )
+    if weights.vision(model):
+        written.append(
+            "--seq-len counts the tokens of pictures too, as cutoff_len; the vision tower is "
+            "frozen, so it keeps nothing for the backward pass"
+        )
     if setup.loads_whole:
         whole_gib = whole_bytes(model, setup) / GIB
         reason = (

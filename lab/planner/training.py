@@ -20,6 +20,7 @@ from lab.planner.states import (
     Training,
     gradient_bytes,
     packed,
+    packs,
     refusal,
     scale_bytes,
     states,
@@ -229,7 +230,7 @@ def unpacked_bytes(model: Model, setup: Training) -> float:
     """
     if setup.method != "qlora":
         return 0
-    matrices = [size for size, _, packs in weights.tensors(model) if packs]
+    matrices = [weight.each for weight in model.weights if packs(weight)]
     return setup.computed * max(matrices, default=0)
 
 

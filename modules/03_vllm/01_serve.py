@@ -36,6 +36,13 @@ def refuse_what_cannot_start(settings: dict, port: int) -> None:
     jobs.refuse_taken_port(port, "take another one with --port (make vllm-serve PORT=8001)")
 
 
+def no_tool_calls(model: str) -> str:
+    """What to say of a model whose format of tool calls configs/models.yaml does not know."""
+    flags = 'ARGS="--enable-auto-tool-choice --tool-call-parser NAME"'
+    what = f"note: no tool-call parser is known for {model}, so it answers no request with tools"
+    return f"{what}; if its card names one, add {flags}"
+
+
 def main() -> None:
     profile = load_profile()
     known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
@@ -77,7 +84,8 @@ def main() -> None:
         recipe = read_yaml(file)
     recipe_model = recipe.pop("model", profile.serve.model)
     args.model = args.model or recipe_model
-    settings = dict(profile.serve.args) | recipe
+    parsers = {} if recipe.get("runner") == "pooling" else models.parsers(args.model)
+    settings = dict(profile.serve.args) | parsers | recipe
     if not args.dry_run:
         refuse_what_cannot_start(settings, args.port)
     folder = args.model if args.dry_run else models.model_folder(args.model)
@@ -86,6 +94,9 @@ def main() -> None:
     command += ["--host", "127.0.0.1", "--port", str(args.port)]
     command += engine.words(settings)
     command += engine_args  # argparse lets the last one win
+    has_parser = any(word.startswith("--tool-call-parser") for word in command)
+    if not has_parser and settings.get("runner") != "pooling":
+        print(no_tool_calls(args.model), file=sys.stderr)
     print(shlex.join(["python", *command[1:]]), flush=True)
     if args.dry_run:
         return results.note(results.name_of(__file__))

@@ -11,7 +11,8 @@ MODELS = Path(__file__).parents[3] / "configs/models.yaml"
 
 
 def snapshot_download(name: str, **_) -> str:
-    model = next((m for m in yaml.safe_load(MODELS.read_text()).values() if m["hub"] == name), None)
+    listed = [m for m in yaml.safe_load(MODELS.read_text()).values() if "hub" in m]
+    model = next((m for m in listed if m["hub"] == name), None)
     if model is None:
         raise OSError(f"404 Client Error: there is no repository {name}")
     if "config" not in model:
