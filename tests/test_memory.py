@@ -9,13 +9,11 @@ import json
 import math
 import pkgutil
 import re
-from collections import Counter
 
 import pytest
 from conftest import ROOT
 
 from lab import models, planner
-from lab.planner import states
 from lab.planner import weights as counted
 from lab.planner.config import ARCHITECTURES, QWEN_7B, read
 from lab.planner.images import QWEN_IMAGE_EDIT
@@ -135,49 +133,6 @@ def test_parameters_are_those_of_transformers(name):
     layers = real.model.layers.named_parameters()
     packed = [weight.numel() for part, weight in layers if is_packed(part, weight)]
     assert counted.linear(model) == sum(packed)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_tensors_are_those_of_transformers(name):
-    """Sizes of the tensors that are page-locked one by one, and which of them bitsandbytes packs.
-
-    It replaces nn.Linear but the output layer (transformers, replace_with_bnb_linear).
-    """
-    from torch.nn import Linear
-
-    real, model = build(name)
-    gates = ("mlp.gate.weight", "shared_expert_gate.weight")
-    sizes = Counter(
-        weight.numel()
-        for part, weight in real.named_parameters()
-        if weight.dim() > 1 and not part.endswith(gates)
-    )
-    packed = Counter(
-        module.weight.numel()
-        for part, module in real.named_modules()
-        if type(module) is Linear and not part.endswith(("lm_head", "shared_expert_gate"))
-    )
-    predicted, predicted_packed = Counter(), Counter()
-    for size, count, packs in counted.tensors(model):
-        predicted[size] += count
-        predicted_packed[size] += count * packs
-    assert predicted == sizes and +predicted_packed == packed
-    assert sum(size * count for size, count in packed.items()) == states.packed(model)
-    assert counted.experts(model) == sum(
-        weight.numel() for weight in real.parameters() if weight.dim() == 3
-    )
-
-
-@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3_moe", "mixtral"])
-def test_adapters_are_those_of_peft(name):
-    """LoRA on every linear layer; 3-d experts get none."""
-    from peft import LoraConfig, get_peft_model
-
-    real, model = build(name)
-    adapter = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(real, adapter)
-    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    assert trained == counted.lora(model, RANK)
 
 
 def test_every_known_architecture_is_compared():

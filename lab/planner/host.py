@@ -51,21 +51,23 @@ def pinned(size: float, largest: float) -> float:
     return whole * power_of_two(largest) + power_of_two(rest)
 
 
-def pinned_parameters(model: Model, setup: Training, each: float) -> float:
-    """Page-locked bytes, over all cards, of parameters with `each` bytes a weight.
+def pinned_parameters(model: Model, setup: Training, each: float, frozen: bool) -> float:
+    """Page-locked bytes, over all cards, of trained or frozen parameters of `each` bytes a weight.
 
     Every parameter is divided and locked by itself (DeepSpeed, partition_parameters.py; FSDP2,
     _fsdp_param.py), so each part is rounded up. Of QLoRA the packed ones have half a byte.
 
     >>> lora = Training(engine="deepspeed", zero=3, method="lora", offload="optimizer+param")
-    >>> round(pinned_parameters(QWEN_7B, lora, 2) / GIB, 1)  # of 14.2: gate, up and down double
+    >>> round(pinned_parameters(QWEN_7B, lora, 2, frozen=True) / GIB, 1)  # of 14.2
     27.0
     """
     total = 0.0
     for weight in model.weights:
         is_packed = setup.method == "qlora" and packs(weight)
         part = weight.each * (0.5 if is_packed else each) / setup.gpus
-        if len(weight.shape) > 1:  # norms and biases are below ZeRO-3's persistence threshold
+        is_frozen = not setup.full or weight.part == "vision"
+        # Norms and biases are below ZeRO-3's persistence threshold.
+        if is_frozen == frozen and len(weight.shape) > 1:
             total += setup.gpus * weight.count // weight.each * power_of_two(part)
     return total
 
@@ -77,9 +79,9 @@ def frozen_on_host(model: Model, setup: Training) -> float:
     >>> round(frozen_on_host(QWEN_7B, lora) / GIB, 1)
     27.0
     """
-    if setup.full or not setup.offloads_parameters:
+    if not setup.offloads_parameters:
         return 0
-    return pinned_parameters(model, setup, setup.computed)
+    return pinned_parameters(model, setup, setup.computed, frozen=True)
 
 
 def host(model: Model, setup: Training) -> Host:
@@ -143,7 +145,9 @@ def fsdp_host(model: Model, setup: Training) -> dict[str, float]:
     if not setup.offloads:
         return {"start": start}
     trained = trained_parameters(model, setup)
-    locked = pinned_parameters(model, setup, 4) if setup.full else 4 * trained
+    locked = 4 * trained
+    if setup.full:
+        locked = pinned_parameters(model, setup, 4, frozen=False)
     return {
         "start": start,
         "parameters": locked,
