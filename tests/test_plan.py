@@ -381,7 +381,14 @@ def test_calibrate_trains(flags, tiny_model):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "flags", ["--engine fsdp", "--zero 2", "--zero 3 --offload optimizer+param"]
+    "flags",
+    [
+        "--engine fsdp",
+        "--engine fsdp --method lora --offload optimizer+param",
+        "--zero 2",
+        "--zero 3 --offload optimizer+param",
+        "--zero 3 --offload optimizer+param --method lora",
+    ],
 )
 def test_calibrate_trains_divided(flags, tiny_model):
     line = f"train --gpus 2 --seq-len 64 --model {tiny_model} {flags}"
