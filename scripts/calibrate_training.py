@@ -48,7 +48,7 @@ def worker(request: Request) -> None:
             dist.init_process_group(backend)
         engine = torch_engine(setup, config, device, world)
 
-    measured = measured_steps(setup, engine, config.vocab_size, device)
+    measured = measured_steps(setup, engine, config, device)
     everyone = [measured]
     if world > 1:
         everyone = [None] * world
@@ -62,7 +62,7 @@ def worker(request: Request) -> None:
         os._exit(0)  # gloo's threads can abort an orderly end, and there is nothing left to keep
 
 
-def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> dict[str, float]:
+def measured_steps(setup: Training, engine: Engine, config, device) -> dict[str, float]:
     """{part of a step: GiB at its peak, ...} of this process; on a CPU only the host's memory."""
     import torch
 
@@ -77,11 +77,10 @@ def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> 
 
     for _ in range(STEPS):
         for _ in range(setup.accumulate):
-            shape = (setup.micro_batch, setup.seq_len)
-            ids = torch.randint(0, vocabulary, shape, device=device)
+            inputs = random_inputs(setup, config, device)
             lap("between")
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = engine.forward(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = engine.forward(**inputs, use_cache=False).loss
             lap("forward")
             engine.backward(loss)
             lap("backward")
@@ -97,6 +96,33 @@ def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> 
     return measured
 
 
+def random_inputs(setup: Training, config, device) -> dict:
+    """Random tokens; of Qwen's vision-language models also one picture a sequence."""
+    import torch
+
+    vocabulary = config.get_text_config().vocab_size
+    shape = (setup.micro_batch, setup.seq_len)
+    ids = torch.randint(0, vocabulary, shape, device=device)
+    if not setup.image_tokens:
+        return {"input_ids": ids, "labels": ids}
+    vision = config.vision_config
+    merged = vision.spatial_merge_size  # patches of a side that become one token
+    rows = torch.tensor([1, merged, merged * setup.image_tokens], device=device)
+    grid = rows.repeat(setup.micro_batch, 1)  # frames, rows and columns of patches
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(int(grid.prod(1).sum()), patch, device=device)
+    # No token of a picture but in its place.
+    ids[ids >= vocabulary - 1000] = 0
+    ids[:, 1 : 1 + setup.image_tokens] = config.image_token_id
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
 # -----------------------------------------------------------------------------
 # A model with random weights
 
@@ -110,16 +136,28 @@ def model_class(config):
 
 
 def prepared(model, setup: Training):
-    """The model with the line's checkpointing and adapters."""
-    if setup.checkpointing:
+    """The model with the line's checkpointing and adapters; a vision tower is frozen."""
+    reads_pictures = hasattr(model.config, "vision_config")
+    if setup.checkpointing and reads_pictures:
+        checkpoint_as_llamafactory(model)
+    elif setup.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     if setup.method != "full":
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = r".*language_model\..*_proj" if reads_pictures else "all-linear"
+        lora = LoraConfig(r=setup.lora_rank, target_modules=adapted, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     return model.train()
+
+
+def checkpoint_as_llamafactory(model) -> None:
+    """Only blocks with trained weights, so no frozen tower (lab/planner/tower.py)."""
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
+
+    prepare_model_for_training(model, ModelArguments(model_name_or_path="random weights"))
 
 
 def random_model(setup: Training, config, device, dtype):

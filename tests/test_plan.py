@@ -487,6 +487,14 @@ BAD = {
         "train --model qwen2.5-32b-instruct-awq --method lora --engine fsdp",
         "divides none of those by ZeRO-3 or FSDP",
     ),
+    "pictures without a tower": (
+        "train --model qwen2.5-7b-instruct --image-tokens 100",
+        "this one has none",
+    ),
+    "pictures longer than the sequence": (
+        "train --model qwen2.5-vl-7b-instruct --method lora --image-tokens 2000",
+        "are more than --seq-len 1024",
+    ),
     "image model": ("image-edit --model qwen2.5-7b-instruct", "image editing model"),
     "image recipe": ("image-edit --recipe magic", "unknown recipe magic"),
 }

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from lab import models
-from lab.planner import states, weights
+from lab.planner import states, tower, weights
 from lab.planner.config import read
 from lab.planner.constants import GIB
 
@@ -303,3 +303,99 @@ def test_what_lora_adapts(small_model):
     assert not any("visual" in name or "experts." in name for name in trained)
     gates = sum(count for name, count in trained.items() if "shared_expert_gate" in name)
     assert sum(trained.values()) - gates == weights.lora(model, 4)
+
+
+# -----------------------------------------------------------------------------
+# What pictures cost
+
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+SMALL_TEXT = SMALL | {"num_hidden_layers": 1, "rope_parameters": MROPE}
+QWEN_TOWER = {"num_heads": 16, "fullatt_block_indexes": [0, 1]}
+TOWERS = {  # {model_type: (architecture, the tower of the published models but for its depth)}
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        QWEN_TOWER | {"embed_dim": 1280, "hidden_size": 64},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        QWEN_TOWER | {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 64},
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {"hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": []},
+    ),
+}
+PATCHES = 64
+
+
+def kept_per_patch(kind: str, depth: int) -> tuple[float, int]:
+    """Bytes that a running tower of so many blocks keeps for a patch, and the planner's."""
+    import torch
+    import transformers
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
+    from peft import LoraConfig, get_peft_model
+
+    architecture, sizes = TOWERS[kind]
+    text = SMALL_TEXT | ({"head_dim": 8} if kind == "qwen3_vl" else {})
+    values = {"text_config": text, "vision_config": sizes | {"depth": depth}}
+    values |= {"image_token_id": 500, "vision_start_token_id": 501}
+    config = transformers.AutoConfig.for_model(kind, **values)
+    real = getattr(transformers, architecture)(config).to(torch.bfloat16)
+    prepare_model_for_training(real, ModelArguments(model_name_or_path="a model"))
+    adapter = LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj")
+    adapted = get_peft_model(real, adapter).train()
+
+    weights_lie = [*adapted.parameters(), *adapted.buffers()]
+    places = {tensor.untyped_storage().data_ptr() for tensor in weights_lie}
+    running = []
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if running and storage.data_ptr() not in places:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    real.model.visual.register_forward_pre_hook(lambda *_: running.append(True))
+    real.model.visual.register_forward_hook(lambda *_: running.clear())
+    side = real.model.visual.patch_embed.patch_size
+    pixels = torch.randn(PATCHES, 3 * 2 * side * side, dtype=torch.bfloat16)
+    tokens = torch.tensor([[1, 501, *[500] * (PATCHES // 4), 2]])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = adapted(
+            input_ids=tokens,
+            labels=tokens,
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor([[1, 8, PATCHES // 8]]),
+            mm_token_type_ids=(tokens == 500).int(),
+        ).loss
+    assert loss.requires_grad
+    model = read(config.to_dict() | {"architectures": [architecture]})
+    setup = states.Training(
+        method="lora", checkpointing=True, seq_len=100, image_tokens=PATCHES // 4
+    )
+    real_bytes = sum(storage.nbytes() for storage in kept.values())
+    return real_bytes / PATCHES, tower.tower_bytes(model, setup) / PATCHES
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_frozen_tower_keeps_its_activations(kind):
+    """Under peft, checkpointing and LLaMA-Factory; not where a tower names no input embeddings."""
+    one_real, one = kept_per_patch(kind, 1)
+    two_real, two = kept_per_patch(kind, 2)
+    assert two - one == two_real - one_real
+    assert (two > 0) == (kind != "qwen3_vl")
+
+
+def test_pictures_are_counted(answer):
+    """A picture of 262,144 pixels is 334 tokens of 4 patches, 1.5 MB each (LlamaFactory#9331)."""
+    line = "train --model qwen2.5-vl-7b-instruct --gpus 1 --method lora --seq-len 2048"
+    text = answer(f"{line} --checkpointing")
+    pictures = answer(f"{line} --checkpointing --image-tokens 334")
+    gib = 334 * 4 * 1_498_624 / GIB
+    assert allocated(pictures) - allocated(text) == pytest.approx(gib, rel=1e-3)
+    assert "334 of them are pictures" in pictures["notes"][0]
+    for none in ("--method qlora --checkpointing", ""):
+        with_pictures = answer(f"{line} {none} --image-tokens 334")
+        assert "pictures" not in with_pictures["per_gpu_gib"]

@@ -41,6 +41,7 @@ class Training:
     load: str | None = None  # divided, whole; None: as transformers 5.6 does it
     dtype: str = "bfloat16"  # of the computation
     seq_len: int = 1024
+    image_tokens: int = 0  # of a sequence's
     micro_batch: int = 1
     accumulate: int = 1
     checkpointing: bool = False
@@ -274,7 +275,9 @@ def refusal(model: Model, setup: Training) -> str:
     """
     if setup.zero and setup.engine != "deepspeed":
         return f"--zero {setup.zero} is DeepSpeed's: leave out --engine {setup.engine}"
-    return refused_offload(setup) or refused_checkpoint(model, setup)
+    return (
+        refused_offload(setup) or refused_pictures(model, setup) or refused_checkpoint(model, setup)
+    )
 
 
 def refused_offload(setup: Training) -> str:
@@ -293,6 +296,17 @@ def refused_offload(setup: Training) -> str:
         return f"--offload {setup.offload} needs --zero 3, or --engine fsdp"
     if setup.offloads and setup.zero < 1:
         return f"--offload {setup.offload} needs --zero 1, 2 or 3"
+    return ""
+
+
+def refused_pictures(model: Model, setup: Training) -> str:
+    if setup.image_tokens and not weights.vision(model):
+        return "--image-tokens is for models with a vision tower, and this one has none"
+    if setup.image_tokens > setup.seq_len:
+        return (
+            f"--image-tokens {setup.image_tokens} are more than --seq-len {setup.seq_len}, "
+            "which counts the tokens of pictures too"
+        )
     return ""
 
 
@@ -344,8 +358,8 @@ def notes(model: Model, setup: Training) -> list[str]:
         )
     if weights.vision(model):
         written.append(
-            "--seq-len counts the tokens of pictures too, as cutoff_len; the vision tower is "
-            "frozen, so it keeps nothing for the backward pass"
+            "--seq-len counts the tokens of pictures too, as cutoff_len does; "
+            f"{setup.image_tokens} of them are pictures here (--image-tokens)"
         )
     if setup.loads_whole:
         whole_gib = whole_bytes(model, setup) / GIB

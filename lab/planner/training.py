@@ -27,6 +27,7 @@ from lab.planner.states import (
     trained_parameters,
     whole_bytes,
 )
+from lab.planner.tower import tower_bytes
 
 WORKSPACE = 0.064 * GIB  # what PyTorch holds for cuBLAS (fit)
 ZERO3_LIVE = 1e9  # parameters gathered at once: stage3_max_live_parameters
@@ -256,6 +257,7 @@ def end_of_forward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup),
             "gradients": earlier_gradients(model, setup),
+            "pictures": tower_bytes(model, setup),
             "logits": (8 if setup.precision == "fp32" else 10) * numbers,
             "working_copies": cast_bytes(model, setup) + gathered_bytes(model, setup),
         },
@@ -278,6 +280,7 @@ def begin_of_backward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup),
             "gradients": earlier_gradients(model, setup),
+            "pictures": tower_bytes(model, setup),
             "logits": 12 * model.vocab * setup.tokens,
             "working_copies": cast + gathered_bytes(model, setup),
         },
@@ -298,6 +301,7 @@ def layer_backward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup) + recomputed_bytes(model, setup),
             "gradients": earlier_gradients(model, setup) or first,
+            "pictures": tower_bytes(model, setup),
             "working_copies": gathered_bytes(model, setup) + unpacked_bytes(model, setup),
         },
     )
@@ -325,6 +329,7 @@ def end_of_backward(model: Model, setup: Training) -> Moment:
         {
             "activations": recomputed_bytes(model, setup) or layer_bytes(model, setup),
             "gradients": gradients + on_the_way,
+            "pictures": tower_bytes(model, setup),
             "working_copies": gathered_bytes(model, setup),
         },
     )

@@ -209,6 +209,12 @@ def add_train(parser: Parser) -> None:
         "--seq-len", type=count, default=1024, help="tokens of a sequence (default: %(default)s)"
     )
     parser.add_argument(
+        "--image-tokens",
+        type=at_least(0, int, "--image-tokens must be a whole number of at least 0"),
+        default=0,
+        help="of these, tokens of pictures (default: %(default)s)",
+    )
+    parser.add_argument(
         "--micro-batch",
         type=count,
         default=1,

@@ -95,7 +95,7 @@ def train_changes(setup: Training) -> list[list[Change]]:
     options = [
         [] if setup.checkpointing else [Change(1, "checkpointing", True)],
         smaller_batches(setup),
-        halved("seq_len", setup.seq_len, least=512),
+        halved("seq_len", setup.seq_len, least=max(512, setup.image_tokens)),
         [Change(1, "dtype", "bfloat16")] if setup.dtype == "float32" else [],
         divisions(setup),
         offloads(setup),
