@@ -59,55 +59,92 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
 
 def halved(option: str, value: int, least: int) -> list[Change]:
     """Half of `value`, a quarter ... down to a 32nd, but no less than `least`."""
-    smaller = [(2 + times, value // 2**times) for times in range(1, 6)]
-    return [Change(cost, option, part) for cost, part in smaller if part >= least]
+    changes = []
+    for times in range(1, 6):
+        part = value // 2**times
+        if part >= least:
+            changes.append(Change(2 + times, option, part))
+    return changes
+
+
+def where(needed: bool, *changes: Change) -> list[Change]:
+    """These changes where they are needed, or none."""
+    return list(changes) if needed else []
 
 
 def serve_changes(
     model: Model, setup: Serving, kv_tokens: int, fp8_cards: bool
 ) -> list[list[Change]]:
     """What to try when a server does not fit; its cache holds `kv_tokens`."""
-    cards = min(setup.gpus // setup.pp, model.heads)
-    larger = range(setup.tp + 1, cards + 1)
-    divisions = [tp for tp in larger if not serving.obstacle(model, tp)]
-    stages = setup.gpus // setup.tp
-    asked = setup.gpu_memory_utilization
-    shares = [share for share in (0.95, *serving.UTILIZATIONS) if asked and share != asked]
     held = max(1, kv_tokens // setup.max_model_len)  # requests that the cache does hold
-    bytes_now = constants.LINEAR_BYTES[model.stored if setup.dtype == "auto" else setup.dtype]
-    # vLLM makes FP8 of a checkpoint in 16 bits as it loads it; int4 is another checkpoint.
-    quantised = [Change(8, "dtype", "fp8"), Change(10, "dtype", "int4")]
-    if model.quantised:
-        quantised = []
+    fp8_cache = setup.kv_dtype != "fp8" and fp8_cards
     return [
-        [Change(1, "tp", divisions[-1])] if divisions else [],
-        [Change(1.5, "pp", stages)] if setup.pp == 1 < stages else [],
-        [Change(1, "gpu_memory_utilization", share) for share in shares],
-        [Change(2, "concurrency", held)] if setup.concurrency > 1 else [],
-        [Change(2, "kv_dtype", "fp8")] if setup.kv_dtype != "fp8" and fp8_cards else [],
+        wider(model, setup),
+        longer(setup),
+        other_shares(setup),
+        where(setup.concurrency > 1, Change(2, "concurrency", held)),
+        where(fp8_cache, Change(2, "kv_dtype", "fp8")),
         halved("max_model_len", setup.max_model_len, least=1024),
-        [change for change in quantised if constants.LINEAR_BYTES[change.value] < bytes_now],
+        smaller_weights(model, setup),
     ]
+
+
+def wider(model: Model, setup: Serving) -> list[Change]:
+    """Tensor parallelism over as many cards as the model allows."""
+    cards = min(setup.gpus // setup.pp, model.heads)
+    for tp in range(cards, setup.tp, -1):
+        if not serving.obstacle(model, tp):
+            return [Change(1, "tp", tp)]
+    return []
+
+
+def longer(setup: Serving) -> list[Change]:
+    """A pipeline over the cards that tensor parallelism leaves."""
+    stages = setup.gpus // setup.tp
+    return where(setup.pp == 1 < stages, Change(1.5, "pp", stages))
+
+
+def other_shares(setup: Serving) -> list[Change]:
+    """Another share of the card, where the question names one."""
+    asked = setup.gpu_memory_utilization
+    if not asked:
+        return []
+    shares = (0.95, *serving.UTILIZATIONS)
+    return [Change(1, "gpu_memory_utilization", share) for share in shares if share != asked]
+
+
+def smaller_weights(model: Model, setup: Serving) -> list[Change]:
+    """Fewer bits: vLLM makes FP8 of a checkpoint in 16 bits; int4 is another checkpoint."""
+    if model.quantised:
+        return []
+    dtype = model.stored if setup.dtype == "auto" else setup.dtype
+    bytes_now = constants.LINEAR_BYTES[dtype]
+    changes = [Change(8, "dtype", "fp8"), Change(10, "dtype", "int4")]
+    return [change for change in changes if constants.LINEAR_BYTES[change.value] < bytes_now]
 
 
 def train_changes(setup: Training) -> list[list[Change]]:
     """What to try when a training does not fit."""
-    options = [
-        [] if setup.checkpointing else [Change(1, "checkpointing", True)],
+    shortest = max(512, setup.image_tokens)
+    # QLoRA comes whole unless its loader is another: that is no flag of an engine.
+    comes_whole = setup.load == "whole" and setup.method != "qlora"
+    return [
+        where(not setup.checkpointing, Change(1, "checkpointing", True)),
         smaller_batches(setup),
-        halved("seq_len", setup.seq_len, least=max(512, setup.image_tokens)),
-        [Change(1, "dtype", "bfloat16")] if setup.dtype == "float32" else [],
+        halved("seq_len", setup.seq_len, least=shortest),
+        where(setup.dtype == "float32", Change(1, "dtype", "bfloat16")),
         divisions(setup),
         offloads(setup),
+        where(comes_whole, Change(0.5, "load", "divided")),
+        smaller_methods(setup),
     ]
-    # QLoRA comes whole, unless its loader is another: no flag of an engine.
-    if setup.load == "whole" and setup.method != "qlora":
-        options.append([Change(0.5, "load", "divided")])
+
+
+def smaller_methods(setup: Training) -> list[Change]:
     lora = Change(12, "method", "lora")
     qlora = Change(14, "method", "qlora")
-    smaller_methods = {"full": [lora, qlora], "lora": [qlora], "qlora": []}
-    options.append(smaller_methods[setup.method])
-    return options
+    methods = {"full": [lora, qlora], "lora": [qlora], "qlora": []}
+    return methods[setup.method]
 
 
 def smaller_batches(setup: Training) -> list[Change]:
@@ -124,8 +161,9 @@ def divisions(setup: Training) -> list[Change]:
     """Higher ZeRO stages; of frozen weights only stage 3 divides something."""
     if setup.engine == "fsdp" or setup.gpus == 1:
         return []
-    stages = {"full": (1, 2, 3), "lora": (3,), "qlora": ()}
-    return [Change(stage, "zero", stage) for stage in stages[setup.method] if stage > setup.zero]
+    stages_of = {"full": (1, 2, 3), "lora": (3,), "qlora": ()}
+    stages = stages_of[setup.method]
+    return [Change(stage, "zero", stage) for stage in stages if stage > setup.zero]
 
 
 def offloads(setup: Training) -> list[Change]:
@@ -145,9 +183,16 @@ def offloads(setup: Training) -> list[Change]:
 
 def combinations(options: list[list[Change]]) -> list[tuple[Change, ...]]:
     """Every choice of at most one change of each option, the cheapest and shortest first."""
-    choices = itertools.product(*([None, *changes] for changes in options))
-    chosen = [tuple(change for change in choice if change) for choice in choices]
-    return sorted(chosen, key=lambda changes: (sum(c.cost for c in changes), len(changes)))
+    with_none = [[None, *changes] for changes in options]
+    chosen = []
+    for choice in itertools.product(*with_none):
+        chosen.append(tuple(change for change in choice if change))
+    return sorted(chosen, key=cost_and_number)
+
+
+def cost_and_number(changes: tuple[Change, ...]) -> tuple[float, int]:
+    cost = sum(change.cost for change in changes)
+    return cost, len(changes)
 
 
 def changed(model: Model, setup: Setup, combination: tuple[Change, ...]) -> Setup | None:
