@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from lab import models
 from lab.planner import states, tower, weights
@@ -156,7 +156,7 @@ def test_fsdp_offloads_a_70b(train_answer):
     # The locked transformers packs all of it on each card first.
     packed_there = train_answer("llama-70b", f"{flags} --offload optimizer+param")
     assert not packed_there["fits"] and packed_there["moment"] == "loading"
-    assert "--load divided" in packed_there["notes"][0]
+    assert "--load divided" in packed_there["notes"][-1]
 
 
 def test_experts_are_not_packed(train_answer):
@@ -303,6 +303,37 @@ def test_what_lora_adapts(small_model):
     assert not any("visual" in name or "experts." in name for name in trained)
     gates = sum(count for name, count in trained.items() if "shared_expert_gate" in name)
     assert sum(trained.values()) - gates == weights.lora(model, 4)
+
+
+FSDP2 = """
+import tempfile
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+store = f"file://{tempfile.mkdtemp()}/store"
+dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).to(torch.bfloat16)
+model[0].requires_grad_(False)
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, cpu_ram_efficient_loading=False, mixed_precision_policy="bf16"
+)
+accelerator = SimpleNamespace(
+    state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=True,
+    device=torch.device("cpu"), torch_device_mesh=None,
+)
+prepared = fsdp2_prepare_model(accelerator, model)
+print("frozen in", prepared[0].weight.dtype, flush=True)
+import os; os._exit(0)
+"""
+
+
+def test_accelerate_widens_what_fsdp2_divides(train_answer):
+    """The note that says so is true of the Accelerate that is installed."""
+    assert "frozen in torch.float32" in python("-c", FSDP2, check=0).stdout
+    verdict = train_answer("llama-7b", f"{FSDP_LORA} --method lora")
+    assert "fsdp_version: 2 casts frozen weights to fp32: 6.3 GiB more" in verdict["notes"][0]
 
 
 # -----------------------------------------------------------------------------

@@ -361,6 +361,13 @@ def notes(model: Model, setup: Training) -> list[str]:
             "--seq-len counts the tokens of pictures too, as cutoff_len does; "
             f"{setup.image_tokens} of them are pictures here (--image-tokens)"
         )
+    if setup.engine == "fsdp" and not setup.full and setup.dtype != "float32":
+        frozen = frozen_bytes(model, setup) - scale_bytes(model, setup)
+        written.append(
+            "Accelerate 1.11 with fsdp_version: 2 casts frozen weights to fp32: "
+            f"{frozen / setup.gpus / GIB:.1f} GiB more for each card; with fsdp_version: 1 it "
+            "does not"
+        )
     if setup.loads_whole:
         whole_gib = whole_bytes(model, setup) / GIB
         reason = (
