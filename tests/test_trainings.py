@@ -333,7 +333,10 @@ def test_accelerate_widens_what_fsdp2_divides(train_answer):
     """The note that says so is true of the Accelerate that is installed."""
     assert "frozen in torch.float32" in python("-c", FSDP2, check=0).stdout
     verdict = train_answer("llama-7b", f"{FSDP_LORA} --method lora")
-    assert "fsdp_version: 2 casts frozen weights to fp32: 6.3 GiB more" in verdict["notes"][0]
+    assert (
+        "fsdp_version: 2 casts frozen weights to fp32: 6.3 GiB more on each card"
+        in verdict["notes"][0]
+    )
 
 
 # -----------------------------------------------------------------------------

@@ -363,9 +363,10 @@ def notes(model: Model, setup: Training) -> list[str]:
         )
     if setup.engine == "fsdp" and not setup.full and setup.dtype != "float32":
         frozen = frozen_bytes(model, setup) - scale_bytes(model, setup)
+        place = "of host memory for" if setup.offloads else "on"
         written.append(
             "Accelerate 1.11 with fsdp_version: 2 casts frozen weights to fp32: "
-            f"{frozen / setup.gpus / GIB:.1f} GiB more for each card; with fsdp_version: 1 it "
+            f"{frozen / setup.gpus / GIB:.1f} GiB more {place} each card; with fsdp_version: 1 it "
             "does not"
         )
     if setup.loads_whole:
