@@ -205,7 +205,7 @@ def test_help_begins_with_the_first_steps():
 
 def test_targets_of_module_03_stand_in_the_order_of_the_road():
     recipes = re.findall(r"modules/03_vllm/(\d\d)_\w+\.py", (ROOT / "Makefile").read_text())
-    assert recipes == sorted(recipes) and len(recipes) == 16
+    assert recipes == sorted(recipes) and len(recipes) == 18
 
 
 def test_programs_of_the_environment_are_on_the_path_of_every_target_but_setup(tree):
