@@ -130,7 +130,7 @@ mini-vllm: env ## a small vLLM from scratch, its speed beside vLLM's (ARGS="--on
 mini-tp: env ## tensor parallelism from scratch on two processes: the logits of one
 	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/16_tensor_parallel.py $(ARGS)
 
-vllm-embed: env ## texts to vectors and to scores for a question, by the running pooling server
+vllm-embed: env ## texts to vectors, and to scores for a question, by a server that pools
 	@$(PY) modules/03_vllm/17_embed.py $(ARGS)
 
 vllm-picture: env ## send the running vision-language model a picture (ARGS="--image my.jpg")

@@ -38,7 +38,7 @@ CONFIGURATIONS = {
     rf"{EDITING}/shapes\.json": "test_image_edit.py::test_shapes_json_holds_the_published_shapes",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/rules(_test)?\.yml": "test_monitoring.py::test_rules",
-    r"modules/03_vllm/configs/recipes/[\w-]+\.yaml": "test_server.py::test_recipes",
+    r"modules/03_vllm/configs/recipes/[\w.-]+\.yaml": "test_server.py::test_recipes",
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     rf"{DEEPSPEED}/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",
