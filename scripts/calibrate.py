@@ -14,16 +14,18 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from calibrate_training import worker
-from plan_parts import Request
+from plan_parts import Request, read_model
 from plan_parts.arguments import read_line
 
 from lab import ROOT, RUNS, fail, jobs, machine, models, results, shown
+from lab.planner import weights
 from lab.planner.serving import Serving
 from lab.planner.training import Training
 from lab.profile import load_profile, read_yaml
@@ -75,6 +77,7 @@ def engine_options(setup: Serving) -> dict:
         "kv_cache_dtype": setup.kv_dtype,
         "max_model_len": setup.max_model_len,
         "disable_custom_all_reduce": True,
+        "language_model_only": setup.language_model_only,
     }
     if machine.gpus():
         planned_gib = (setup.gpu_memory_utilization or 0.9) * setup.gpu_memory_gib
@@ -82,10 +85,29 @@ def engine_options(setup: Serving) -> dict:
     return options
 
 
+def reads_pictures(request: Request) -> bool:
+    """Whether the server will read pictures: vLLM then runs the largest one as it starts."""
+    has_tower = weights.vision(read_model(request.model)) > 0
+    return has_tower and not request.setup.language_model_only
+
+
+def copy_processor(model: str, folder: Path) -> None:
+    """Put the model's tokenizer and processor into `folder`: small files from the hub."""
+    from huggingface_hub import snapshot_download
+
+    hub = models.entry(model)[1].get("hub", model)
+    small = ["*.json", "*.txt", "*.jinja", "*.model"]
+    for file in Path(snapshot_download(hub, allow_patterns=small)).iterdir():
+        shutil.copy(file, folder)
+
+
 def serve(request: Request, log: Path) -> dict:
     """Start vLLM's engine in a process of its own; what it reports: GiB of a card, KV tokens."""
     options = engine_options(request.setup)
     with tempfile.TemporaryDirectory() as folder:
+        if reads_pictures(request):
+            copy_processor(request.model, Path(folder))
+            options["skip_tokenizer_init"] = False
         Path(folder, "config.json").write_text(json.dumps(models.config(request.model)))
         script = Path(folder, "engine.py")
         script.write_text(ENGINE)

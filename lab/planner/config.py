@@ -1,27 +1,24 @@
-"""The sizes in a config.json, under its own names."""
+"""What a config.json says of a model: its sizes, every weight, and what each layer caches."""
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 from lab import fail
+from lab.planner import cache, quantization, tensors, vision
+from lab.planner.cache import LayerCache
 from lab.planner.constants import LINEAR_BYTES
+from lab.planner.families import FAMILIES, Family
+from lab.planner.tensors import Decoder, Weight
+from lab.planner.values import Values
 
-# What the code of an architecture decides and its config.json does not say.
-ARCHITECTURES = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
-    "MixtralForCausalLM": {},
-    "Qwen2MoeForCausalLM": {"qkv_bias": True},
-    "Qwen3MoeForCausalLM": {"qk_norm": True},
-}
+MOST_LAYERS = 1000
+SECTIONS = ("text_config", "language_config", "llm_config")  # of the decoder, beside a tower
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a decoder-only transformer. `experts` 0 means a dense model."""
+    """A decoder, and the tower beside it where it reads pictures. `experts` 0: a dense model."""
 
+    name: str
     layers: int
     hidden: int
     heads: int
@@ -31,15 +28,21 @@ class Model:
     vocab: int
     max_len: int  # tokens it was made for
     tied: bool = False  # input and output embedding are one tensor
-    qkv_bias: bool = False
-    o_bias: bool = False
     qk_norm: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
-    shared_intermediate: int = 0  # of the expert that every token passes
+    shared_intermediate: int = 0  # of the experts that every token passes
     expert_layers: int = 0  # layers that have experts
-    stored: str = "bfloat16"  # a key of LINEAR_BYTES: how the linear layers are stored
+    dtype: str = "bfloat16"  # what vLLM computes in, unless told otherwise
+    stored: str = "bfloat16"  # a key of LINEAR_BYTES: how most of the linear layers are stored
+    weights: tuple[Weight, ...] = field(default=(), repr=False)
+    caches: tuple[LayerCache, ...] = field(default=(), repr=False)  # of each layer
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the checkpoint is: an engine then keeps it so."""
+        return self.stored != self.dtype
 
     @property
     def query_width(self) -> int:
@@ -71,122 +74,231 @@ class Model:
         return self.experts_per_token * self.expert_intermediate + self.shared_intermediate
 
 
-# The model of every worked number in this package: Qwen2.5-7B-Instruct.
-QWEN_7B = Model(
-    layers=28,
-    hidden=3584,
-    heads=28,
-    kv_heads=4,
-    head_dim=128,
-    intermediate=18944,
-    vocab=152064,
-    max_len=32768,
-    qkv_bias=True,
-)
-
-
 def read(config: dict, name: str = "this model") -> Model:
-    """The sizes in a config.json.
+    """The model that a config.json describes.
 
-    Raises SystemExit(2) with one sentence for an architecture or a value that it cannot judge.
+    An architecture outside of the table (families.py) is built by transformers without memory,
+    which takes seconds. Raises SystemExit(2) with one sentence for what it cannot judge.
     """
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        fail(
-            f"{name} has the architecture {architecture}, which the planner does not know: "
-            f"it knows {', '.join(ARCHITECTURES)}"
-        )
-    number = partial(whole_number, config, name)
+    top = Values(config, name)
+    architecture = architecture_of(top)
+    section = next((top.section(key) for key in SECTIONS if top.has(key)), Values({}, name))
+    values = {key: value for key, value in section.values.items() if value is not None}
+    family = FAMILIES.get(architecture)
+    if family is None:
+        from lab.planner import counted
+
+        return counted.read(top, Values(config | values, name), architecture)
+    text = Values(family.defaults | config | values, name)
+    text = Values(family.defaults | without_none(text.values), name)
+    decoder = decoder_of(text, top, family)
+    weights = list(tensors.decoder_weights(decoder, family, text))
+    if family.vision:
+        weights += vision.tower_weights(family.vision, top.section("vision_config"), decoder.hidden)
+    caches = cache.of_layers(decoder, text, latent=family.mla)
+    return model_of(decoder, quantization.stored(weights, top), caches, text, top, family)
+
+
+def without_none(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def architecture_of(config: Values) -> str:
+    """The first architecture that is named: by a list, or by a word alone."""
+    names = config.words("architectures")
+    if not names:
+        config.refuse("architectures", 'a list with the name of a class, as ["Qwen3ForCausalLM"]')
+    return next((name for name in names if name in FAMILIES), names[0])
+
+
+def model_of(
+    decoder: Decoder,
+    weights: list[Weight],
+    caches: tuple[LayerCache, ...],
+    text: Values,
+    top: Values,
+    family: Family,
+) -> Model:
+    """Everything together."""
+    dtype = dtype_of(text, top)
+    return Model(
+        name=text.name,
+        layers=decoder.layers,
+        hidden=decoder.hidden,
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        intermediate=decoder.intermediate,
+        vocab=decoder.vocab,
+        max_len=longest(text),
+        tied=decoder.tied,
+        qk_norm=tensors.has_qk_norm(family, text),
+        experts=decoder.experts,
+        experts_per_token=decoder.experts_per_token,
+        expert_intermediate=decoder.expert_intermediate,
+        shared_intermediate=decoder.shared_intermediate,
+        expert_layers=sum(decoder.sparse),
+        dtype=dtype,
+        stored=mostly_stored_as(weights) or dtype,
+        weights=tuple(weights),
+        caches=caches,
+    )
+
+
+def decoder_of(config: Values, top: Values, family: Family) -> Decoder:
+    """The sizes of the decoder; refused where heads and KV heads do not go together."""
+    number = config.number
+    layers = number("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        config.refuse("num_hidden_layers", f"at most {MOST_LAYERS}")
     hidden = number("hidden_size")
     heads = number("num_attention_heads")
-    says_bias = architecture.startswith(("Llama", "Qwen3"))
-    bias = says_bias and bool(config.get("attention_bias", False))
-    has_experts = "Moe" in architecture or "Mixtral" in architecture
-    sizes = {
-        "layers": number("num_hidden_layers"),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": number("num_key_value_heads", default=heads),
-        "head_dim": number("head_dim", default=hidden // heads),
-        "intermediate": number("intermediate_size"),
-        "vocab": number("vocab_size"),
-        "max_len": number("max_position_embeddings", default=2048),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "stored": stored_as(config, name),
-        "qkv_bias": bias,
-        "o_bias": bias,
-    }
-    experts = expert_sizes(config, name) if has_experts else {}
-    model = Model(**sizes | ARCHITECTURES[architecture] | experts)
-    if model.heads % model.kv_heads:
+    kv_heads = number("num_key_value_heads", default=heads)
+    if heads % kv_heads and not family.mla:
         fail(
-            f"the config.json of {name} has {model.heads} heads and {model.kv_heads} KV heads: "
+            f"the config.json of {config.name} has {heads} heads and {kv_heads} KV heads: "
             "the first must be a multiple of the second"
         )
-    return model
+    sparse = layers_with_experts(config, family, layers)
+    has_dense = not all(sparse)
+    tied = config.flag("tie_word_embeddings", default=family.tied)
+    return Decoder(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=number("head_dim", default=max(1, hidden // heads)),
+        vocab=number("vocab_size"),
+        intermediate=number("intermediate_size", default=None if has_dense else 1),
+        tied=top.flag("tie_word_embeddings", default=tied),
+        kinds=kinds_of_layers(config, family, layers),
+        sparse=sparse,
+        **(expert_sizes(config, family) if any(sparse) else {}),
+    )
 
 
-def whole_number(config: dict, name: str, *keys: str, default: int | None = None) -> int:
-    """The value of the first of `keys` that the config has; refused unless it counts something."""
-    present = (config[key] for key in keys if config.get(key) is not None)
-    value = next(present, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1e9:
-        fail(
-            f"the config.json of {name} says {keys[0]} = {value}: it must be a whole number above 0"
-        )
-    return value
+def kinds_of_layers(config: Values, family: Family, layers: int) -> tuple[str, ...]:
+    """Of each layer: full_attention, sliding_attention or linear_attention."""
+    listed = config.words("layer_types")
+    if listed:
+        if len(listed) != layers:
+            config.refuse("layer_types", f"a list of {layers} kinds, one for each layer")
+        return tuple(listed)
+    if family.linear:
+        step = config.number("full_attention_interval", default=4)
+        return every(step, layers, "full_attention", "linear_attention")
+    if config.flag("use_sliding_window"):
+        first = config.number("max_window_layers", default=layers, least=0)
+        full = ("full_attention",) * min(first, layers)
+        return full + ("sliding_attention",) * (layers - len(full))
+    if not family.sliding or not config.has("sliding_window"):
+        return ("full_attention",) * layers
+    if family.sliding == "all":
+        return ("sliding_attention",) * layers
+    step = 2
+    if family.sliding == "pattern":
+        step = config.number("sliding_window_pattern", default=6)
+    return every(step, layers, "full_attention", "sliding_attention")
 
 
-def expert_sizes(config: dict, name: str) -> dict[str, int]:
-    """The fields of `Model` that describe the experts. Not every layer must have some."""
-    number = partial(whole_number, config, name)
-    has_shared = bool(config.get("shared_expert_intermediate_size"))
-    dense_layers = set(config.get("mlp_only_layers") or [])
-    step = number("decoder_sparse_step", default=1)
-    expert_layers = [
-        layer
-        for layer in range(number("num_hidden_layers"))
-        if layer not in dense_layers and (layer + 1) % step == 0
-    ]
+def every(step: int, layers: int, nth: str, others: str) -> tuple[str, ...]:
+    """`nth` at every `step`-th layer.
+
+    >>> every(2, 4, "full", "sliding")
+    ('sliding', 'full', 'sliding', 'full')
+    """
+    return tuple(others if (layer + 1) % step else nth for layer in range(layers))
+
+
+def layers_with_experts(config: Values, family: Family, layers: int) -> tuple[bool, ...]:
+    """Of each layer, whether it has experts."""
+    if not family.moe:
+        return (False,) * layers
+    listed = config.words("mlp_layer_types")
+    if listed:
+        if len(listed) != layers:
+            config.refuse("mlp_layer_types", f"a list of {layers} kinds, one for each layer")
+        return tuple(kind == "sparse" for kind in listed)
+    dense = set(config.numbers("mlp_only_layers"))
+    step = config.number("decoder_sparse_step", default=1)
+    first = config.number("first_k_dense_replace", default=family.dense_first, least=0)
+    return tuple(
+        layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
+    )
+
+
+def expert_sizes(config: Values, family: Family) -> dict[str, int]:
+    """The fields of `Decoder` that describe the experts."""
+    width = config.number("moe_intermediate_size", "intermediate_size")
+    shared = 0
+    if family.moe == "deepseek":
+        shared = width * config.number("n_shared_experts", least=0)
+    elif config.has("shared_expert_intermediate_size"):
+        shared = config.number("shared_expert_intermediate_size", least=0)
     return {
-        "experts": number("num_experts", "num_local_experts", default=1),
-        "experts_per_token": number("num_experts_per_tok"),
-        "expert_intermediate": number("moe_intermediate_size", "intermediate_size"),
-        "shared_intermediate": number("shared_expert_intermediate_size") if has_shared else 0,
-        "expert_layers": len(expert_layers),
+        "experts": config.number("num_experts", "num_local_experts", "n_routed_experts"),
+        "experts_per_token": config.number("num_experts_per_tok", "experts_per_token"),
+        "expert_intermediate": width,
+        "shared_intermediate": shared,
     }
 
 
-def stored_as(config: dict, name: str) -> str:
-    """The key of LINEAR_BYTES for what config.json says of the checkpoint.
+def dtype_of(text: Values, top: Values) -> str:
+    """What vLLM computes in under --dtype auto: a float32 checkpoint is read as bfloat16.
 
-    >>> stored_as({"torch_dtype": "bfloat16"}, "a model")
-    'bfloat16'
-    >>> stored_as({"quantization_config": {"quant_method": "awq", "bits": 4}}, "a model")
-    'int4'
+    Source: vllm/config/model.py, _resolve_auto_dtype.
+
+    >>> half = Values({"torch_dtype": "torch.float16"}, "a model")
+    >>> dtype_of(half, half)
+    'float16'
     """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or not quantization:
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        dtype = dtype.removeprefix("torch.")
-        return dtype if dtype in LINEAR_BYTES else "bfloat16"
-    method = quantization.get("quant_method")
-    bits = quantization.get("bits")
-    if method in ("awq", "gptq") and bits in (4, 8):
-        return f"int{bits}"
-    if method == "fp8":
-        return "fp8"
-    if method == "bitsandbytes":
-        return "nf4" if quantization.get("load_in_4bit") else "int8"
-    if method == "compressed-tensors":
-        groups = list((quantization.get("config_groups") or {}).values())
-        weights = (groups[0].get("weights") or {}) if groups else {}
-        bits = weights.get("num_bits")
-        is_fp8 = weights.get("type") == "float" and bits == 8
-        kind = "fp8" if is_fp8 else f"int{bits}"
-        if kind in LINEAR_BYTES:
-            return kind
-    fail(
-        f"{name} is quantised by {method} ({bits} bits), which the planner does not know: "
-        "it knows awq, gptq, fp8, bitsandbytes and compressed-tensors"
-    )
+    for values in (text, top):
+        for key in ("dtype", "torch_dtype"):
+            if values.has(key):
+                is_half = values.text(key).removeprefix("torch.") in ("float16", "half")
+                return "float16" if is_half else "bfloat16"
+    return "bfloat16"
+
+
+def mostly_stored_as(weights: list[Weight]) -> str:
+    """The format of most of the packed numbers; "" where nothing is packed."""
+    numbers: dict[str, int] = {}
+    for weight in weights:
+        if weight.stored:
+            numbers[weight.stored] = numbers.get(weight.stored, 0) + weight.count
+    return max(numbers, key=numbers.get, default="")
+
+
+def longest(config: Values) -> int:
+    """Tokens that vLLM takes at most: the config's, times a factor of its RoPE.
+
+    Source: vllm/config/model.py, _get_and_verify_max_len.
+    """
+    longest = config.number("max_position_embeddings", "max_seq_len", "n_positions", default=2048)
+    rope = config.section("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
+    kind = rope.text("rope_type") or rope.text("type")
+    scaled_already = kind in ("", "default", "su", "longrope", "llama3", "mrope", "proportional")
+    is_gemma3 = "gemma3" in config.text("model_type")
+    if scaled_already or is_gemma3 or not rope.has("factor"):
+        return longest
+    if kind == "yarn":
+        longest = rope.number("original_max_position_embeddings", default=longest)
+    return int(longest * rope.decimal("factor", 1))
+
+
+# The model of every worked number in this package: Qwen2.5-7B-Instruct.
+QWEN_7B = read(
+    {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-7b-instruct",
+)
+assert QWEN_7B.stored in LINEAR_BYTES

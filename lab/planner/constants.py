@@ -15,6 +15,8 @@ LINEAR_BYTES = {
     "fp8": 1,
     "int8": 1,
     "int4": 0.5 + 2.5 / 128,  # AWQ, GPTQ: a 16-bit scale and a 4-bit zero for 128 weights
+    "mxfp4": 0.5 + 1 / 32,  # an 8-bit scale for 32 weights (OCP Microscaling formats)
+    "nvfp4": 0.5 + 1 / 16,  # an 8-bit scale for 16 weights
     # An 8-bit scale for 64 weights, and a 32-bit one for 256 of these (arXiv 2305.14314).
     "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
 }

@@ -9,21 +9,28 @@ import math
 from dataclasses import dataclass, replace
 
 from lab import fail
-from lab.planner import weights
+from lab.planner import cache, weights
 from lab.planner.config import Model
 from lab.planner.constants import (
     CARD_GIB,
     CONTEXT,
     GIB,
     HOST_PROCESS_GIB,
-    LINEAR_BYTES,
     NCCL,
     gib,
     width,
 )
+from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, Weight
 
-UTILIZATIONS = (0.9, 0.85, 0.8, 0.75)  # shares of a card to try, where none is asked for
-KV_BLOCK = 16  # tokens of a block of vLLM's cache
+UTILIZATIONS = (
+    0.9,
+    0.85,
+    0.8,
+    0.75,
+    0.7,
+    0.6,
+    0.5,
+)  # shares of a card to try, if none is asked for
 LIBRARIES = 0.22 * GIB  # what vLLM's libraries take within its share (fit)
 GRAPH_LAYER = 0.00025 * GIB  # a CUDA graph of one layer (fit)
 GRAPH_NCCL = 0.4 * GIB  # NCCL's part in CUDA graphs: 1.2 on H100s, scaled as NCCL itself
@@ -34,30 +41,36 @@ class Serving:
     """What is asked for, by the names of vLLM's own flags."""
 
     gpus: int = 2
-    gpu_memory_gib: float = CARD_GIB
+    gpu_memory_gib: float = CARD_GIB  # of the smallest card
+    memories_gib: tuple[float, ...] = ()  # of each card, where they differ
+    free_memory_gib: float | None = None  # what others have left of a card; None: all of it
     gpu_memory_utilization: float | None = None  # None: the largest of UTILIZATIONS that fits
-    tp: int | None = None  # None: as many cards as pp leaves and the heads allow
+    tp: int | None = None  # None: as many cards as pp leaves and the model allows
     pp: int = 1
+    pp_layers: tuple[int, ...] = ()  # VLLM_PP_LAYER_PARTITION
     dtype: str = "auto"
     kv_dtype: str = "auto"
     max_model_len: int | None = None  # None: the model's own limit
     concurrency: int = 1  # requests of that length to hold at once
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    block_size: int = cache.KV_BLOCK
     enforce_eager: bool = False
+    language_model_only: bool = False  # a vision-language model without its tower
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What the server needs; `kv_tokens` is how many tokens its cache holds."""
+    """What the server needs; `kv_tokens` is how many tokens its cache holds, as vLLM reports it."""
 
     fits: bool
-    per_gpu_gib: dict[str, float]  # {part: GiB on the card that needs most, ..., "total"}
+    per_gpu_gib: dict[str, float]  # {part: GiB on the card that holds least, ..., "total"}
     budget_gib: float  # gpu_memory_utilization of the card
     gpu_memory_utilization: float
     host_gib: float  # over all processes of this machine
     kv_tokens: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # of one token on that card, over all layers that keep it
+    kv_bytes_per_request: int  # of one request of max_model_len tokens there, in whole blocks
     max_concurrency: float  # requests of full length
     max_model_len: int
 
@@ -66,51 +79,101 @@ class ServePlan:
 # KV cache
 
 
+def kv_number(model: Model, kv_dtype: str, dtype: str) -> int:
+    """Bytes of one number in the cache.
+
+    >>> kv_number(QWEN_7B, "auto", "bfloat16"), kv_number(QWEN_7B, "fp8", "bfloat16")
+    (2, 1)
+    """
+    return 1 if kv_dtype == "fp8" else width(dtype)
+
+
 def kv_bytes_per_token(
     model: Model, kv_dtype: str = "auto", tp: int = 1, pp: int = 1, dtype: str = "bfloat16"
 ) -> int:
     """Bytes of keys and values of one token on one card (arXiv 2309.06180).
 
-    With more cards than KV heads, vLLM keeps copies.
+    Sliding layers are counted as if the token were in their window.
 
     >>> kv_bytes_per_token(QWEN_7B)  # 2 * 28 layers * 4 heads * 128 * 2 bytes = 56 KiB
     57344
     """
-    layers = math.ceil(model.layers / pp)
-    heads = max(1, math.ceil(model.kv_heads / tp))
-    number = 1 if kv_dtype == "fp8" else width(dtype)
-    return 2 * layers * heads * model.head_dim * number
+    caches = model.caches[: math.ceil(model.layers / pp)]
+    return int(cache.token_bytes(caches, kv_number(model, kv_dtype, dtype), tp))
 
 
-def tokens_in(room: float, per_token: int) -> int:
-    """Tokens that a cache of `room` bytes holds, in whole blocks.
+def kv_bytes_per_request(model: Model, tokens: int, dtype: str = "bfloat16") -> int:
+    """Bytes that a request of so many tokens keeps, before vLLM rounds them to blocks.
 
-    >>> tokens_in(4 * GIB, 57344)
-    74896
+    >>> kv_bytes_per_request(QWEN_7B, 1000)  # 1000 * 57344
+    57344000
     """
-    blocks = math.floor(room / per_token / KV_BLOCK)
-    return max(0, blocks * KV_BLOCK)
+    return int(cache.request_bytes(model.caches, tokens, width(dtype)))
 
 
 # -----------------------------------------------------------------------------
 # Division over cards
 
 
-def splits(model: Model, tp: int) -> bool:
-    """Whether tensor parallelism over `tp` cards divides the heads.
+def obstacle(model: Model, tp: int) -> str:
+    """Why vLLM refuses tensor parallelism over `tp` cards; "" where it does not.
 
-    The KV heads are divided too, or copied. Source: vllm/config/model.py.
+    The KV heads are divided, or copied where there are more cards. Source: vllm/config/model.py,
+    vllm/model_executor/layers/quantization.
 
-    >>> [cards for cards in range(1, 9) if splits(QWEN_7B, cards)]
+    >>> [cards for cards in range(1, 9) if not obstacle(QWEN_7B, cards)]
     [1, 2, 4]
     """
-    return model.heads % tp == 0 and (model.kv_heads % tp == 0 or tp % model.kv_heads == 0)
+    copied = tp % model.kv_heads == 0
+    if model.heads % tp or (model.kv_heads % tp and not copied):
+        return (
+            f"it has {model.heads} heads and {model.kv_heads} KV heads, and each card takes as many"
+        )
+    reasons = (obstacle_of(weight, tp) for weight in model.weights)
+    return next((reason for reason in reasons if reason), "")
+
+
+def obstacle_of(weight: Weight, tp: int) -> str:
+    """Why this weight cannot be divided over `tp` cards; "" where it can."""
+    is_vocabulary = weight.part in ("embedding", "head")  # which vLLM pads
+    if tp == 1 or is_vocabulary or weight.split not in (OUTPUTS, INPUTS):
+        return ""
+    outputs = weight.shape[-2 if weight.part == "experts" else 0]
+    size = weight.shape[-1] if weight.split == INPUTS else outputs
+    of_scale = weight.group[weight.split == INPUTS]
+    if size % tp:
+        return f"{weight.name} has {size} {weight.split}, and each card takes as many"
+    pads = weight.stored == "mxfp4"
+    if weight.stored and not pads and size // tp % of_scale:
+        return (
+            f"each card would take {size // tp} {weight.split} of {weight.name}, and in this "
+            f"{weight.stored} checkpoint {of_scale} share a scale"
+        )
+    return ""
+
+
+def stages(model: Model, setup: Serving) -> list[range]:
+    """The layers of each stage of the pipeline.
+
+    What is left over goes to the stages before the last. Source: vllm/distributed/utils.py,
+    get_pp_indices.
+
+    >>> stages(QWEN_7B, Serving(gpus=3, pp=3))
+    [range(0, 9), range(9, 19), range(19, 28)]
+    """
+    sizes = list(setup.pp_layers)
+    if not sizes:
+        sizes = [model.layers // setup.pp] * setup.pp
+        for stage in range(2, model.layers % setup.pp + 2):
+            sizes[-stage] += 1
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def filled(model: Model, setup: Serving) -> Serving:
     """`setup` with the size of the tensor parallel group and the length it leaves open."""
     cards = max(1, min(setup.gpus // setup.pp, model.heads))
-    largest = max(tp for tp in range(1, cards + 1) if splits(model, tp))
+    largest = max(tp for tp in range(1, cards + 1) if not obstacle(model, tp))
     return replace(
         setup,
         tp=setup.tp or largest,
@@ -119,7 +182,7 @@ def filled(model: Model, setup: Serving) -> Serving:
 
 
 def check(model: Model, setup: Serving) -> None:
-    """Exit code 2 where the engine would refuse the division."""
+    """Exit code 2 where the engine would refuse."""
     share = setup.gpu_memory_utilization
     if share is not None and not 0 < share <= 1:
         fail(
@@ -129,35 +192,71 @@ def check(model: Model, setup: Serving) -> None:
     cards = setup.tp * setup.pp
     if cards > setup.gpus:
         fail(f"--tp {setup.tp} x --pp {setup.pp} needs {cards} cards, there are {setup.gpus}")
-    if not splits(model, setup.tp):
-        fail(
-            f"--tp {setup.tp} does not divide the model: it has {model.heads} heads and "
-            f"{model.kv_heads} KV heads, and each card takes as many"
-        )
+    reason = obstacle(model, setup.tp)
+    if reason:
+        fail(f"--tp {setup.tp} does not divide the model: {reason}")
     if setup.pp > model.layers:
         fail(f"--pp {setup.pp} is more than the model's {model.layers} layers")
+    of_stages = setup.pp_layers
+    if of_stages and (len(of_stages) != setup.pp or sum(of_stages) != model.layers):
+        fail(
+            f"--pp-layers {','.join(map(str, of_stages))} must be {setup.pp} numbers (--pp) "
+            f"that make {model.layers} layers together"
+        )
+    if setup.max_model_len > model.max_len:
+        fail(
+            f"--max-model-len {setup.max_model_len} is more than the {model.max_len} tokens that "
+            f"{model.name} was made for: vLLM refuses it"
+        )
+    if setup.max_num_batched_tokens < setup.max_num_seqs:
+        fail(
+            f"--max-num-batched-tokens {setup.max_num_batched_tokens} is less than --max-num-seqs "
+            f"{setup.max_num_seqs}: vLLM refuses it, for each request needs a token of the batch"
+        )
+    if model.quantised and setup.dtype not in ("auto", "bfloat16", "float16", model.stored):
+        fail(
+            f"{model.name} is stored as {model.stored}, and vLLM quantises no checkpoint twice: "
+            f"leave out --dtype {setup.dtype}"
+        )
 
 
 # -----------------------------------------------------------------------------
 # What stands beside the cache
 
 
-def card_weights(model: Model, dtype: str, tp: int = 1, pp: int = 1) -> float:
-    """Bytes of weights on the card that has most.
+def card_weights(
+    model: Model, dtype: str, tp: int = 1, layers: range | None = None, last: bool = True
+) -> float:
+    """Bytes of weights on one card of a stage that has these layers (None: all).
 
-    Its share of its layers (arXiv 1909.08053), and of the embedding and the output layer.
+    Its share of each weight (arXiv 1909.08053). A pipeline's first stage has the embedding and the
+    tower, its last one (`last`) the output layer, for which a tied model has a copy.
 
     >>> round(card_weights(QWEN_7B, "bfloat16", tp=2) / GIB, 2)  # half of 14.19 GiB
     7.09
     """
-    layers = math.ceil(model.layers / pp)
-    copies = max(1, tp / model.kv_heads)  # of each key and value head
-    linear = weights.linear(model) / model.layers * layers / tp
-    linear += layers * 2 * model.hidden * model.kv_width / tp * (copies - 1)
-    # A pipeline's first card has the embedding, its last the output layer.
-    ends = weights.embedding(model) if pp > 1 else weights.embeddings(model)
-    other = weights.other(model) / model.layers * layers
-    return linear * LINEAR_BYTES[dtype] + (ends / tp + other) * width(dtype)
+    first = layers is None or layers.start == 0
+    total = 0.0
+    for weight in model.weights:
+        times = max(len(weight.layers), weight.times)
+        if weight.layers and layers is not None:
+            times = len(set(weight.layers) & set(layers))
+        elif weight.part == "embedding":
+            times = int(first or (last and model.tied))
+        elif weight.part == "head":
+            times = int(last)
+        elif not weight.layers and not first:
+            times = 0
+        number = weights.number_bytes(model, weight, dtype)
+        total += times * weight.each * number * share_of_card(model, weight, tp)
+    return total
+
+
+def share_of_card(model: Model, weight: Weight, tp: int) -> float:
+    """The part of a weight that one of `tp` cards holds."""
+    if weight.split == KV_HEADS:
+        return max(1, math.ceil(model.kv_heads / tp)) / model.kv_heads
+    return 1 / tp if weight.split in (OUTPUTS, INPUTS) else 1
 
 
 def flow_bytes_per_token(model: Model, dtype: str, tp: int = 1) -> float:
@@ -224,6 +323,8 @@ def serve(model: Model, setup: Serving) -> ServePlan:
     """
     setup = filled(model, setup)
     check(model, setup)
+    if setup.language_model_only:
+        model = replace(model, weights=weights.without_tower(model))
     if setup.gpu_memory_utilization is not None:
         return serve_with_share(model, setup)
     plans = [
@@ -234,39 +335,67 @@ def serve(model: Model, setup: Serving) -> ServePlan:
 
 
 def serve_with_share(model: Model, setup: Serving) -> ServePlan:
-    """`serve` for a `setup` that leaves nothing open."""
+    """`serve` for a `setup` that leaves only the cards open: the plan of the fullest of them."""
+    plans = []
+    for stage, layers in enumerate(stages(model, setup)):
+        cards = range(stage * setup.tp, (stage + 1) * setup.tp)
+        sizes = setup.memories_gib or (setup.gpu_memory_gib,) * setup.gpus
+        smallest = min(sizes[card] for card in cards)
+        plans.append(card_plan(model, setup, layers, smallest))
+    fits = all(plan.fits for plan in plans)
+    return replace(min(plans, key=lambda plan: (plan.fits, plan.kv_tokens)), fits=fits)
+
+
+def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) -> ServePlan:
+    """The plan of a card of `memory_gib` that has these layers."""
     tp = setup.tp
-    pp = setup.pp
-    dtype = model.stored if setup.dtype == "auto" else setup.dtype
+    dtype = model.dtype if setup.dtype == "auto" else setup.dtype
     batch = flow_bytes_per_token(model, dtype, tp) * setup.max_num_batched_tokens
     compiling = compiling_bytes(model, dtype, setup.max_num_batched_tokens, tp)
+    is_last = layers.stop == model.layers
 
     # 1. Inside vLLM's share: the cache takes what the others leave.
     parts = {
-        "weights": card_weights(model, dtype, tp, pp),
+        "weights": card_weights(model, dtype, tp, layers, is_last),
         "activations": batch if setup.enforce_eager else max(batch, compiling),
         "libraries": LIBRARIES,
     }
-    budget = setup.gpu_memory_gib * setup.gpu_memory_utilization * GIB
+    budget = memory_gib * setup.gpu_memory_utilization * GIB
     room = budget - sum(parts.values())
     parts["kv_cache"] = max(0, room)
 
     # 2. Outside of it: graphs, and the context, taken before vLLM looks.
     parts["cuda_graphs"] = graph_bytes(model, setup, dtype)
-    parts["cuda_context"] = CONTEXT + (NCCL if tp * pp > 1 else 0)
-
+    parts["cuda_context"] = CONTEXT + (NCCL if tp * setup.pp > 1 else 0)
     per_gpu = gib(parts)
-    per_token = kv_bytes_per_token(model, setup.kv_dtype, tp, pp, dtype)
-    kv_tokens = tokens_in(room, per_token)
-    cache_is_enough = kv_tokens >= setup.max_model_len * setup.concurrency
+    free_gib = memory_gib if setup.free_memory_gib is None else setup.free_memory_gib
+
+    # 3. The cache in vLLM's blocks.
+    number = kv_number(model, setup.kv_dtype, dtype)
+    pool = cache.pool(model.caches, number, tp, setup.block_size)
+    of_request = pool.blocks_of_request(setup.max_model_len, in_flight(setup))
+    block_bytes = pool.block_bytes(layers)
+    blocks = max(0, math.floor(room / block_bytes))
+    requests = blocks / of_request
+    here = model.caches[layers.start : layers.stop]
     return ServePlan(
-        fits=cache_is_enough and per_gpu["total"] <= setup.gpu_memory_gib,
+        fits=requests >= setup.concurrency and per_gpu["total"] <= free_gib,
         per_gpu_gib=per_gpu,
         budget_gib=round(budget / GIB, 2),
         gpu_memory_utilization=setup.gpu_memory_utilization,
-        host_gib=round(HOST_PROCESS_GIB * (tp * pp + 1), 1),
-        kv_tokens=kv_tokens,
-        kv_bytes_per_token=per_token,
-        max_concurrency=round(kv_tokens / setup.max_model_len, 1),
+        host_gib=round(HOST_PROCESS_GIB * (tp * setup.pp + 1), 1),
+        kv_tokens=int(requests * setup.max_model_len),
+        kv_bytes_per_token=int(cache.token_bytes(here, number, tp)),
+        kv_bytes_per_request=int(of_request * block_bytes),
+        max_concurrency=round(requests, 1),
         max_model_len=setup.max_model_len,
     )
+
+
+def in_flight(setup: Serving) -> int:
+    """Tokens of batches that are begun and not through: vLLM prepares one while another runs.
+
+    >>> in_flight(Serving()), in_flight(Serving(pp=2))
+    (4096, 4096)
+    """
+    return max(2, setup.pp) * setup.max_num_batched_tokens

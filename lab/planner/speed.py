@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lab import ROOT
-from lab.planner import weights
+from lab.planner import cache, weights
 from lab.planner.config import Model
-from lab.planner.constants import LINEAR_BYTES, width
-from lab.planner.serving import kv_bytes_per_token
+from lab.planner.constants import width
+from lab.planner.serving import kv_number
 from lab.planner.training import Training, trained_parameters
 
 CARD = "RTX 4090"  # what is predicted for where no card is
@@ -124,10 +124,15 @@ def read_weights(model: Model, dtype: str, batch: int) -> float:
     >>> read_weights(QWEN_7B, "bfloat16", 1) / 1e9  # 15.2 GB less the embedding
     14.141238272
     """
-    sleeping = max(0, model.experts - batch * model.experts_per_token)
-    idle = model.expert_layers * weights.mlp(model, model.expert_intermediate) * sleeping
-    rows = 0 if model.tied else weights.embedding(model) * width(dtype)
-    return weights.stored_bytes(model, dtype) - idle * LINEAR_BYTES[dtype] - rows
+    awake = min(1, batch * model.experts_per_token / max(1, model.experts))
+    total = 0.0
+    for weight in model.weights:
+        rows_only = weight.part == "embedding" and not model.tied
+        if rows_only or weight.part == "vision":
+            continue
+        read = awake if weight.part == "experts" else 1
+        total += read * weight.count * weights.number_bytes(model, weight, dtype)
+    return total
 
 
 def decode(
@@ -147,9 +152,10 @@ def decode(
     >>> round(decode(QWEN_7B, Machine()).decode_tok_per_s)  # 1008 GB/s / 14.2 GB
     71
     """
-    dtype = model.stored if dtype == "auto" else dtype
-    cache = batch * context * kv_bytes_per_token(model, kv_dtype, tp, dtype=dtype)
-    reading = (read_weights(model, dtype, batch) / tp + cache) / machine.bandwidth
+    dtype = model.dtype if dtype == "auto" else dtype
+    number = kv_number(model, kv_dtype, dtype)
+    kept = batch * cache.request_bytes(model.caches, context, number, tp)
+    reading = (read_weights(model, dtype, batch) / tp + kept) / machine.bandwidth
     computing = 2 * batch * weights.active(model) / tp / machine.flops
     moving = tensor_parallel(model, machine, batch, tp, dtype)
     step = max(reading, computing) + moving
@@ -183,7 +189,7 @@ def prefill(
     >>> round(prefill(QWEN_7B, Machine()).ttft_ms)  # 13.58e12 / 165.2e12
     82
     """
-    dtype = model.stored if dtype == "auto" else dtype
+    dtype = model.dtype if dtype == "auto" else dtype
     computing = prefill_flop(model, tokens) / tp / machine.flops
     seconds = computing + tensor_parallel(model, machine, tokens, tp, dtype)
     return PrefillSpeed(prefill_tok_per_s=tokens / seconds, ttft_ms=seconds * 1e3)

@@ -5,6 +5,14 @@ Exact: tests/test_memory.py counts them in models that transformers builds.
 
 from lab.planner.config import Model
 from lab.planner.constants import LINEAR_BYTES, width
+from lab.planner.tensors import Weight
+
+PACKED = ("linear", "experts")  # the parts of a model that quantisation packs
+
+
+def of_parts(model: Model, *parts: str) -> int:
+    """Weights in these parts: linear, experts, embedding, head, vision, other."""
+    return sum(weight.count for weight in model.weights if weight.part in parts)
 
 
 def attention(model: Model) -> int:
@@ -28,18 +36,35 @@ def mlp(model: Model, intermediate: int) -> int:
 
 
 def linear(model: Model) -> int:
-    """Weights in all linear layers of the decoder: what quantisation packs and LoRA adapts.
+    """Weights in all linear layers and experts of the decoder: what quantisation packs.
 
     >>> linear(QWEN_7B)  # 28 * (29360128 + 203685888)
     6525288448
     """
-    attentions = model.layers * attention(model)
-    dense_layers = model.layers - model.expert_layers
-    dense = dense_layers * mlp(model, model.intermediate)
-    experts = model.experts * mlp(model, model.expert_intermediate)
-    shared = mlp(model, model.shared_intermediate)
-    sparse = model.expert_layers * (experts + shared)
-    return attentions + dense + sparse
+    return of_parts(model, "linear", "experts")
+
+
+def experts(model: Model) -> int:
+    """Weights of the experts among them, which lie in tensors of three dimensions.
+
+    >>> experts(QWEN_7B)  # a dense model
+    0
+    """
+    return of_parts(model, "experts")
+
+
+def vision(model: Model) -> int:
+    """Weights of the tower that reads pictures, where there is one.
+
+    >>> vision(QWEN_7B)
+    0
+    """
+    return of_parts(model, "vision")
+
+
+def without_tower(model: Model) -> tuple[Weight, ...]:
+    """What is loaded of a model that reads no pictures."""
+    return tuple(weight for weight in model.weights if weight.part != "vision")
 
 
 def embedding(model: Model) -> int:
@@ -57,8 +82,7 @@ def embeddings(model: Model) -> int:
     >>> embeddings(QWEN_7B)
     1089994752
     """
-    copies = 1 if model.tied else 2
-    return copies * embedding(model)
+    return of_parts(model, "embedding", "head")
 
 
 def other(model: Model) -> int:
@@ -67,21 +91,7 @@ def other(model: Model) -> int:
     >>> other(QWEN_7B)  # 28 layers * (2 norms * 3584 + 4608 biases) + the last norm
     333312
     """
-    norms = 2 * model.hidden
-    if model.qk_norm:
-        norms += 2 * model.head_dim
-    biases = 0
-    if model.qkv_bias:
-        biases += model.query_width + 2 * model.kv_width
-    if model.o_bias:
-        biases += model.hidden
-
-    columns = model.experts
-    if model.shared_intermediate:
-        columns += 1  # the gate of the expert that every token passes
-    routers = model.expert_layers * model.hidden * columns
-    last_norm = model.hidden
-    return model.layers * (norms + biases) + last_norm + routers
+    return of_parts(model, "other")
 
 
 def parameters(model: Model) -> int:
@@ -90,7 +100,7 @@ def parameters(model: Model) -> int:
     >>> parameters(QWEN_7B)  # as the model card says
     7615616512
     """
-    return linear(model) + other(model) + embeddings(model)
+    return sum(weight.count for weight in model.weights)
 
 
 def active(model: Model) -> int:
@@ -99,10 +109,21 @@ def active(model: Model) -> int:
     >>> active(QWEN_7B)  # dense: all of them, and the output layer
     7070285824
     """
-    idle_experts = model.experts - model.experts_per_token
-    idle_of_layer = idle_experts * mlp(model, model.expert_intermediate)
-    idle = model.expert_layers * idle_of_layer
-    return linear(model) - idle + embedding(model)
+    dense = linear(model) - experts(model)
+    awake = experts(model) * model.experts_per_token // max(1, model.experts)
+    return dense + awake + embedding(model)
+
+
+def number_bytes(model: Model, weight: Weight, dtype: str) -> float:
+    """Bytes of one number of this weight where the model is asked for as `dtype`.
+
+    A quantised checkpoint stays as it is; "auto" also leaves the others as they are.
+    """
+    if weight.number is not None:
+        return weight.number
+    dtype = model.dtype if dtype == "auto" else dtype
+    is_packed = weight.part in PACKED and not model.quantised
+    return LINEAR_BYTES[dtype] if is_packed else width(dtype)
 
 
 def stored_bytes(model: Model, dtype: str = "auto") -> float:
@@ -113,11 +134,7 @@ def stored_bytes(model: Model, dtype: str = "auto") -> float:
     >>> round(stored_bytes(QWEN_7B, "int4") / 1e9, 2)  # embeddings stay in 16 bits
     5.57
     """
-    if dtype == "auto":
-        dtype = model.stored
-    packed = linear(model)
-    rest = parameters(model) - packed
-    return packed * LINEAR_BYTES[dtype] + rest * width(dtype)
+    return sum(weight.count * number_bytes(model, weight, dtype) for weight in model.weights)
 
 
 def lora(model: Model, rank: int) -> int:
@@ -128,13 +145,5 @@ def lora(model: Model, rank: int) -> int:
     >>> lora(QWEN_7B, 16)  # 16 * 28 layers * (2 * 7168 + 2 * 4096 + 3 * 22528)
     40370176
     """
-    query_and_output = 2 * (model.hidden + model.query_width)
-    key_and_value = 2 * (model.hidden + model.kv_width)
-    inputs_and_outputs = model.layers * (query_and_output + key_and_value)
-
-    dense_layers = model.layers - model.expert_layers
-    inputs_and_outputs += dense_layers * 3 * (model.hidden + model.intermediate)
-    if model.shared_intermediate:
-        shared = 3 * (model.hidden + model.shared_intermediate)
-        inputs_and_outputs += model.expert_layers * shared
-    return rank * inputs_and_outputs
+    adapted = [weight for weight in model.weights if weight.part == "linear"]
+    return rank * sum(sum(weight.shape) * len(weight.layers) for weight in adapted)

@@ -2,9 +2,10 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from lab import machine, models
+from lab import fail, machine, models
 from lab.planner import config, constants, serving, speed
 from lab.planner.config import Model
 from lab.planner.serving import Serving
@@ -83,4 +84,16 @@ def request(model: str, setup: Setup, cards: Cards = TWO_4090S) -> Request:
 
 
 def read_model(name: str) -> Model:
-    return config.read(models.config(name), name)
+    """The model of this name; what its safetensors files say goes before its config.json."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        fail(
+            f"{name} is for llama.cpp: vLLM 0.26 and the trainings here load no GGUF. Give the "
+            "folder or the hub id of the model in safetensors"
+        )
+    model = config.read(models.config(name), name)
+    if not path.is_dir():
+        return model
+    from lab.planner import counted
+
+    return counted.with_headers(model, path)

@@ -18,12 +18,28 @@ def read_line(line: str, cards: Cards = TWO_4090S) -> Request:
 def asked(args: argparse.Namespace, cards: Cards) -> Request:
     """The question of parsed arguments."""
     setup = SETUPS[args.task]
-    options = {field.name: getattr(args, field.name) for field in fields(setup)}
+    options = {
+        field.name: getattr(args, field.name)
+        for field in fields(setup)
+        if hasattr(args, field.name)
+    }
+    options |= memory_of_cards(args)
     if args.task == "train" and args.engine is None:
         deepspeed = args.zero or args.offload != "none"
         options["engine"] = "deepspeed" if deepspeed else "ddp"
     question = request(args.model, setup(**options), cards)
     return question._replace(engine=getattr(args, "engine", None) or "")
+
+
+def memory_of_cards(args: argparse.Namespace) -> dict:
+    """The fields of a setup that say how large the cards are: one size, or one for each card."""
+    sizes = args.gpu_memory_gib
+    if len(sizes) == 1:
+        return {"gpu_memory_gib": sizes[0]}
+    if len(sizes) != args.gpus:
+        fail(f"--gpu-memory-gib names {len(sizes)} cards, and --gpus {args.gpus}")
+    same = {"gpu_memory_gib": min(sizes)}
+    return same | ({"memories_gib": sizes} if args.task == "serve" else {})
 
 
 # -----------------------------------------------------------------------------
@@ -47,6 +63,13 @@ def at_least(least: float, kind: type, otherwise: str) -> Callable[[str], float]
 
 count = at_least(1, int, "a count must be a whole number of at least 1")
 memory = at_least(0.1, float, "memory must be at least 0.1 GiB")
+
+
+def of_each(kind: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """A type for argparse: numbers of a kind, with commas between them."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
 elements = at_least(1, float, "a bucket has at least 1 element")
 share = at_least(
     0.01, float, "--gpu-memory-utilization is a share of the card, above 0 and at most 1"
@@ -90,9 +113,11 @@ def add_cards(parser: Parser, cards: Cards) -> None:
     )
     parser.add_argument(
         "--gpu-memory-gib",
-        type=memory,
-        default=cards.memory_gib,
-        help=f"of one card as CUDA sees it (default: %(default)s, as an {names})",
+        type=of_each(memory),
+        default=(cards.memory_gib,),
+        metavar="GIB[,GIB...]",
+        help="of one card as CUDA sees it, or of each card in turn "
+        f"(default: {cards.memory_gib:g}, as an {names})",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
@@ -108,9 +133,22 @@ def add_serve(parser: Parser) -> None:
     parser.add_argument(
         "--tp",
         type=count,
-        help="tensor parallel size (default: as many cards as --pp leaves and the heads allow)",
+        help="tensor parallel size (default: as many cards as --pp leaves and the model allows)",
     )
     parser.add_argument("--pp", type=count, default=1, help="pipeline parallel size")
+    parser.add_argument(
+        "--pp-layers",
+        type=of_each(count),
+        default=(),
+        metavar="N,N...",
+        help="layers of each stage of the pipeline (VLLM_PP_LAYER_PARTITION; default: even)",
+    )
+    parser.add_argument(
+        "--free-memory-gib",
+        type=memory,
+        help="what is free on a card before vLLM starts: less than all of it beside a desktop or "
+        "under WSL2 (default: all of it)",
+    )
 
     # Weights and cache.
     dtypes = ["auto", *constants.LINEAR_BYTES]
@@ -128,7 +166,13 @@ def add_serve(parser: Parser) -> None:
     )
     parser.add_argument("--max-num-seqs", type=count, default=256)
     parser.add_argument("--max-num-batched-tokens", type=count, default=2048)
+    parser.add_argument("--block-size", type=count, default=16, help="tokens of a block")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--language-model-only",
+        action="store_true",
+        help="leave the vision tower out: the server takes no pictures",
+    )
 
 
 def add_train(parser: Parser) -> None:

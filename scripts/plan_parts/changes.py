@@ -69,14 +69,19 @@ def serve_changes(
     """What to try when a server does not fit; its cache holds `kv_tokens`."""
     cards = min(setup.gpus // setup.pp, model.heads)
     larger = range(setup.tp + 1, cards + 1)
-    divisions = [tp for tp in larger if serving.splits(model, tp)]
+    divisions = [tp for tp in larger if not serving.obstacle(model, tp)]
+    stages = setup.gpus // setup.tp
     asked = setup.gpu_memory_utilization
     shares = [share for share in (0.95, *serving.UTILIZATIONS) if asked and share != asked]
     held = max(1, kv_tokens // setup.max_model_len)  # requests that the cache does hold
     bytes_now = constants.LINEAR_BYTES[model.stored if setup.dtype == "auto" else setup.dtype]
+    # vLLM makes FP8 of a checkpoint in 16 bits as it loads it; int4 is another checkpoint.
     quantised = [Change(8, "dtype", "fp8"), Change(10, "dtype", "int4")]
+    if model.quantised:
+        quantised = []
     return [
         [Change(1, "tp", divisions[-1])] if divisions else [],
+        [Change(1.5, "pp", stages)] if setup.pp == 1 < stages else [],
         [Change(1, "gpu_memory_utilization", share) for share in shares],
         [Change(2, "concurrency", held)] if setup.concurrency > 1 else [],
         [Change(2, "kv_dtype", "fp8")] if setup.kv_dtype != "fp8" and fp8_cards else [],
@@ -125,7 +130,7 @@ def changed(
     """`setup` with these changes; None where no engine does that together."""
     new = replace(setup, **{change.option: change.value for change in combination})
     if isinstance(new, Serving):
-        return new
+        return new if new.tp * new.pp <= new.gpus else None
     options = {change.option for change in combination}
     if "method" in options and options & {"zero", "offload"}:
         return None

@@ -1,0 +1,192 @@
+"""Weights that are counted, not computed: a model built without memory, a checkpoint's headers.
+
+transformers builds any architecture that it knows on PyTorch's meta device, where a tensor has a
+shape and no numbers. A safetensors file begins with the name, type and shape of each tensor.
+"""
+
+import json
+import re
+import struct
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from lab import fail
+from lab.planner import cache, quantization
+from lab.planner.families import Family
+from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, WHOLE, Decoder, Weight
+from lab.planner.values import Values
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+HEAD = re.compile(r"(lm_head|embed_out|output_layer)\.")
+TOWER = re.compile(r"(^|[._])(visual|vision|image|audio|multi_modal|mm|embed_vision|embed_audio)")
+NOT_PACKED = re.compile(r"(norm|router|conv|mlp\.gate\.weight|embed)")
+COPIED = re.compile(r"\.(q_a|kv_a|in_a)_proj")
+BY_INPUTS = re.compile(r"\.(o_proj|out_proj|down_proj|dense|c_proj|w2|dense_4h_to_h|fc2)\b")
+
+
+def part_of(name: str, shape: tuple[int, ...]) -> str:
+    """What a weight of this name belongs to: see `Weight.part`.
+
+    >>> part_of("model.layers.0.mlp.experts.down_proj", (8, 64, 32))
+    'experts'
+    >>> part_of("model.layers.0.mlp.gate.weight", (8, 64))
+    'other'
+    """
+    if TOWER.search(name):
+        return "vision"
+    if EMBEDDING.search(name):
+        return "embedding"
+    if HEAD.search(name):
+        return "head"
+    if "layers." not in name and ".h." not in name:
+        return "other"
+    if "experts" in name and len(shape) != 1 and "shared" not in name:
+        return "experts"
+    is_packed = len(shape) == 2 and not NOT_PACKED.search(name)
+    return "linear" if is_packed else "other"
+
+
+def split_of(name: str, part: str) -> str:
+    """How vLLM divides it, which its name tells."""
+    if part in ("embedding", "head"):
+        return OUTPUTS
+    if part not in ("linear", "experts", "vision") or COPIED.search(name):
+        return WHOLE
+    if re.search(r"\.[kv]_proj", name) and part == "linear":
+        return KV_HEADS
+    return INPUTS if BY_INPUTS.search(name) else OUTPUTS
+
+
+# -----------------------------------------------------------------------------
+# A model built without memory
+
+
+def read(top: Values, config: Values, architecture: str):
+    """The model of an architecture that transformers knows, as lab.planner.config.read gives it.
+
+    Raises SystemExit(2) with one sentence where transformers does not know or refuses it.
+    """
+    from lab.planner import config as configs
+
+    names = f"planner's table does not have {architecture}: transformers builds it without memory"
+    print(f"the {names}, which takes some seconds", file=sys.stderr)
+    shapes, sizes = built(top, architecture)
+    text = Values(configs.without_none(sizes) | configs.without_none(config.values), top.name)
+    has_experts = any("experts" in name for name in shapes)
+    family = Family(moe="qwen" if has_experts else "")
+    decoder = configs.decoder_of(text, top, family)
+    latent = config.has("kv_lora_rank")
+    caches = cache.of_layers(decoder, text, latent)
+    weights = quantization.stored(grouped(shapes), top)
+    return configs.model_of(decoder, weights, caches, text, top, family)
+
+
+def built(top: Values, architecture: str) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """{name of a parameter: its shape}, and the sizes that transformers fills in."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None or not hasattr(model_class, "config_class"):
+        fail(
+            f"{top.name} has the architecture {architecture[:60]}, which neither the planner nor "
+            f"transformers {transformers.__version__} knows"
+        )
+    values = {key: value for key, value in top.values.items() if key != "quantization_config"}
+    try:
+        settings = model_class.config_class.from_dict(values)
+        with torch.device("meta"):
+            model = model_class(settings)
+    except Exception as e:  # what a class does with a wrong value is its own
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        fail(f"transformers cannot build {top.name} ({architecture}): {reason[:200]}")
+    decoder = settings.get_text_config()
+    sizes = {key: getattr(decoder, key, None) for key in SIZES}
+    filled = {key: value for key, value in decoder.to_dict().items() if key not in SIZES}
+    return {name: tuple(w.shape) for name, w in model.named_parameters()}, filled | sizes
+
+
+def grouped(shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
+    """Weights that differ only in the number of their layer, together."""
+    layers_of: dict[tuple, list[int]] = defaultdict(list)
+    for name, shape in shapes.items():
+        part = part_of(name, shape)
+        layer = re.search(r"(?:layers|h)\.(\d+)\.", name)
+        if layer and part != "vision":
+            general = name[: layer.start(1)] + "*" + name[layer.end(1) :]
+            layers_of[general, shape, part].append(int(layer[1]))
+        else:
+            layers_of[name, shape, part] = []
+    return [
+        Weight(name, shape, tuple(layers), part, split_of(name, part))
+        for (name, shape, part), layers in layers_of.items()
+    ]
+
+
+# -----------------------------------------------------------------------------
+# A checkpoint's headers
+
+BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
+
+
+def with_headers(model, folder: Path):
+    """The model with the bytes that the safetensors files in `folder` say, part by part.
+
+    Only a quantised checkpoint differs from what its config.json tells. Raises SystemExit(2) with
+    one sentence for a file that is none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not model.quantised:
+        return model
+    stored: Counter[str] = Counter()
+    for file in files:
+        for name, (dtype, shape) in header(file).items():
+            layer = re.search(r"layers\.(\d+)\.", name)
+            is_draft = name.startswith("mtp.") or (layer and int(layer[1]) >= model.layers)
+            if is_draft and not TOWER.search(name):
+                continue
+            numbers = 1
+            for size in shape:
+                numbers *= size
+            part = part_of(re.sub(r"\.(qweight|qzeros|scales|weight_\w+)$", ".weight", name), shape)
+            part = "linear" if part == "experts" else part
+            stored[part] += numbers * BYTES.get(dtype, 1)
+    packed = sum(w.count for w in model.weights if w.part in ("linear", "experts"))
+    if not stored["linear"] or not packed:
+        return model
+    number = stored["linear"] / packed
+    weights = (
+        replace(w, number=number) if w.part in ("linear", "experts") else w for w in model.weights
+    )
+    return replace(model, weights=tuple(weights))
+
+
+def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name of a tensor: (its type, its shape)} of a safetensors file."""
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > LONGEST_HEADER:
+                raise ValueError("its header is too long")
+            tensors = json.loads(stream.read(length))
+        return {
+            name: (tensor["dtype"], tuple(tensor["shape"]))
+            for name, tensor in tensors.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        fail(f"{file} is no safetensors file: {e}")
