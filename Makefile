@@ -81,6 +81,7 @@ image-fits: env ## what each recipe needs on each card and on the host, and whet
 
 .PHONY: vllm-serve vllm-chat vllm-structured watch vllm-throughput paging prefix-caching
 .PHONY: batch-one speculative vllm-tp monitor vllm-load vllm-bench two-nodes mini-vllm mini-tp
+.PHONY: vllm-embed vllm-picture
 vllm-serve: env ## start the OpenAI-compatible server (FG=1 in front, MODEL=, RECIPE=, PORT=)
 	@$(PY) modules/03_vllm/01_serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(PORT),--port $(PORT)) $(if $(FG),--foreground) $(ARGS)
 
@@ -128,6 +129,12 @@ mini-vllm: env ## a small vLLM from scratch, its speed beside vLLM's (ARGS="--on
 
 mini-tp: env ## tensor parallelism from scratch on two processes: the logits of one
 	@$(PY) -m lab.launch mini-tp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/03_vllm/16_tensor_parallel.py $(ARGS)
+
+vllm-embed: env ## texts to vectors, and to scores for a question, by a server that pools
+	@$(PY) modules/03_vllm/17_embed.py $(ARGS)
+
+vllm-picture: env ## send the running vision-language model a picture (ARGS="--image my.jpg")
+	@$(PY) modules/03_vllm/18_picture.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 04 Accelerate

@@ -91,6 +91,21 @@ def reads_pictures(request: Request) -> bool:
     return has_tower and not request.setup.language_model_only
 
 
+def full_config(name: str) -> dict:
+    """The model's config.json; vLLM wants each layer that is left in 16 bits by its whole name."""
+    config = models.config(name)
+    quantization = config.get("quantization_config", {})
+    if "modules_to_not_convert" not in quantization:
+        return config
+    kept = []
+    for weight in read_model(name).weights:
+        if weight.number is None and len(weight.shape) > 1:
+            module = weight.name.removesuffix(".weight")
+            layers = weight.layers or range(weight.times)
+            kept += [module.replace("*", str(layer)) for layer in layers]
+    return config | {"quantization_config": quantization | {"modules_to_not_convert": kept}}
+
+
 def copy_processor(model: str, folder: Path) -> None:
     """Put the model's tokenizer and processor into `folder`: small files from the hub."""
     from huggingface_hub import snapshot_download
@@ -108,7 +123,7 @@ def serve(request: Request, log: Path) -> dict:
         if reads_pictures(request):
             copy_processor(request.model, Path(folder))
             options["skip_tokenizer_init"] = False
-        Path(folder, "config.json").write_text(json.dumps(models.config(request.model)))
+        Path(folder, "config.json").write_text(json.dumps(full_config(request.model)))
         script = Path(folder, "engine.py")
         script.write_text(ENGINE)
         command = [sys.executable, script, json.dumps(options | {"model": folder})]

@@ -48,7 +48,7 @@ def worker(request: Request) -> None:
             dist.init_process_group(backend)
         engine = torch_engine(setup, config, device, world)
 
-    measured = measured_steps(setup, engine, config.vocab_size, device)
+    measured = measured_steps(setup, engine, config, device)
     everyone = [measured]
     if world > 1:
         everyone = [None] * world
@@ -62,7 +62,7 @@ def worker(request: Request) -> None:
         os._exit(0)  # gloo's threads can abort an orderly end, and there is nothing left to keep
 
 
-def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> dict[str, float]:
+def measured_steps(setup: Training, engine: Engine, config, device) -> dict[str, float]:
     """{part of a step: GiB at its peak, ...} of this process; on a CPU only the host's memory."""
     import torch
 
@@ -77,11 +77,10 @@ def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> 
 
     for _ in range(STEPS):
         for _ in range(setup.accumulate):
-            shape = (setup.micro_batch, setup.seq_len)
-            ids = torch.randint(0, vocabulary, shape, device=device)
+            inputs = random_inputs(setup, config, device)
             lap("between")
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = engine.forward(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = engine.forward(**inputs, use_cache=False).loss
             lap("forward")
             engine.backward(loss)
             lap("backward")
@@ -97,25 +96,159 @@ def measured_steps(setup: Training, engine: Engine, vocabulary: int, device) -> 
     return measured
 
 
-def random_model(setup: Training, config, device, dtype):
-    """A model with random weights of `dtype`, as the line's method trains it."""
+def random_inputs(setup: Training, config, device) -> dict:
+    """Random tokens; of Qwen's vision-language models also one picture a sequence."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if setup.method == "qlora":
-        pack(model, device)
-    if setup.checkpointing:
+    vocabulary = config.get_text_config().vocab_size
+    shape = (setup.micro_batch, setup.seq_len)
+    ids = torch.randint(0, vocabulary, shape, device=device)
+    if not setup.image_tokens:
+        return {"input_ids": ids, "labels": ids}
+    vision = config.vision_config
+    merged = vision.spatial_merge_size  # patches of a side that become one token
+    rows = torch.tensor([1, merged, merged * setup.image_tokens], device=device)
+    grid = rows.repeat(setup.micro_batch, 1)  # frames, rows and columns of patches
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(int(grid.prod(1).sum()), patch, device=device)
+    # No token of a picture but in its place.
+    ids[ids >= vocabulary - 1000] = 0
+    ids[:, 1 : 1 + setup.image_tokens] = config.image_token_id
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": pixels,
+        "image_grid_thw": grid,
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
+# -----------------------------------------------------------------------------
+# A model with random weights
+
+
+def model_class(config):
+    """The class that trains this config: one for text, another where pictures are read too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    reads_pictures = hasattr(config, "vision_config")
+    return AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+
+
+def prepared(model, setup: Training):
+    """The model with the line's checkpointing and adapters; a vision tower is frozen."""
+    reads_pictures = hasattr(model.config, "vision_config")
+    if setup.checkpointing and reads_pictures:
+        checkpoint_as_llamafactory(model)
+    elif setup.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     if setup.method != "full":
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = r".*language_model\..*_proj" if reads_pictures else "all-linear"
+        lora = LoraConfig(r=setup.lora_rank, target_modules=adapted, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     return model.train()
+
+
+def checkpoint_as_llamafactory(model) -> None:
+    """Only blocks with trained weights, so no frozen tower (lab/planner/tower.py)."""
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
+
+    prepare_model_for_training(model, ModelArguments(model_name_or_path="random weights"))
+
+
+def random_model(setup: Training, config, device, dtype):
+    """All of it at once, as DeepSpeed takes it; ZeRO-3 divides each weight as it is made."""
+    import torch
+
+    torch.manual_seed(0)
+    with device:
+        model = model_class(config).from_config(config, dtype=dtype)
+    if setup.method == "qlora":
+        pack(model.get_decoder().layers, device)
+    return prepared(model, setup)
+
+
+def model_in_pieces(setup: Training, config, device, dtype, divide: Callable):
+    """Layer by layer: made, packed and given to `divide`, so that no card holds all of it."""
+    import torch
+    from accelerate import init_empty_weights
+
+    torch.manual_seed(0)
+    with init_empty_weights():  # parameters without memory; buffers are real
+        model = model_class(config).from_config(config, dtype=dtype)
+    model.tie_weights()
+    layers = model.get_decoder().layers
+    model = prepared(model, setup)
+    for layer in layers:
+        fill(layer, device)
+        if setup.method == "qlora":
+            pack(layer, device)
+        divide(layer)
+    fill(model, device)
+    divide(model)
+    return model
+
+
+def fill(module, device) -> None:
+    """Give random values to the parameters below `module` that have no memory yet.
+
+    Trained ones are made in fp32, as PyTorch's engines hold them.
+    """
+    import torch
+
+    made: dict[int, torch.nn.Parameter] = {}  # a tied parameter has two owners
+    for owner in module.modules():
+        for name, empty in list(owner._parameters.items()):
+            if empty is None or not empty.is_meta:
+                continue
+            if id(empty) not in made:
+                dtype = torch.float32 if empty.requires_grad else empty.dtype
+                values = torch.empty(empty.shape, dtype=dtype, device=device).normal_(std=0.02)
+                made[id(empty)] = torch.nn.Parameter(values, empty.requires_grad)
+            owner._parameters[name] = made[id(empty)]
+        for name, buffer in list(owner._buffers.items()):
+            owner._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def pack(module, device) -> None:
+    """Put 4-bit layers in the place of the linear layers below `module`, but for adapters.
+
+    nf4 with double quantisation, as LLaMA-Factory's quantization_bit: 4.
+    """
+    import torch
+
+    for name, linear in list(module.named_modules()):
+        if type(linear) is torch.nn.Linear and "lora_" not in name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, packed(linear, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def packed(linear, device):
+    """A 4-bit layer with these weights. FSDP divides what is stored as 16-bit numbers."""
+    import bitsandbytes as bnb
+    import torch
+
+    kind = {"quant_type": "nf4", "quant_storage": torch.bfloat16, "compress_statistics": True}
+    with torch.device("meta"):
+        small = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            compute_dtype=torch.bfloat16,
+            **kind,
+        )
+    weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=small, **kind)
+    small.weight = weight.to(device)  # this packs it
+    if linear.bias is not None:
+        small.bias = torch.nn.Parameter(linear.bias.data, requires_grad=False)
+    return small
 
 
 def trained(model) -> list:
@@ -163,17 +296,10 @@ def torch_engine(setup: Training, config, device, world: int) -> Engine:
 
     frozen_in_16_bits = not setup.full and setup.dtype != "float32"
     dtype = torch.bfloat16 if frozen_in_16_bits else torch.float32
-    model = random_model(setup, config, device, dtype)
+    divide = fsdp(setup, device) if setup.engine == "fsdp" else nothing
+    model = model_in_pieces(setup, config, device, dtype, divide)
     forward = model
-    if setup.engine == "fsdp":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        computed = torch.bfloat16 if setup.dtype == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=computed)
-        for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    elif world > 1:
+    if setup.engine == "ddp" and world > 1:
         cards = [device.index] if device.type == "cuda" else None
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=cards)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-5, weight_decay=0.0)
@@ -185,43 +311,17 @@ def torch_engine(setup: Training, config, device, world: int) -> Engine:
     return Engine(forward, torch.Tensor.backward, nothing, end_step)
 
 
-def nothing() -> None:
+def fsdp(setup: Training, device) -> Callable:
+    """FSDP2 for a module: bf16 in the computation, and where it rests as the line says."""
+    import torch
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    computed = torch.bfloat16 if setup.dtype == "bfloat16" else None
+    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=computed)}
+    if setup.offloads:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    return lambda module: fully_shard(module, **options)
+
+
+def nothing(*_) -> None:
     pass
-
-
-def pack(model, device) -> None:
-    """Put 4-bit layers in the place of the decoder's linear layers.
-
-    nf4 with double quantisation, as LLaMA-Factory's quantization_bit: 4.
-    """
-    import torch
-
-    layers = model.model.layers
-    for name, module in list(layers.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(layers.get_submodule(parent), leaf, packed(module).to(device))
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def packed(linear):
-    import bitsandbytes as bnb
-    import torch
-
-    small = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=torch.bfloat16,
-        quant_type="nf4",
-    )
-    small.weight = bnb.nn.Params4bit(
-        linear.weight.data.cpu(),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-    )
-    if linear.bias is not None:
-        small.bias = torch.nn.Parameter(linear.bias.data)
-    return small

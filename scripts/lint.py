@@ -58,6 +58,8 @@ LESSON = {
     "03_vllm/14_two_nodes.py": r"pipeline-parallel-size",
     "03_vllm/15_mini_vllm.py": r"llm\.generate\(",
     "03_vllm/16_tensor_parallel.py": r"dist\.all_reduce\(",
+    "03_vllm/17_embed.py": r"embeddings\.create\(",
+    "03_vllm/18_picture.py": r"chat\.completions\.create\(",
     "04_Accelerate/01_train_ddp.py": r"DistributedDataParallel\(",
     "04_Accelerate/02_train_accelerate.py": r"accelerator\.prepare\(",
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",

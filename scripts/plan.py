@@ -20,7 +20,7 @@ from plan_parts.changes import fits, suggestion
 from plan_parts.recipes import recipes
 
 from lab import results
-from lab.planner import serving, speed, training, weights
+from lab.planner import serving, speed, states, training, weights
 from lab.planner.config import Model
 from lab.planner.serving import Serving
 from lab.planner.training import Training
@@ -45,11 +45,18 @@ def plan(request: Request) -> dict:
     answer["parameters"] = weights.parameters(model)
     answer["predicted_speed"] = predicted_speed(model, request)
     answer["notes"] = fp8_notes(model, request, answer["suggestion"])
+    if request.task == "serve":
+        answer["notes"] += start_notes(setup, answer)
+    if request.task == "train":
+        answer["notes"] += states.notes(model, setup)
     return answer
 
 
 def largest(model: Model, setup: Training) -> dict[str, int]:
-    """The largest micro-batch and the longest sequences that still fit, each alone."""
+    """The largest micro-batch and the longest sequences that still fit, each alone.
+
+    Sequences are no longer than the model was made for.
+    """
 
     def batch_fits(sequences: int) -> bool:
         return fits(model, replace(setup, micro_batch=sequences))
@@ -58,17 +65,17 @@ def largest(model: Model, setup: Training) -> dict[str, int]:
         return fits(model, replace(setup, seq_len=tokens))
 
     return {
-        "max_micro_batch": most(batch_fits, setup.micro_batch),
-        "max_seq_len": most(length_fits, setup.seq_len),
+        "max_micro_batch": most(batch_fits, setup.micro_batch, 1_000_000),
+        "max_seq_len": most(length_fits, setup.seq_len, model.max_len),
     }
 
 
-def most(number_fits: Callable[[int], bool], number: int) -> int:
-    """The largest that fits, within 1 %, from `number`, which does; a million at most."""
+def most(number_fits: Callable[[int], bool], number: int, limit: int) -> int:
+    """The largest that fits, within 1 %, from `number`, which does, to `limit`."""
+    if number >= limit or number_fits(limit):
+        return max(number, limit)
     low = number
-    while low < 1_000_000 and number_fits(2 * low):
-        low *= 2
-    high = 2 * low
+    high = limit
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
         if number_fits(middle):
@@ -126,6 +133,27 @@ def fp8_notes(model: Model, request: Request, suggestion: str) -> list[str]:
         notes.append(
             "except on Hopper, vLLM reads an FP8 cache by FlashInfer, which nvcc compiles: "
             f"without a CUDA toolkit, {way}"
+        )
+    return notes
+
+
+def start_notes(setup: Serving, answer: dict) -> list[str]:
+    """What vLLM says at its start where others have the memory that it wants; checkpoints to find.
+
+    Source: vllm/v1/worker/utils.py, request_memory.
+    """
+    notes = []
+    free = setup.free_memory_gib
+    if free is not None and answer["budget_gib"] > free:
+        notes.append(
+            f"vLLM would not start: Free memory on device cuda:0 ({free:g}/"
+            f"{setup.gpu_memory_gib:g} GiB) on startup is less than desired GPU memory "
+            f"utilization ({answer['gpu_memory_utilization']:g}, {answer['budget_gib']:g} GiB)"
+        )
+    if "dtype int4" in answer["suggestion"] or setup.dtype == "int4":
+        notes.append(
+            "vLLM has no flag that makes int4: it is another checkpoint (AWQ or GPTQ) of the "
+            "model, given as --model"
         )
     return notes
 

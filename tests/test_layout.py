@@ -38,7 +38,7 @@ CONFIGURATIONS = {
     rf"{EDITING}/shapes\.json": "test_image_edit.py::test_shapes_json_holds_the_published_shapes",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/rules(_test)?\.yml": "test_monitoring.py::test_rules",
-    r"modules/03_vllm/configs/recipes/[\w-]+\.yaml": "test_server.py::test_recipes",
+    r"modules/03_vllm/configs/recipes/[\w.-]+\.yaml": "test_server.py::test_recipes",
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     rf"{DEEPSPEED}/(ds_config|configs/z\d)\.json": "test_deepspeed.py::test_every_key_is_read",
@@ -205,7 +205,7 @@ def test_help_begins_with_the_first_steps():
 
 def test_targets_of_module_03_stand_in_the_order_of_the_road():
     recipes = re.findall(r"modules/03_vllm/(\d\d)_\w+\.py", (ROOT / "Makefile").read_text())
-    assert recipes == sorted(recipes) and len(recipes) == 16
+    assert recipes == sorted(recipes) and len(recipes) == 18
 
 
 def test_programs_of_the_environment_are_on_the_path_of_every_target_but_setup(tree):

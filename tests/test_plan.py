@@ -116,6 +116,10 @@ FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measu
     "train --model qwen2.5-7b-instruct --gpus 1 --method qlora --checkpointing": True,
     "train --model qwen2.5-1.5b-instruct --gpus 1": False,
     "train --model qwen2.5-7b-instruct --gpus 2 --engine ddp": False,
+    "train --model qwen2.5-14b-instruct --method lora --zero 3 --checkpointing": True,
+    "train --model qwen2.5-32b-instruct --method lora --engine fsdp": False,
+    "train --model qwen2.5-32b-instruct --method lora --checkpointing": False,
+    "train --model qwen2.5-14b-instruct --zero 3 --load whole --method lora": False,
     "image-edit --gpus 2 --recipe plain": False,
     "image-edit --gpus 2 --recipe fp8": True,
     "image-edit --gpus 1 --recipe fp8": False,
@@ -377,7 +381,14 @@ def test_calibrate_trains(flags, tiny_model):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "flags", ["--engine fsdp", "--zero 2", "--zero 3 --offload optimizer+param"]
+    "flags",
+    [
+        "--engine fsdp",
+        "--engine fsdp --method lora --offload optimizer+param",
+        "--zero 2",
+        "--zero 3 --offload optimizer+param",
+        "--zero 3 --offload optimizer+param --method lora",
+    ],
 )
 def test_calibrate_trains_divided(flags, tiny_model):
     line = f"train --gpus 2 --seq-len 64 --model {tiny_model} {flags}"
@@ -450,6 +461,40 @@ BAD = {
     ),
     "zero 9": ("train --model qwen2.5-7b-instruct --zero 9", "0, 1, 2, 3"),
     "offload without zero": ("train --model qwen2.5-7b-instruct --offload optimizer", "--zero"),
+    "fsdp offloads all": (
+        "train --model qwen2.5-7b-instruct --engine fsdp --offload optimizer",
+        "--offload optimizer+param",
+    ),
+    "fsdp and nvme": (
+        "train --model qwen2.5-7b-instruct --engine fsdp --offload optimizer+param "
+        "--offload-device nvme",
+        "to the host only",
+    ),
+    "nvme without offload": (
+        "train --model qwen2.5-7b-instruct --offload-device nvme",
+        "moves nothing without --offload",
+    ),
+    "awq in full": ("train --model qwen2.5-32b-instruct-awq", "--method lora"),
+    "awq packed again": (
+        "train --model qwen2.5-32b-instruct-awq --method qlora --gpus 1",
+        "packs 16-bit weights only: give --method lora",
+    ),
+    "awq and zero 3": (
+        "train --model qwen2.5-32b-instruct-awq --method lora --zero 3",
+        "divides none of those by ZeRO-3 or FSDP",
+    ),
+    "awq and fsdp": (
+        "train --model qwen2.5-32b-instruct-awq --method lora --engine fsdp",
+        "divides none of those by ZeRO-3 or FSDP",
+    ),
+    "pictures without a tower": (
+        "train --model qwen2.5-7b-instruct --image-tokens 100",
+        "this one has none",
+    ),
+    "pictures longer than the sequence": (
+        "train --model qwen2.5-vl-7b-instruct --method lora --image-tokens 2000",
+        "are more than --seq-len 1024",
+    ),
     "image model": ("image-edit --model qwen2.5-7b-instruct", "image editing model"),
     "image recipe": ("image-edit --recipe magic", "unknown recipe magic"),
 }

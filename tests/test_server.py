@@ -4,6 +4,9 @@ One server for all of these tests, with a key, which every client takes from VLL
 readme's blocks start one without.
 """
 
+import base64
+import http.server
+import io
 import json
 import os
 import re
@@ -13,6 +16,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -23,13 +27,16 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, PATIENCE, ROOT, RUNS, refused, run
 
-from lab import jobs, models, shown
+from lab import engine, jobs, models, shown
 from lab.planner.config import read
 from lab.planner.constants import GIB
 from lab.planner.serving import kv_bytes_per_token
 from lab.profile import load_profile
 
 SERVE = "modules/03_vllm/01_serve.py"
+EMBED = "modules/03_vllm/17_embed.py"
+PICTURE = "modules/03_vllm/18_picture.py"
+RECIPES = ROOT / "modules/03_vllm/configs/recipes"
 PRODUCTION = ROOT / "modules/03_vllm/production.md"
 MONITORING = ROOT / "modules/03_vllm/configs/monitoring"
 KEY = {"Authorization": "Bearer secret"}
@@ -311,6 +318,16 @@ def test_stop_ends_ours_and_nothing_else(server):
 # Without a server
 
 
+def test_pictures_and_vectors_that_are_refused(server):
+    """By the small model, which answers and does not see; and what no server is asked for."""
+    assert "is not a multimodal model" in refused("python", PICTURE)
+    assert "make vllm-serve ARGS='--runner pooling'" in refused("python", EMBED)
+    assert "at least 28" in refused("python", PICTURE, "--side", "3")
+    assert "is no picture" in refused("python", PICTURE, "--image", "readme.md")
+    assert "No such file" in refused("python", PICTURE, "--image", "nowhere.png")
+    assert "the query is empty" in refused("python", EMBED, "--query", " ")
+
+
 @pytest.fixture
 def no_server():
     run("make", "stop", check=0)
@@ -349,8 +366,8 @@ def test_recipes(no_server):
     """Each recipe's command is one that vLLM's own parser takes, its model one of the catalogue; an
     unknown one is refused by name.
     """
-    recipes = sorted((ROOT / "modules/03_vllm/configs/recipes").glob("*.yaml"))
-    assert len(recipes) >= 3
+    recipes = sorted(RECIPES.glob("*.yaml"))
+    assert len(recipes) >= 11
     commands = []
     for recipe in recipes:
         settings = yaml.safe_load(recipe.read_text())
@@ -374,6 +391,117 @@ sys.exit("the parser takes anything")
 """
     run("python", "-c", code, json.dumps(commands), check=0)
     assert "choose one of 32b-awq-tp2" in refused("make", "vllm-serve", "RECIPE=nope")
+
+
+@pytest.fixture
+def seeing_server():
+    """(address, the requests that it got): a server that answers as one with a model that sees."""
+    requests = []
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def answer(self, reply: dict) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def do_GET(self):
+            self.answer({"object": "list", "data": [{"id": "seer", "object": "model"}]})
+
+        def do_POST(self):
+            length = int(self.headers["Content-Length"])
+            requests.append(json.loads(self.rfile.read(length)))
+            parts = requests[-1]["messages"][0]["content"]
+            message = {"role": "assistant", "content": "A red circle and a blue square."}
+            usage = {"prompt_tokens": 226 if len(parts) == 2 else 30, "completion_tokens": 9}
+            self.answer({"choices": [{"index": 0, "message": message}], "usage": usage})
+
+        def log_message(self, *_):
+            pass
+
+    page = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=page.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{page.server_address[1]}", requests
+    page.shutdown()
+
+
+def sent_picture(request: dict):
+    from PIL import Image
+
+    picture, question = request["messages"][0]["content"]
+    assert question["type"] == "text" and picture["type"] == "image_url"
+    kind, data = picture["image_url"]["url"].split(";base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == f"data:image/{image.format.lower()}"
+    return image.convert("RGB")
+
+
+def test_a_picture_is_sent_inside_the_message(seeing_server, tmp_path):
+    """vLLM's vision-language models need torchvision, which the CPU lock lacks: a stand-in here."""
+    from PIL import Image
+
+    address, requests = seeing_server
+    done = run("python", PICTURE, "--address", address, "--side", "300", check=0)
+    assert "196 of them the picture" in done.stdout and "A red circle" in done.stdout
+    drawn = sent_picture(requests[0])
+    assert drawn.size == (300, 300)
+    left, right = drawn.getpixel((80, 150)), drawn.getpixel((215, 150))
+    assert (left, right) == ((255, 0, 0), (0, 0, 255))
+    assert len(requests[1]["messages"][0]["content"]) == 1  # the same question without it
+
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "mine.jpg")
+    run("python", PICTURE, "--address", address, "--image", tmp_path / "mine.jpg", check=0)
+    assert sent_picture(requests[2]).size == (40, 30)
+
+
+@pytest.mark.long
+def test_the_recipe_of_the_reranker_scores_as_transformers_does(no_server, small_model, tmp_path):
+    """A two-layer Qwen3 served with the recipe's own values: its score of a text is the share that
+    `yes` has beside `no` where the published form of question and text ends.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    shape = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.3,  # scores that differ
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(shape).eval()
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+
+    recipe = yaml.safe_load((RECIPES / "qwen3-reranker-0.6b.yaml").read_text())
+    flags = {name: recipe[name] for name in ("runner", "hf-overrides", "chat-template")}
+    flags |= {"dtype": "float32", "max-model-len": 512}
+    run("python", SERVE, "--model", tmp_path / "tiny", *engine.words(flags), check=0)
+    texts = ["Paris is the capital of France.", "A cat sleeps.", "Bread is baked."]
+    body = {"model": "tiny", "query": "What is the capital of France?", "documents": texts}
+    address = "http://127.0.0.1:8000/v1/rerank"
+    call = urllib.request.Request(address, json.dumps(body).encode(), JSON | KEY)
+    ranking = json.load(urllib.request.urlopen(call, timeout=PATIENCE))["results"]
+    scores = {item["index"]: item["relevance_score"] for item in ranking}
+    run("make", "stop", check=0)
+
+    template = (ROOT / recipe["chat-template"]).read_text()
+    answers = tokenizer.convert_tokens_to_ids(
+        json.loads(recipe["hf-overrides"])["classifier_from_token"]
+    )
+    for place, text in enumerate(texts):
+        turns = [{"role": "query", "content": body["query"]}, {"role": "document", "content": text}]
+        prompt = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        assert prompt.endswith("<think>\n\n</think>\n\n")
+        logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, answers]
+        assert scores[place] == pytest.approx(logits.softmax(0)[1].item(), abs=1e-4)
+    assert max(scores.values()) - min(scores.values()) > 0.01
 
 
 def test_interrupted_start_leaves_nothing(no_server):

@@ -54,7 +54,12 @@ class LayerCache:
         return max(1, math.ceil(self.kv_heads / tp)) * self.numbers * number
 
     def state_bytes(self, number: float, tp: int = 1) -> float:
-        """Bytes of the state of one request on one card."""
+        """Bytes of the state of one request on one card.
+
+        >>> state = LayerCache(LINEAR, convolution=30720, state=786432, state_dtype="float32")
+        >>> state.state_bytes(2)
+        3207168.0
+        """
         of_state = width(self.state_dtype) if self.state_dtype else number
         return (self.convolution * number + self.state * of_state) / tp
 
@@ -111,12 +116,22 @@ def of_delta_net(config: Values) -> LayerCache:
 
 
 def token_bytes(caches: tuple[LayerCache, ...], number: float, tp: int = 1) -> float:
-    """Bytes of one token's keys and values on one card, over all layers that keep them."""
+    """Bytes of one token's keys and values on one card, over all layers that keep them.
+
+    >>> token_bytes(QWEN_7B.caches, 2)  # 2 * 28 layers * 4 heads * 128 * 2 bytes
+    57344
+    """
     return sum(cache.token_bytes(number, tp) for cache in caches if not cache.is_state)
 
 
 def request_bytes(caches: tuple[LayerCache, ...], tokens: int, number: float, tp: int = 1) -> float:
-    """Bytes of a request of `tokens` tokens on one card: sliding layers keep their window."""
+    """Bytes of a request of `tokens` tokens on one card: sliding layers keep their window.
+
+    >>> full = LayerCache(FULL, 8, 128)
+    >>> sliding = LayerCache(SLIDING, 8, 128, window=128)
+    >>> request_bytes((full, sliding), 100_000, 2) / 1e6  # 204.8 and 0.26
+    205.062144
+    """
     total = 0.0
     for cache in caches:
         if cache.is_state:
@@ -157,6 +172,9 @@ class Pool(NamedTuple):
 
         A sliding layer gives blocks back only when the batches that were begun are through:
         `in_flight` tokens. Source: vllm/v1/kv_cache_interface.py, max_memory_usage_bytes.
+
+        >>> pool(QWEN_7B.caches, 2).blocks_of_request(1000, 4096)  # of 16 tokens
+        63
         """
         total = 0
         for group in self.groups:
@@ -173,10 +191,11 @@ class Pool(NamedTuple):
 def pool(caches: tuple[LayerCache, ...], number: float, tp: int = 1, block: int = KV_BLOCK) -> Pool:
     """The groups that vLLM makes of the layers, and the size of a block.
 
-    >>> full = LayerCache(FULL, 8, 128)
-    >>> sliding = LayerCache(SLIDING, 8, 128, window=128)
-    >>> [len(group.layers) for group in pool((full, sliding, sliding), 2).groups]
-    [1, 1, 1]
+    >>> full = LayerCache(FULL, 4, 512)  # as in Qwen3.5-27B: one in four
+    >>> state = LayerCache(LINEAR, convolution=30720, state=786432, state_dtype="float32")
+    >>> groups = pool((state, state, state, full), 2).groups
+    >>> len(groups), groups[-1].block  # 784 * 4096 bytes hold a state of 3207168
+    (4, 784)
     """
     layers_of: dict[LayerCache, list[int]] = defaultdict(list)
     for layer, cache in enumerate(caches):

@@ -19,6 +19,7 @@ class Model:
     """A decoder, and the tower beside it where it reads pictures. `experts` 0: a dense model."""
 
     name: str
+    architecture: str
     layers: int
     hidden: int
     heads: int
@@ -34,10 +35,22 @@ class Model:
     expert_intermediate: int = 0
     shared_intermediate: int = 0  # of the experts that every token passes
     expert_layers: int = 0  # layers that have experts
+    rope: int = 0  # numbers in the tables of cosines and sines that vLLM keeps for RoPE
+    largest_graph: int = 512  # requests of vLLM's largest CUDA graph
     dtype: str = "bfloat16"  # what vLLM computes in, unless told otherwise
     stored: str = "bfloat16"  # a key of LINEAR_BYTES: how most of the linear layers are stored
     weights: tuple[Weight, ...] = field(default=(), repr=False)
     caches: tuple[LayerCache, ...] = field(default=(), repr=False)  # of each layer
+
+    @property
+    def has_state(self) -> bool:
+        """Whether some layers keep a state instead of keys and values."""
+        return any(layer.is_state for layer in self.caches)
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether it reads pictures."""
+        return any(weight.part == "vision" for weight in self.weights)
 
     @property
     def quantised(self) -> bool:
@@ -83,14 +96,12 @@ def read(config: dict, name: str = "this model") -> Model:
     top = Values(config, name)
     architecture = architecture_of(top)
     section = next((top.section(key) for key in SECTIONS if top.has(key)), Values({}, name))
-    values = {key: value for key, value in section.values.items() if value is not None}
     family = FAMILIES.get(architecture)
     if family is None:
         from lab.planner import counted
 
-        return counted.read(top, Values(config | values, name), architecture)
-    text = Values(family.defaults | config | values, name)
-    text = Values(family.defaults | without_none(text.values), name)
+        return counted.read(top, Values(config | section.values, name), architecture)
+    text = Values(family.defaults | config | section.values, name)
     decoder = decoder_of(text, top, family)
     weights = list(tensors.decoder_weights(decoder, family, text))
     if family.vision:
@@ -123,6 +134,7 @@ def model_of(
     dtype = dtype_of(text, top)
     return Model(
         name=text.name,
+        architecture=architecture_of(top),
         layers=decoder.layers,
         hidden=decoder.hidden,
         heads=decoder.heads,
@@ -138,6 +150,8 @@ def model_of(
         expert_intermediate=decoder.expert_intermediate,
         shared_intermediate=decoder.shared_intermediate,
         expert_layers=sum(decoder.sparse),
+        rope=rope_numbers(text, family, decoder),
+        largest_graph=family.largest_graph,
         dtype=dtype,
         stored=mostly_stored_as(weights) or dtype,
         weights=tuple(weights),
@@ -269,13 +283,37 @@ def mostly_stored_as(weights: list[Weight]) -> str:
     return max(numbers, key=numbers.get, default="")
 
 
+def rope_section(config: Values) -> Values:
+    """What the config says of its rotary positions (arXiv 2104.09864)."""
+    return config.section("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
+
+
+def rope_numbers(config: Values, family: Family, decoder: Decoder) -> int:
+    """A cosine and a sine for each position and pair of a head's numbers.
+
+    With positions in three dimensions (pictures), four times as many.
+    Source: vllm/model_executor/layers/rotary_embedding.
+
+    >>> QWEN_7B.rope  # 32768 * 128
+    4194304
+    """
+    rope = rope_section(config)
+    turned = decoder.head_dim
+    if family.mla:
+        turned = config.number("qk_rope_head_dim")
+    section = rope if rope.has("partial_rotary_factor") else config
+    part = min(1, section.decimal("partial_rotary_factor", 1))
+    times = 4 if rope.has("mrope_section") else 1
+    return int(longest(config) * times * turned * part) * family.ropes
+
+
 def longest(config: Values) -> int:
     """Tokens that vLLM takes at most: the config's, times a factor of its RoPE.
 
     Source: vllm/config/model.py, _get_and_verify_max_len.
     """
     longest = config.number("max_position_embeddings", "max_seq_len", "n_positions", default=2048)
-    rope = config.section("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
+    rope = rope_section(config)
     kind = rope.text("rope_type") or rope.text("type")
     scaled_already = kind in ("", "default", "su", "longrope", "llama3", "mrope", "proportional")
     is_gemma3 = "gemma3" in config.text("model_type")

@@ -15,7 +15,7 @@ from pathlib import Path
 from lab import fail
 from lab.planner import cache, quantization
 from lab.planner.families import Family
-from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, WHOLE, Decoder, Weight
+from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, WHOLE, Weight
 from lab.planner.values import Values
 
 SIZES = (

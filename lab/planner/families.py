@@ -31,6 +31,8 @@ class Family:
     dense_first: int = 0  # layers before the first with experts, where no key says it
     sliding: str = ""  # which layers slide, where no list says it: "all", "alternate", "pattern"
     vision: str = ""  # the tower: see lab/planner/vision.py
+    ropes: int = 1  # tables of rotary positions: Gemma 3 turns its sliding layers otherwise
+    largest_graph: int = 512  # requests of vLLM's largest CUDA graph
     tied: bool = False  # whether embedding and output layer are one, where no key says it
     decoder: str = "model."  # what stands before "layers." in the names of weights
     defaults: dict = field(default_factory=dict, hash=False)  # what a config.json may leave out
@@ -75,6 +77,7 @@ GEMMA3 = replace(
     GEMMA2,
     qk_norm="head",
     sliding="pattern",
+    ropes=2,
     defaults=GEMMA2.defaults
     | {
         "vocab_size": 262208,
@@ -87,6 +90,7 @@ GPT_OSS = Family(
     o_bias="attention_bias",
     sinks=True,
     moe="gpt_oss",
+    largest_graph=1024,
     sliding="alternate",
     defaults={
         "attention_bias": True,

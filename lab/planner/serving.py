@@ -33,6 +33,7 @@ UTILIZATIONS = (
 )  # shares of a card to try, if none is asked for
 LIBRARIES = 0.22 * GIB  # what vLLM's libraries take within its share (fit)
 GRAPH_LAYER = 0.00025 * GIB  # a CUDA graph of one layer (fit)
+SECOND_RUNNER = ("DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM")
 GRAPH_NCCL = 0.4 * GIB  # NCCL's part in CUDA graphs: 1.2 on H100s, scaled as NCCL itself
 
 
@@ -230,13 +231,14 @@ def card_weights(
     """Bytes of weights on one card of a stage that has these layers (None: all).
 
     Its share of each weight (arXiv 1909.08053). A pipeline's first stage has the embedding and the
-    tower, its last one (`last`) the output layer, for which a tied model has a copy.
+    tower, its last one (`last`) the output layer, for which a tied model has a copy. vLLM counts
+    the tables of RoPE as weights.
 
     >>> round(card_weights(QWEN_7B, "bfloat16", tp=2) / GIB, 2)  # half of 14.19 GiB
-    7.09
+    7.1
     """
     first = layers is None or layers.start == 0
-    total = 0.0
+    total = float(model.rope * width(dtype))
     for weight in model.weights:
         times = max(len(weight.layers), weight.times)
         if weight.layers and layers is not None:
@@ -273,12 +275,28 @@ def flow_bytes_per_token(model: Model, dtype: str, tp: int = 1) -> float:
 def compiling_bytes(model: Model, dtype: str, tokens: int, tp: int = 1) -> float:
     """Bytes while torch.compile runs at a first start; not with --enforce-eager.
 
-    One more copy of the embedding, and two hidden states of the batch: seen with every model.
+    One more copy of the embedding, and two hidden states of the batch: seen with every model that
+    reads text alone. One that reads pictures too looks its tokens up before the compiled part.
 
     >>> round(compiling_bytes(QWEN_7B, "bfloat16", 2048) / GIB, 2)  # (545e6 + 2 * 2048 * 3584) * 2
     1.04
     """
+    if model.has_tower:
+        return 0
     return (weights.embedding(model) / tp + 2 * tokens * model.hidden) * width(dtype)
+
+
+def counts_graphs(model: Model) -> bool:
+    """Whether vLLM takes the CUDA graphs out of its share, before the cache.
+
+    Its first model runner does, which still runs the models with states and most with experts; its
+    second does not. Source: vllm/config/vllm.py, use_v2_model_runner.
+
+    >>> counts_graphs(QWEN_7B)
+    False
+    """
+    is_moe = model.experts > 0 and model.architecture not in SECOND_RUNNER
+    return is_moe or model.has_state
 
 
 def captured_sizes(largest: int) -> int:
@@ -301,6 +319,8 @@ def graph_bytes(model: Model, setup: Serving, dtype: str) -> float:
     if setup.enforce_eager:
         return 0
     largest = min(2 * setup.max_num_seqs, 512, setup.max_num_batched_tokens)
+    if model.largest_graph > 512:
+        largest = model.largest_graph
     layers = math.ceil(model.layers / setup.pp)
     graphs = GRAPH_LAYER * layers * captured_sizes(largest)
     batch = flow_bytes_per_token(model, dtype, setup.tp) * largest
@@ -319,7 +339,7 @@ def serve(model: Model, setup: Serving) -> ServePlan:
 
     >>> plan = serve(QWEN_7B, Serving(gpus=1))
     >>> plan.fits, plan.kv_tokens, plan.per_gpu_gib["weights"]
-    (True, 108448, 14.185191)
+    (True, 108304, 14.193004)
     """
     setup = filled(model, setup)
     check(model, setup)
@@ -355,17 +375,18 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     is_last = layers.stop == model.layers
 
     # 1. Inside vLLM's share: the cache takes what the others leave.
+    graphs = graph_bytes(model, setup, dtype)
     parts = {
         "weights": card_weights(model, dtype, tp, layers, is_last),
         "activations": batch if setup.enforce_eager else max(batch, compiling),
         "libraries": LIBRARIES,
     }
     budget = memory_gib * setup.gpu_memory_utilization * GIB
-    room = budget - sum(parts.values())
+    room = budget - sum(parts.values()) - (graphs if counts_graphs(model) else 0)
     parts["kv_cache"] = max(0, room)
 
     # 2. Outside of it: graphs, and the context, taken before vLLM looks.
-    parts["cuda_graphs"] = graph_bytes(model, setup, dtype)
+    parts["cuda_graphs"] = graphs
     parts["cuda_context"] = CONTEXT + (NCCL if tp * setup.pp > 1 else 0)
     per_gpu = gib(parts)
     free_gib = memory_gib if setup.free_memory_gib is None else setup.free_memory_gib

@@ -16,7 +16,7 @@ from lab.planner import cache, weights
 from lab.planner.config import Model
 from lab.planner.constants import width
 from lab.planner.serving import kv_number
-from lab.planner.training import Training, trained_parameters
+from lab.planner.states import Training, sent_bytes, trained_parameters
 
 CARD = "RTX 4090"  # what is predicted for where no card is
 
@@ -216,21 +216,24 @@ def train_flop(model: Model, setup: Training) -> float:
 def train_messages(model: Model, setup: Training, machine: Machine) -> float:
     """Seconds of a step's messages: gradients once a step, 2 bytes each (ZeRO-2: every micro-step).
 
-    ZeRO-3 gathers the parameters twice a micro-step. Source: arXiv 1910.02054, section 7.
+    ZeRO-3 and FSDP gather the parameters twice a micro-step, as wide as they are computed with,
+    packed ones packed. Source: arXiv 1910.02054, section 7; FSDP2's reshard_after_forward.
 
     >>> round(train_messages(QWEN_7B, Training(zero=2), Machine()), 2)  # 15.2 GB / 2, twice
     1.27
     """
     n = machine.gpus
     gradients = 2 * trained_parameters(model, setup)
-    if setup.zero < 2:
+    if setup.engine == "fsdp":
+        seconds = collective("reduce_scatter", gradients, n, machine)
+    elif setup.zero < 2:
         seconds = collective("all_reduce", gradients, n, machine)
     else:
         seconds = setup.accumulate * collective("reduce_scatter", gradients, n, machine)
     if setup.zero in (1, 2):
         seconds += collective("all_gather", gradients, n, machine)
-    if setup.zero == 3:
-        everything = 2 * weights.parameters(model)
+    if setup.zero == 3 or setup.engine == "fsdp":
+        everything = sent_bytes(model, setup)
         seconds += 2 * setup.accumulate * collective("all_gather", everything, n, machine)
     return seconds
 

@@ -1,113 +1,36 @@
-"""What fine-tuning with AdamW needs of each card at its fullest moment, and of the host.
+"""What fine-tuning with AdamW needs of each card at its fullest moment.
 
-    states        parameters, gradients and optimizer states: exact (arXiv 1910.02054)
+    buffers       what the engine keeps beside the states (lab/planner/states.py)
     activations   what a forward pass keeps for the backward pass
-    moments       a step is five moments; each adds up what is alive then
-    peak          the fullest of the five decides whether it fits
-    host          what offloading moves there (arXiv 2101.06840)
+    moments       a step is five moments, and loading is one; each adds up what is alive then
+    peak          the fullest decides whether it fits
 
 Every function takes the model and the `Training` that is asked for, and returns bytes.
-psi is the number of parameters, n the number of cards.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lab import fail
 from lab.planner import weights
 from lab.planner.config import Model
-from lab.planner.constants import CARD_GIB, CONTEXT, GIB, HOST_PROCESS_GIB, NCCL, gib
+from lab.planner.constants import CONTEXT, GIB, NCCL, gib
+from lab.planner.host import host
+from lab.planner.states import (
+    Training,
+    gradient_bytes,
+    packed,
+    packs,
+    refusal,
+    scale_bytes,
+    states,
+    trained_parameters,
+    whole_bytes,
+)
+from lab.planner.tower import tower_bytes
 
 WORKSPACE = 0.064 * GIB  # what PyTorch holds for cuBLAS (fit)
 ZERO3_LIVE = 1e9  # parameters gathered at once: stage3_max_live_parameters
-ZERO3_SUB_GROUP = 1e9  # numbers that ZeRO-3 updates at a time: sub_group_size
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is asked for.
-
-    `engine` ddp: PyTorch as in module 04 (trained weights in fp32, computed with in bf16 by
-    autocast); fsdp: the same, divided (FSDP2); deepspeed: bf16 weights, an fp32 master copy and
-    moments, divided from ZeRO stage `zero` on. LoRA and QLoRA freeze the weights, in bf16 or nf4.
-    `offload` moves optimizer states (ZeRO-1 on) and parameters (ZeRO-3) to the host or to NVMe.
-    """
-
-    gpus: int = 2
-    gpu_memory_gib: float = CARD_GIB
-    method: str = "full"  # full, lora, qlora
-    engine: str = "ddp"  # ddp, fsdp, deepspeed
-    zero: int = 0
-    offload: str = "none"  # none, optimizer, optimizer+param
-    offload_device: str = "cpu"  # cpu, nvme
-    dtype: str = "bfloat16"  # of the computation
-    seq_len: int = 1024
-    micro_batch: int = 1
-    accumulate: int = 1
-    checkpointing: bool = False
-    bucket: float = 1e8  # reduce_bucket_size, in elements
-    lora_rank: int = 16
-    host_memory_gib: float | None = None  # None: not checked
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one card and micro-step."""
-        return self.micro_batch * self.seq_len
-
-    @property
-    def full(self) -> bool:
-        """Whether all weights are trained."""
-        return self.method == "full"
-
-    @property
-    def offloads(self) -> bool:
-        """Whether the optimizer's states lie on the host."""
-        return self.offload != "none"
-
-    @property
-    def offloads_parameters(self) -> bool:
-        return self.offload == "optimizer+param"
-
-    @property
-    def precision(self) -> str:
-        """fp32; bf16 (weights held in bf16); autocast (held in fp32, computed with in bf16)."""
-        if self.dtype == "float32":
-            return "fp32"
-        return "autocast" if self.engine == "ddp" else "bf16"
-
-    @property
-    def computed(self) -> int:
-        """Bytes of a number that is computed with."""
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def held(self) -> int:
-        """Bytes of a trained weight where it lies, and of its gradient."""
-        return self.computed if self.engine == "deepspeed" else 4
-
-    @property
-    def parameter_shares(self) -> int:
-        """Over how many cards the parameters are divided."""
-        return self.gpus if self.zero == 3 or self.engine == "fsdp" else 1
-
-    @property
-    def optimizer_shares(self) -> int:
-        return self.gpus if self.zero or self.engine == "fsdp" else 1
-
-    @property
-    def gradient_shares(self) -> int:
-        """ZeRO-1 divides them too, where each micro-step is a step."""
-        divided = self.zero >= 2 or (self.zero == 1 and self.accumulate == 1)
-        return self.gpus if divided or self.engine == "fsdp" else 1
-
-
-class States(NamedTuple):
-    """Bytes of one card's part of what a weight costs for good, wherever it lies."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
 
 
 class Moment(NamedTuple):
@@ -115,13 +38,6 @@ class Moment(NamedTuple):
 
     name: str
     parts: dict[str, float]
-
-
-class Host(NamedTuple):
-    """Bytes over all processes of this machine."""
-
-    memory: dict[str, float]
-    nvme: float
 
 
 @dataclass(frozen=True)
@@ -137,78 +53,6 @@ class TrainPlan:
     host_parts_gib: dict[str, float]
     trained_parameters: int
     nvme_gib: float | None = None
-
-
-# -----------------------------------------------------------------------------
-# States: 16 bytes a weight, or 12 + 4, or a share of that
-
-
-def trained_parameters(model: Model, setup: Training) -> int:
-    """Weights that get a gradient.
-
-    >>> trained_parameters(QWEN_7B, Training())
-    7615616512
-    >>> trained_parameters(QWEN_7B, Training(method="lora"))
-    40370176
-    """
-    return weights.parameters(model) if setup.full else weights.lora(model, setup.lora_rank)
-
-
-def frozen_bytes(model: Model, setup: Training) -> float:
-    """Weights under an adapter, as they are stored.
-
-    >>> round(frozen_bytes(QWEN_7B, Training(method="qlora")) / GIB, 2)
-    5.17
-    """
-    if setup.full:
-        return 0
-    if setup.method == "qlora":
-        return weights.stored_bytes(model, "nf4")
-    return weights.stored_bytes(model, setup.dtype)
-
-
-def parameter_bytes(model: Model, setup: Training) -> float:
-    """psi x 4 (ddp, fsdp) or psi x 2 (deepspeed), divided by FSDP and ZeRO-3.
-
-    >>> parameter_bytes(QWEN_7B, Training()) / 1e9  # 7.6e9 * 4
-    30.462466048
-    """
-    trained = trained_parameters(model, setup) * setup.held
-    return (frozen_bytes(model, setup) + trained) / setup.parameter_shares
-
-
-def gradient_bytes(model: Model, setup: Training) -> float:
-    """One number for each trained weight, of the weight's own type; divided from ZeRO-2 on.
-
-    >>> gradient_bytes(QWEN_7B, Training(engine="deepspeed", zero=2)) / 1e9  # 7.6e9 * 2 / 2 cards
-    7.615616512
-    """
-    return trained_parameters(model, setup) * setup.held / setup.gradient_shares
-
-
-def optimizer_bytes(model: Model, setup: Training) -> float:
-    """Two fp32 moments of AdamW (8 bytes), and DeepSpeed's fp32 master copy of the weights (4).
-
-    >>> optimizer_bytes(QWEN_7B, Training()) / 1e9  # 7.6e9 * 8
-    60.924932096
-    >>> optimizer_bytes(QWEN_7B, Training(engine="deepspeed", zero=1)) / 1e9  # 12 / 2 cards
-    45.693699072
-    """
-    has_master = setup.engine == "deepspeed" and (setup.zero or setup.dtype != "float32")
-    each = 12 if has_master else 8
-    return trained_parameters(model, setup) * each / setup.optimizer_shares
-
-
-def states(model: Model, setup: Training) -> States:
-    """The three together; an offloaded optimizer gets its gradients in fp32.
-
-    >>> sum(states(QWEN_7B, Training(gpus=1))) / 1e9  # psi * 16: the 112 GB of "7B", exactly
-    121.849864192
-    """
-    gradients = gradient_bytes(model, setup)
-    if setup.offloads:
-        gradients *= 4 / setup.held
-    return States(parameter_bytes(model, setup), gradients, optimizer_bytes(model, setup))
 
 
 # -----------------------------------------------------------------------------
@@ -254,8 +98,9 @@ def buffer_bytes(model: Model, setup: Training) -> float:
 def resident(model: Model, setup: Training) -> dict[str, float]:
     """Bytes that lie on the card through the whole step."""
     on_card = states(model, setup)
+    left_behind = scale_bytes(model, setup)
     return {
-        "weights": 0 if setup.offloads_parameters else on_card.parameters,
+        "weights": left_behind if setup.offloads_parameters else on_card.parameters,
         "optimizer": 0 if setup.offloads else on_card.optimizer,
         "buffers": buffer_bytes(model, setup),
     }
@@ -358,23 +203,40 @@ def gathered_bytes(model: Model, setup: Training) -> float:
     """Parameters that are whole on a card while they are used.
 
     Two layers and the embeddings (FSDP), at most ZERO3_LIVE and what is larger than that (ZeRO-3).
+    Packed weights travel packed.
 
     >>> round(gathered_bytes(QWEN_7B, Training(engine="deepspeed", zero=3)) / GIB, 2)
     2.88
     >>> round(gathered_bytes(QWEN_7B, Training(engine="fsdp")) / GIB, 2)
     2.9
     """
+    saved = 0  # by packing, in numbers of the computation
+    if setup.method == "qlora":
+        saved = packed(model) * (1 - 0.5 / setup.computed)
     if setup.engine == "fsdp":
-        two_layers = 2 * weights.linear(model) / model.layers
+        two_layers = 2 * (weights.linear(model) - saved) / model.layers
         return setup.computed * (two_layers + weights.embeddings(model))
     if setup.zero == 3:
         output_layer = 0 if model.tied else weights.embedding(model)
-        return setup.computed * min(weights.parameters(model), ZERO3_LIVE + output_layer)
+        numbers = weights.parameters(model) - saved
+        return setup.computed * min(numbers, ZERO3_LIVE + output_layer)
     return 0
 
 
+def unpacked_bytes(model: Model, setup: Training) -> float:
+    """The one matrix that QLoRA multiplies with, in 16 bits.
+
+    >>> round(unpacked_bytes(QWEN_7B, Training(method="qlora")) / GIB, 3)
+    0.126
+    """
+    if setup.method != "qlora":
+        return 0
+    matrices = [weight.each for weight in model.weights if packs(weight)]
+    return setup.computed * max(matrices, default=0)
+
+
 # -----------------------------------------------------------------------------
-# The five moments of a step, in their order
+# The five moments of a step, in their order; and loading
 
 
 def earlier_gradients(model: Model, setup: Training) -> float:
@@ -395,6 +257,7 @@ def end_of_forward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup),
             "gradients": earlier_gradients(model, setup),
+            "pictures": tower_bytes(model, setup),
             "logits": (8 if setup.precision == "fp32" else 10) * numbers,
             "working_copies": cast_bytes(model, setup) + gathered_bytes(model, setup),
         },
@@ -417,6 +280,7 @@ def begin_of_backward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup),
             "gradients": earlier_gradients(model, setup),
+            "pictures": tower_bytes(model, setup),
             "logits": 12 * model.vocab * setup.tokens,
             "working_copies": cast + gathered_bytes(model, setup),
         },
@@ -437,7 +301,8 @@ def layer_backward(model: Model, setup: Training) -> Moment:
         {
             "activations": activation_bytes(model, setup) + recomputed_bytes(model, setup),
             "gradients": earlier_gradients(model, setup) or first,
-            "working_copies": gathered_bytes(model, setup),
+            "pictures": tower_bytes(model, setup),
+            "working_copies": gathered_bytes(model, setup) + unpacked_bytes(model, setup),
         },
     )
 
@@ -453,14 +318,18 @@ def end_of_backward(model: Model, setup: Training) -> Moment:
     head = head_bytes(model, setup)
     on_the_way = head
     if setup.zero in (1, 2):
+        # What is larger than a bucket: autograd's own, the one that is sent, and its sum. The 3
+        # was fixed on z1-0.5b and z2-0.5b, whose embedding is (extra_large_param_to_reduce).
         on_the_way = 2 * bucket_bytes(model, setup) + 3 * head
-    # ZeRO-3 has their place already, or sends them to the host as they come.
-    gradients = 0 if setup.zero == 3 else gradient_bytes(model, setup)
+    # ZeRO-3 has their place already; what is offloaded by it or by FSDP goes as it comes.
+    sends_all = setup.zero == 3 or (setup.engine == "fsdp" and setup.offloads)
+    gradients = 0 if sends_all else gradient_bytes(model, setup)
     return Moment(
         "end of backward",
         {
             "activations": recomputed_bytes(model, setup) or layer_bytes(model, setup),
             "gradients": gradients + on_the_way,
+            "pictures": tower_bytes(model, setup),
             "working_copies": gathered_bytes(model, setup),
         },
     )
@@ -497,90 +366,53 @@ def optimizer_step(model: Model, setup: Training) -> Moment:
     )
 
 
+def loading(model: Model, setup: Training) -> Moment:
+    """The whole model on each card, before ZeRO-3 or FSDP divides it; 4-bit weights packed there.
+
+    >>> zero3 = Training(engine="deepspeed", zero=3, load="whole")
+    >>> round(loading(QWEN_7B, zero3).parts["weights"] / GIB, 2)
+    14.19
+    """
+    return Moment(
+        "loading",
+        {
+            "weights": whole_bytes(model, setup),
+            "working_copies": unpacked_bytes(model, setup),
+        },
+    )
+
+
 MOMENTS = (end_of_forward, begin_of_backward, layer_backward, end_of_backward, optimizer_step)
 
 
 def moments(model: Model, setup: Training) -> list[Moment]:
-    """The five, each with what lies on the card all the time.
+    """The five, each with what lies on the card all the time; and loading, where it is one.
 
     >>> [round(sum(moment.parts.values()) / GIB) for moment in moments(QWEN_7B, Training(gpus=1))]
     [107, 107, 94, 116, 142]
     """
     always = resident(model, setup)
     step = [moment(model, setup) for moment in MOMENTS]
-    return [Moment(name, always | parts) for name, parts in step]
-
-
-# -----------------------------------------------------------------------------
-# The host
-
-
-def pinned(size: float, largest: float) -> float:
-    """Bytes that PyTorch page-locks for `size` bytes in tensors of at most `largest`.
-
-    Each is rounded up to a power of two (CachingHostAllocator).
-
-    >>> pinned(10, 4)  # 4 + 4 + 2
-    10
-    >>> pinned(11, 8)  # 8 + 4
-    12
-    """
-    whole, rest = divmod(size, largest)
-    rounded = whole * 2 ** math.ceil(math.log2(largest))
-    return rounded + (2 ** math.ceil(math.log2(rest)) if rest >= 1 else 0)
-
-
-def host(model: Model, setup: Training) -> Host:
-    """What lies on the host, or on NVMe.
-
-    Each process of an offloaded optimizer pins its part of the master copy and of the fp32
-    gradients, and has two moments that are not pinned; while it starts it also holds the model's
-    weights once. Offloaded parameters lie there twice.
-
-    >>> offloaded = Training(engine="deepspeed", zero=3, offload="optimizer+param")
-    >>> round(sum(host(QWEN_7B, offloaded).memory.values()) / GIB)  # 180 measured
-    182
-    """
-    processes = {"processes": HOST_PROCESS_GIB * GIB * setup.gpus}
-    if not setup.offloads:
-        return Host(processes, 0.0)
-    trained = trained_parameters(model, setup)
-    part = 4 * trained / setup.gpus
-    largest = 4 * ZERO3_SUB_GROUP if setup.zero == 3 else part
-    master = setup.gpus * pinned(part, largest)
-    staying = {"gradients": master, "start": setup.gpus * setup.computed * trained}
-    moving = {
-        "master_copy": master,
-        "moments": 2 * setup.gpus * part,
-        "parameters": 2 * setup.computed * trained if setup.offloads_parameters else 0,
-    }
-    if setup.offload_device == "nvme":
-        return Host(processes | staying, sum(moving.values()))
-    return Host(processes | staying | moving, 0.0)
+    whole = [loading(model, setup)] if setup.loads_whole else []
+    return whole + [Moment(name, always | parts) for name, parts in step]
 
 
 # -----------------------------------------------------------------------------
 # The plan
 
 
-def check(setup: Training) -> None:
-    """Exit code 2 for what no engine does."""
-    if setup.zero and setup.engine != "deepspeed":
-        fail(f"--zero {setup.zero} is DeepSpeed's: leave out --engine {setup.engine}")
-    if setup.offloads_parameters and setup.zero < 3:
-        fail(f"--offload {setup.offload} needs --zero 3")
-    if setup.offloads and setup.zero < 1:
-        fail(f"--offload {setup.offload} needs --zero 1, 2 or 3")
-
-
 def train(model: Model, setup: Training) -> TrainPlan:
     """What fine-tuning needs; it fits where the fullest moment fits the card (and the host).
+
+    Raises SystemExit(2) with one sentence for what no engine does.
 
     >>> plan = train(QWEN_7B, Training(gpus=1, method="qlora", checkpointing=True))
     >>> plan.fits, plan.moment, plan.per_gpu_gib["total"]
     (True, 'begin of backward', 8.437915)
     """
-    check(setup)
+    refused = refusal(model, setup)
+    if refused:
+        fail(refused)
     step = moments(model, setup)
     fullest = max(step, key=lambda moment: sum(moment.parts.values()))
     context = CONTEXT + (NCCL if setup.gpus > 1 else 0)

@@ -26,7 +26,11 @@ class Values:
         fail(f"the config.json of {self.name} says {key} = {shown}: it must be {must}")
 
     def number(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The whole number under the first of `keys` that is there; "4096" and 4096.0 are read."""
+        """The whole number under the first of `keys` that is there; "4096" and 4096.0 are read.
+
+        >>> Values({"hidden_size": "4096"}, "a model").number("hidden_size")
+        4096
+        """
         key = next((key for key in keys if self.has(key)), keys[0])
         value = self.values.get(key)
         if value is None:

@@ -11,7 +11,12 @@ from lab.planner.values import Values
 
 
 def tower_weights(family_vision: str, vision: Values, hidden: int) -> Iterator[Weight]:
-    """All weights of the tower whose section of config.json is `vision`; it ends in `hidden`."""
+    """All weights of the tower whose section of config.json is `vision`; it ends in `hidden`.
+
+    >>> tower = tower_weights("qwen2_5_vl", Values({}, "Qwen2.5-VL-7B"), hidden=3584)
+    >>> sum(weight.count for weight in tower) / 1e6
+    676.550144
+    """
     towers = {
         "qwen2_vl": qwen2_vl,
         "qwen2_5_vl": qwen2_5_vl,

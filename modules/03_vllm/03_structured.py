@@ -34,6 +34,8 @@ PERSON = {
 }
 
 
+# What it may be asked about: the models of the course
+MODELS = [name for name in models.catalogue() if name.startswith(("smollm2-", "qwen2.5-"))]
 # The function that the model may call, as it is described to the model
 TOOL = {
     "type": "function",
@@ -42,7 +44,7 @@ TOOL = {
         "description": "bytes of KV cache a token takes",
         "parameters": {
             "type": "object",
-            "properties": {"model": {"enum": list(models.catalogue())}},
+            "properties": {"model": {"enum": MODELS}},
             "required": ["model"],
             "additionalProperties": False,
         },
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--about",
         default="smollm2-135m",
-        choices=models.catalogue(),
+        choices=MODELS,
         help="model to ask about (default: %(default)s)",
     )
     args = parser.parse_args()

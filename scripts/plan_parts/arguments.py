@@ -25,7 +25,7 @@ def asked(args: argparse.Namespace, cards: Cards) -> Request:
     }
     options |= memory_of_cards(args)
     if args.task == "train" and args.engine is None:
-        deepspeed = args.zero or args.offload != "none"
+        deepspeed = args.zero or args.offload != "none"  # FSDP is asked for by its name
         options["engine"] = "deepspeed" if deepspeed else "ddp"
     question = request(args.model, setup(**options), cards)
     return question._replace(engine=getattr(args, "engine", None) or "")
@@ -185,9 +185,18 @@ def add_train(parser: Parser) -> None:
     )
     parser.add_argument("--zero", type=int, choices=range(4), default=0)
     parser.add_argument(
-        "--offload", choices=["none", "optimizer", "optimizer+param"], default="none"
+        "--offload",
+        choices=["none", "optimizer", "optimizer+param"],
+        default="none",
+        help="to the host; FSDP moves all or nothing (default: %(default)s)",
     )
     parser.add_argument("--offload-device", choices=["cpu", "nvme"], default="cpu")
+    parser.add_argument(
+        "--load",
+        choices=["divided", "whole"],
+        help="whole: on each card, before ZeRO-3 or FSDP divides it, as with zero3_init_flag: "
+        "false (default: divided, but whole with qlora, as transformers 5.6 packs it)",
+    )
 
     # A step.
     parser.add_argument(
@@ -198,6 +207,12 @@ def add_train(parser: Parser) -> None:
     )
     parser.add_argument(
         "--seq-len", type=count, default=1024, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-tokens",
+        type=at_least(0, int, "--image-tokens must be a whole number of at least 0"),
+        default=0,
+        help="of these, tokens of pictures (default: %(default)s)",
     )
     parser.add_argument(
         "--micro-batch",

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
-from lab.planner import constants, serving, training
+from lab.planner import constants, serving, states, training
 from lab.planner.config import Model
 from lab.planner.serving import Serving
 from lab.planner.training import Training
@@ -44,7 +44,7 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
     else:
         options = train_changes(setup)
     for combination in combinations(options):
-        new_setup = changed(setup, combination)
+        new_setup = changed(model, setup, combination)
         if combination and new_setup and fits(model, new_setup):
             flags = [change.flag for change in combination]
             if request.engine and new_setup.engine != request.engine:
@@ -59,58 +59,122 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
 
 def halved(option: str, value: int, least: int) -> list[Change]:
     """Half of `value`, a quarter ... down to a 32nd, but no less than `least`."""
-    smaller = [(2 + times, value // 2**times) for times in range(1, 6)]
-    return [Change(cost, option, part) for cost, part in smaller if part >= least]
+    changes = []
+    for times in range(1, 6):
+        part = value // 2**times
+        if part >= least:
+            changes.append(Change(2 + times, option, part))
+    return changes
+
+
+def where(needed: bool, *changes: Change) -> list[Change]:
+    """These changes where they are needed, or none."""
+    return list(changes) if needed else []
 
 
 def serve_changes(
     model: Model, setup: Serving, kv_tokens: int, fp8_cards: bool
 ) -> list[list[Change]]:
     """What to try when a server does not fit; its cache holds `kv_tokens`."""
-    cards = min(setup.gpus // setup.pp, model.heads)
-    larger = range(setup.tp + 1, cards + 1)
-    divisions = [tp for tp in larger if not serving.obstacle(model, tp)]
-    stages = setup.gpus // setup.tp
-    asked = setup.gpu_memory_utilization
-    shares = [share for share in (0.95, *serving.UTILIZATIONS) if asked and share != asked]
     held = max(1, kv_tokens // setup.max_model_len)  # requests that the cache does hold
-    bytes_now = constants.LINEAR_BYTES[model.stored if setup.dtype == "auto" else setup.dtype]
-    # vLLM makes FP8 of a checkpoint in 16 bits as it loads it; int4 is another checkpoint.
-    quantised = [Change(8, "dtype", "fp8"), Change(10, "dtype", "int4")]
-    if model.quantised:
-        quantised = []
+    fp8_cache = setup.kv_dtype != "fp8" and fp8_cards
     return [
-        [Change(1, "tp", divisions[-1])] if divisions else [],
-        [Change(1.5, "pp", stages)] if setup.pp == 1 < stages else [],
-        [Change(1, "gpu_memory_utilization", share) for share in shares],
-        [Change(2, "concurrency", held)] if setup.concurrency > 1 else [],
-        [Change(2, "kv_dtype", "fp8")] if setup.kv_dtype != "fp8" and fp8_cards else [],
+        wider(model, setup),
+        longer(setup),
+        other_shares(setup),
+        where(setup.concurrency > 1, Change(2, "concurrency", held)),
+        where(fp8_cache, Change(2, "kv_dtype", "fp8")),
         halved("max_model_len", setup.max_model_len, least=1024),
-        [change for change in quantised if constants.LINEAR_BYTES[change.value] < bytes_now],
+        smaller_weights(model, setup),
     ]
+
+
+def wider(model: Model, setup: Serving) -> list[Change]:
+    """Tensor parallelism over as many cards as the model allows."""
+    cards = min(setup.gpus // setup.pp, model.heads)
+    for tp in range(cards, setup.tp, -1):
+        if not serving.obstacle(model, tp):
+            return [Change(1, "tp", tp)]
+    return []
+
+
+def longer(setup: Serving) -> list[Change]:
+    """A pipeline over the cards that tensor parallelism leaves."""
+    stages = setup.gpus // setup.tp
+    return where(setup.pp == 1 < stages, Change(1.5, "pp", stages))
+
+
+def other_shares(setup: Serving) -> list[Change]:
+    """Another share of the card, where the question names one."""
+    asked = setup.gpu_memory_utilization
+    if not asked:
+        return []
+    shares = (0.95, *serving.UTILIZATIONS)
+    return [Change(1, "gpu_memory_utilization", share) for share in shares if share != asked]
+
+
+def smaller_weights(model: Model, setup: Serving) -> list[Change]:
+    """Fewer bits: vLLM makes FP8 of a checkpoint in 16 bits; int4 is another checkpoint."""
+    if model.quantised:
+        return []
+    dtype = model.stored if setup.dtype == "auto" else setup.dtype
+    bytes_now = constants.LINEAR_BYTES[dtype]
+    changes = [Change(8, "dtype", "fp8"), Change(10, "dtype", "int4")]
+    return [change for change in changes if constants.LINEAR_BYTES[change.value] < bytes_now]
 
 
 def train_changes(setup: Training) -> list[list[Change]]:
     """What to try when a training does not fit."""
-    batches = [(1 + times / 10, setup.micro_batch // 2**times) for times in range(1, 6)]
-    options = [
-        [] if setup.checkpointing else [Change(1, "checkpointing", True)],
-        [Change(cost, "micro_batch", batch) for cost, batch in batches if batch],
-        halved("seq_len", setup.seq_len, least=512),
-        [Change(1, "dtype", "bfloat16")] if setup.dtype == "float32" else [],
+    shortest = max(512, setup.image_tokens)
+    # QLoRA comes whole unless its loader is another: that is no flag of an engine.
+    comes_whole = setup.load == "whole" and setup.method != "qlora"
+    return [
+        where(not setup.checkpointing, Change(1, "checkpointing", True)),
+        smaller_batches(setup),
+        halved("seq_len", setup.seq_len, least=shortest),
+        where(setup.dtype == "float32", Change(1, "dtype", "bfloat16")),
+        divisions(setup),
+        offloads(setup),
+        where(comes_whole, Change(0.5, "load", "divided")),
+        smaller_methods(setup),
     ]
-    if setup.full and setup.engine != "fsdp":
-        if setup.gpus > 1:
-            options.append([Change(z, "zero", z) for z in (1, 2, 3) if z > setup.zero])
-        if not setup.offloads:
-            optimizer = Change(5, "offload", "optimizer")
-            parameters_too = Change(7, "offload", "optimizer+param")
-            options.append([optimizer, parameters_too])
+
+
+def smaller_methods(setup: Training) -> list[Change]:
     lora = Change(12, "method", "lora")
     qlora = Change(14, "method", "qlora")
-    smaller_methods = {"full": [lora, qlora], "lora": [qlora], "qlora": []}
-    options.append(smaller_methods[setup.method])
-    return options
+    methods = {"full": [lora, qlora], "lora": [qlora], "qlora": []}
+    return methods[setup.method]
+
+
+def smaller_batches(setup: Training) -> list[Change]:
+    """Half of the micro-batch, a quarter ... down to a 32nd, but at least one sequence."""
+    changes = []
+    for times in range(1, 6):
+        batch = setup.micro_batch // 2**times
+        if batch:
+            changes.append(Change(1 + times / 10, "micro_batch", batch))
+    return changes
+
+
+def divisions(setup: Training) -> list[Change]:
+    """Higher ZeRO stages; of frozen weights only stage 3 divides something."""
+    if setup.engine == "fsdp" or setup.gpus == 1:
+        return []
+    stages_of = {"full": (1, 2, 3), "lora": (3,), "qlora": ()}
+    stages = stages_of[setup.method]
+    return [Change(stage, "zero", stage) for stage in stages if stage > setup.zero]
+
+
+def offloads(setup: Training) -> list[Change]:
+    """What is not offloaded yet, and is worth it: of frozen weights the parameters are."""
+    optimizer = Change(5, "offload", "optimizer")
+    parameters_too = Change(7, "offload", "optimizer+param")
+    if setup.offloads_parameters or setup.method == "qlora":
+        return []
+    if setup.engine == "fsdp" or setup.offloads or not setup.full:
+        return [parameters_too]
+    return [optimizer, parameters_too]
 
 
 # -----------------------------------------------------------------------------
@@ -119,23 +183,26 @@ def train_changes(setup: Training) -> list[list[Change]]:
 
 def combinations(options: list[list[Change]]) -> list[tuple[Change, ...]]:
     """Every choice of at most one change of each option, the cheapest and shortest first."""
-    choices = itertools.product(*([None, *changes] for changes in options))
-    chosen = [tuple(change for change in choice if change) for choice in choices]
-    return sorted(chosen, key=lambda changes: (sum(c.cost for c in changes), len(changes)))
+    with_none = [[None, *changes] for changes in options]
+    chosen = []
+    for choice in itertools.product(*with_none):
+        chosen.append(tuple(change for change in choice if change))
+    return sorted(chosen, key=cost_and_number)
 
 
-def changed(
-    setup: Serving | Training, combination: tuple[Change, ...]
-) -> Serving | Training | None:
+def cost_and_number(changes: tuple[Change, ...]) -> tuple[float, int]:
+    cost = sum(change.cost for change in changes)
+    return cost, len(changes)
+
+
+def changed(model: Model, setup: Setup, combination: tuple[Change, ...]) -> Setup | None:
     """`setup` with these changes; None where no engine does that together."""
-    new = replace(setup, **{change.option: change.value for change in combination})
+    values = {change.option: change.value for change in combination}
+    new = replace(setup, **values)
     if isinstance(new, Serving):
         return new if new.tp * new.pp <= new.gpus else None
-    options = {change.option for change in combination}
-    if "method" in options and options & {"zero", "offload"}:
+    if "method" in values and ("zero" in values or "offload" in values):
         return None
-    if new.offloads and new.zero < (3 if new.offloads_parameters else 1):
-        return None
-    if new.zero or new.offloads:
-        return replace(new, engine="deepspeed")
-    return new
+    if new.engine != "fsdp" and (new.zero or new.offloads):
+        new = replace(new, engine="deepspeed")
+    return None if states.refusal(model, new) else new

@@ -118,11 +118,42 @@ def accelerate_trainings(cards: Cards, profile: dict) -> list[Recipe]:
     written = []
     for file in files(ACCELERATE):
         launcher = read(file)
-        engine = ENGINES[launcher["distributed_type"]]
-        zero = launcher.get("deepspeed_config", {}).get("zero_stage", 0)
-        asked = training(cards, profile, engine=engine, zero=zero)
+        options = launched(launcher)
+        asked = training(cards, profile, **options)
         written.append(Recipe(f"make train-accelerate CONFIG={Path(file).stem}", file, asked))
     return written
+
+
+def launched(launcher: dict) -> dict:
+    """What a launcher's YAML of Accelerate says of the engine, as fields of `Training`."""
+    deepspeed = launcher.get("deepspeed_config", {})
+    fsdp = launcher.get("fsdp_config", {})
+    offloaded = [part for part in ("optimizer", "param") if moved(deepspeed, part)]
+    if fsdp.get("fsdp_offload_params"):
+        offloaded = ["optimizer", "param"]
+    comes_divided = deepspeed.get("zero3_init_flag", True)
+    return {
+        "engine": ENGINES[launcher["distributed_type"]],
+        "zero": deepspeed.get("zero_stage", 0),
+        "offload": "+".join(offloaded) or "none",
+        "load": None if comes_divided else "whole",
+    }
+
+
+def moved(deepspeed: dict, part: str) -> bool:
+    """Whether Accelerate's deepspeed_config offloads this part, optimizer or param."""
+    return deepspeed.get(f"offload_{part}_device", "none") != "none"
+
+
+def divided(zero: dict) -> dict:
+    """What DeepSpeed's zero_optimization says, as fields of `Training`."""
+    offloaded = [part for part in ("optimizer", "param") if f"offload_{part}" in zero]
+    return {
+        "engine": "deepspeed",
+        "zero": zero["stage"],
+        "offload": "+".join(offloaded) or "none",
+        "bucket": zero.get("reduce_bucket_size", BUCKET),
+    }
 
 
 def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
@@ -133,13 +164,7 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
     for target, file in targets.items():
         config = read(file)
         zero = config["zero_optimization"]
-        offloaded = [part for part in ("optimizer", "param") if f"offload_{part}" in zero]
-        options = {
-            "engine": "deepspeed",
-            "zero": zero["stage"],
-            "offload": "+".join(offloaded) or "none",
-            "bucket": zero.get("reduce_bucket_size", BUCKET),
-        }
+        options = divided(zero)
         if config["gradient_accumulation_steps"] != "auto":
             options["accumulate"] = config["gradient_accumulation_steps"]
         model = profile["zero"]["model"] if zero["stage"] else None
@@ -156,13 +181,13 @@ def fine_tunings(cards: Cards) -> list[Recipe]:
     for name, target in (("sft_lora", "lf-train"), ("sft_lora_z2", "lf-train-z2")):
         file = f"{LLAMAFACTORY}/{name}.yaml"
         config = read(file)
-        divided = "deepspeed" in config
+        engine = {"gpus": 1}
+        if "deepspeed" in config:
+            engine = divided(read(config["deepspeed"])["zero_optimization"]) | {"gpus": 2}
         setup = Training(
-            gpus=2 if divided else 1,
+            **engine,
             gpu_memory_gib=cards.memory_gib,
             method="qlora" if config.get("quantization_bit") == 4 else config["finetuning_type"],
-            engine="deepspeed" if divided else "ddp",
-            zero=read(config["deepspeed"])["zero_optimization"]["stage"] if divided else 0,
             seq_len=config["cutoff_len"],
             micro_batch=config["per_device_train_batch_size"],
             accumulate=config["gradient_accumulation_steps"],

@@ -55,7 +55,7 @@ def reached(what: str):
 def engine_args(command: str, arguments: list[str]) -> argparse.Namespace:
     """vLLM's arguments, checked against its own list, its model and the number of cards."""
     parser = argparse.ArgumentParser(prog=command, allow_abbrev=False)
-    for flag in ("--model", "--host", "--dtype", "--api-key", "--base-url"):
+    for flag in ("--model", "--host", "--dtype", "--api-key", "--base-url", "--runner"):
         parser.add_argument(flag)
     parser.add_argument("--port", type=int, default=8000)
     for flag in ("--tensor-parallel-size", "--pipeline-parallel-size", "--num-prompts"):
@@ -74,14 +74,15 @@ def engine_args(command: str, arguments: list[str]) -> argparse.Namespace:
 
 def check_model(args) -> None:
     args.config = json.loads(Path(args.model, "config.json").read_text())
-    longest = args.config["max_position_embeddings"]
+    shape = args.config.get("text_config", args.config)
+    longest = shape["max_position_embeddings"]
     args.max_model_len = args.max_model_len or longest
     if args.max_model_len > longest:
         sys.exit(
             f"Value error, User-specified max_model_len ({args.max_model_len}) is greater than "
             f"the derived max_model_len ({longest})"
         )
-    heads = args.config["num_attention_heads"]
+    heads = shape["num_attention_heads"]
     if heads % args.tensor_parallel_size:
         sys.exit(
             f"Value error, Total number of attention heads ({heads}) must be divisible by "

@@ -55,6 +55,23 @@ def fitting(schema: dict):
     ]
 
 
+def pooled(body: dict) -> dict:
+    """What a server with --runner pooling answers: vectors of inputs, or scores of documents."""
+    if "documents" in body:
+        scores = [
+            {"index": place, "relevance_score": 1 / (place + 1)}
+            for place in range(len(body["documents"]))
+        ]
+        return {"results": scores}
+    read = sum(len(text.split()) for text in body["input"])
+    vectors = [
+        {"object": "embedding", "index": place, "embedding": [1.0, float(place)]}
+        for place in range(len(body["input"]))
+    ]
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    return {"object": "list", "model": body["model"], "data": vectors, "usage": usage}
+
+
 class Server(ThreadingHTTPServer):
     request_queue_size = 1024
 
@@ -120,7 +137,10 @@ class Handler(BaseHTTPRequestHandler):
         chat = "messages" in body
         if not self.allowed():
             return
-        if self.path not in (
+        if ARGS.runner == "pooling" and self.path in ("/v1/embeddings", "/v1/rerank"):
+            self.send(pooled(body))
+            return
+        if ARGS.runner == "pooling" or self.path not in (
             "/v1/chat/completions",
             "/v1/completions",
             "/invocations",
