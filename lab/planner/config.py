@@ -35,6 +35,7 @@ class Model:
     expert_intermediate: int = 0
     shared_intermediate: int = 0  # of the experts that every token passes
     expert_layers: int = 0  # layers that have experts
+    latent_head: int = 0  # MLA: numbers of one head's key and value that a token's vector becomes
     rope: int = 0  # numbers in the tables of cosines and sines that vLLM keeps for RoPE
     largest_graph: int = 512  # requests of vLLM's largest CUDA graph
     dtype: str = "bfloat16"  # what vLLM computes in, unless told otherwise
@@ -150,6 +151,7 @@ def model_of(
         expert_intermediate=decoder.expert_intermediate,
         shared_intermediate=decoder.shared_intermediate,
         expert_layers=sum(decoder.sparse),
+        latent_head=latent_numbers(text) if family.mla else 0,
         rope=rope_numbers(text, family, decoder),
         largest_graph=family.largest_graph,
         dtype=dtype,
@@ -281,6 +283,10 @@ def mostly_stored_as(weights: list[Weight]) -> str:
         if weight.stored:
             numbers[weight.stored] = numbers.get(weight.stored, 0) + weight.count
     return max(numbers, key=numbers.get, default="")
+
+
+def latent_numbers(config: Values) -> int:
+    return config.number("qk_nope_head_dim") + config.number("v_head_dim")
 
 
 def rope_section(config: Values) -> Values:

@@ -250,6 +250,8 @@ def card_weights(
         elif not weight.layers and not first:
             times = 0
         number = weights.number_bytes(model, weight, dtype)
+        if "kv_b_proj" in weight.name and number < width(dtype):
+            number += width(dtype)  # MLA multiplies queries with a copy in 16 bits
         total += times * weight.each * number * share_of_card(model, weight, tp)
     return total
 
@@ -270,6 +272,20 @@ def flow_bytes_per_token(model: Model, dtype: str, tp: int = 1) -> float:
     156672.0
     """
     return (6 * model.hidden + 3 * model.mlp_width / tp) * width(dtype)
+
+
+def context_bytes(model: Model, setup: Serving, number: int) -> float:
+    """Keys and values that MLA makes of the vectors of earlier tokens, for a long prompt's chunk.
+
+    vLLM runs its largest batch with room for 8 requests of full length, at most 65,536 tokens.
+    Source: vllm/model_executor/layers/attention/mla_attention.py.
+
+    >>> context_bytes(QWEN_7B, Serving(), 2)  # no MLA
+    0.0
+    """
+    length = setup.max_model_len or model.max_len
+    tokens = min(65536, max(8 * length, 4 * setup.max_num_seqs * setup.block_size))
+    return tokens * model.heads / (setup.tp or 1) * model.latent_head * number
 
 
 def compiling_bytes(model: Model, dtype: str, tokens: int, tp: int = 1) -> float:
@@ -371,6 +387,7 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     tp = setup.tp
     dtype = model.dtype if setup.dtype == "auto" else setup.dtype
     batch = flow_bytes_per_token(model, dtype, tp) * setup.max_num_batched_tokens
+    batch += context_bytes(model, setup, width(dtype))
     compiling = compiling_bytes(model, dtype, setup.max_num_batched_tokens, tp)
     is_last = layers.stop == model.layers
 
