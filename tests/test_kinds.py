@@ -338,6 +338,16 @@ def test_the_engine_would_refuse(case, ask, tmp_path):
     assert code == 2 and out == "" and re.fullmatch(r"error: .*\n", err) and reason in err, err
 
 
+def test_four_bits_are_another_checkpoint(answer):
+    """Where the catalogue has one it is named; else a note says that no flag makes it."""
+    known = answer("serve --model qwen2.5-32b-instruct --gpus 2")
+    assert known["suggestion"] == "--model qwen2.5-32b-instruct-awq" and not known["notes"]
+    small = "--gpus 1 --gpu-memory-gib 16 --max-model-len 4096"
+    other = answer(f"serve --model qwen2.5-14b-instruct {small}")
+    assert other["suggestion"] == "--dtype int4"
+    assert "no flag that makes int4" in other["notes"][-1]
+
+
 def test_a_gguf_is_for_another_engine(ask, tmp_path):
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     code, _, err = ask(f"serve --model {tmp_path}/model.Q4_K_M.gguf")

@@ -36,7 +36,7 @@ def test_worked_numbers(name):
 
 
 def test_the_models_of_the_worked_numbers_are_the_published_ones():
-    assert read(models.config("qwen2.5-7b-instruct")) == QWEN_7B
+    assert read(models.config("qwen2.5-7b-instruct"), "qwen2.5-7b-instruct") == QWEN_7B
     shapes = json.loads((ROOT / "modules/02_qwen_image_edit/shapes.json").read_text())
     assert QWEN_IMAGE_EDIT.keys() == shapes.keys()
     for component, lines in shapes.items():
@@ -51,7 +51,7 @@ def test_the_models_of_the_worked_numbers_are_the_published_ones():
 def page_rows() -> dict[str, list[tuple[str, str]]]:
     """{file of lab/planner: [(function, the number shown for it)]} of module 01's planner page."""
     text = (ROOT / "modules/01_single_gpu_smoke/planner.md").read_text(encoding="utf-8")
-    sections = re.split(r"^### \d\. .*\[(\w+)\.py\].*$", text, flags=re.M)
+    sections = re.split(r"^### \d+\. .*\[(\w+)\.py\].*$", text, flags=re.M)
     walk = dict(zip(sections[1::2], sections[2::2], strict=True))
     row = re.compile(r"^\| `([\w.]+)` \|.*\| ([^|]+) \|$", re.M)
     return {name: row.findall(section) for name, section in walk.items()}
@@ -69,7 +69,8 @@ def test_the_page_shows_the_worked_numbers():
     """Module 01's page walks through the files in this order; its numbers are the docstrings'."""
     walk = page_rows()
     training = ["states", "training", "host"]
-    assert list(walk) == ["config", "weights", "serving", *training, "images", "speed"]
+    serving = ["config", "tensors", "quantization", "weights", "cache", "serving"]
+    assert list(walk) == [*serving, *training, "images", "speed"]
     for name, rows in walk.items():
         assert rows, name
         module = importlib.import_module(f"lab.planner.{name}")

@@ -160,7 +160,8 @@ def test_no_suggestion_where_nothing_helps(answer):
 
 
 TWO_CARDS = {
-    "make vllm-serve RECIPE=32b-awq-tp2",
+    *(f"make vllm-serve RECIPE={name}-tp2" for name in ("32b-awq", "qwen3.5-27b-fp8")),
+    *(f"make vllm-serve RECIPE={name}-tp2" for name in ("gemma-4-31b-w4a16", "qwen3-vl-8b")),
     *("make train-ddp", "make lf-train-z2", "make train-z2-offload"),
     *(f"make train-z{stage}" for stage in range(4)),
     *(f"make train-accelerate CONFIG={name}" for name in ("ddp", "fsdp", "deepspeed_zero2")),
@@ -445,9 +446,9 @@ BAD = {
     "no such model": ("serve --model nowhere", "there is no model nowhere"),
     "not json": ("serve --model {tmp}/broken.json", "is no config.json"),
     "a list": ("serve --model {tmp}/list.json", "must be an object"),
-    "unknown architecture": ("serve --model {tmp}/t5.json", "T5ForConditionalGeneration"),
+    "unknown architecture": ("serve --model {tmp}/unknown.json", "OneForAllForCausalLM"),
     "a size missing": ("serve --model {tmp}/half.json", "hidden_size"),
-    "a negative size": ("train --model {tmp}/negative.json", "must be a whole number above 0"),
+    "a negative size": ("train --model {tmp}/negative.json", "must be a whole number, at least 1"),
     "tp and heads": ("serve --model qwen2.5-7b-instruct --gpus 3 --tp 3", "does not divide"),
     "tp and cards": ("serve --model qwen2.5-7b-instruct --gpus 1 --tp 2", "needs 2 cards"),
     "no gpus": ("serve --model qwen2.5-7b-instruct --gpus 0", "at least 1"),
@@ -505,7 +506,7 @@ def bad_files(tmp_path):
     half = {name: value for name, value in CONFIG.items() if name != "hidden_size"}
     contents = {
         "list": [],
-        "t5": CONFIG | {"architectures": ["T5ForConditionalGeneration"]},
+        "unknown": CONFIG | {"architectures": ["OneForAllForCausalLM"]},
         "half": half,
         "negative": CONFIG | {"num_hidden_layers": -3},
     }

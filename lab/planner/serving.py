@@ -32,6 +32,8 @@ UTILIZATIONS = (
     0.5,
 )  # shares of a card to try, if none is asked for
 LIBRARIES = 0.22 * GIB  # what vLLM's libraries take within its share (fit)
+LIBRARIES_TP = 0.07 * GIB  # with NCCL, which has taken some of it before vLLM looks (fit)
+PROCESSORS = 128  # streaming multiprocessors of a 4090; each has a row of logits in the sampler
 GRAPH_LAYER = 0.00025 * GIB  # a CUDA graph of one layer (fit)
 SECOND_RUNNER = ("DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM")
 GRAPH_NCCL = 0.4 * GIB  # NCCL's part in CUDA graphs: 1.2 on H100s, scaled as NCCL itself
@@ -302,13 +304,28 @@ def compiling_bytes(model: Model, dtype: str, tokens: int, tp: int = 1) -> float
     return (weights.embedding(model) / tp + 2 * tokens * model.hidden) * width(dtype)
 
 
-def counts_graphs(model: Model) -> bool:
-    """Whether vLLM takes the CUDA graphs out of its share, before the cache.
+def sampler_bytes(model: Model, setup: Serving, dtype: str) -> float:
+    """Bytes of the first runner's sampler, which it tries with as many requests as it may hold.
 
-    Its first model runner does, which still runs the models with states and most with experts; its
-    second does not. Source: vllm/config/vllm.py, use_v2_model_runner.
+    Logits as computed, of this card and of all; in fp32; their probabilities, and noise for them.
+    Source: vllm/v1/worker/gpu_model_runner.py, _dummy_sampler_run.
 
-    >>> counts_graphs(QWEN_7B)
+    >>> round(sampler_bytes(QWEN_7B, Serving(tp=1), "bfloat16") / GIB, 2)  # 256 * 152064 * 14 + ...
+    0.58
+    """
+    tp = setup.tp or 1
+    computed = width(dtype) * (1 + (1 / tp if tp > 1 else 0))
+    rows = setup.max_num_seqs * (computed + 3 * 4) + PROCESSORS * 4
+    return model.vocab * rows
+
+
+def on_first_runner(model: Model) -> bool:
+    """Whether vLLM's first model runner runs it: models with states, and most with experts.
+
+    That one takes the CUDA graphs out of its share, before the cache; the second does not.
+    Source: vllm/config/vllm.py, use_v2_model_runner.
+
+    >>> on_first_runner(QWEN_7B)
     False
     """
     is_moe = model.experts > 0 and model.architecture not in SECOND_RUNNER
@@ -388,18 +405,22 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     dtype = model.dtype if setup.dtype == "auto" else setup.dtype
     batch = flow_bytes_per_token(model, dtype, tp) * setup.max_num_batched_tokens
     batch += context_bytes(model, setup, width(dtype))
-    compiling = compiling_bytes(model, dtype, setup.max_num_batched_tokens, tp)
+    if not setup.enforce_eager:
+        compiling = compiling_bytes(model, dtype, setup.max_num_batched_tokens, tp)
+        batch = max(batch, compiling)
+    if on_first_runner(model):
+        batch = max(batch, sampler_bytes(model, setup, dtype))
     is_last = layers.stop == model.layers
 
     # 1. Inside vLLM's share: the cache takes what the others leave.
     graphs = graph_bytes(model, setup, dtype)
     parts = {
         "weights": card_weights(model, dtype, tp, layers, is_last),
-        "activations": batch if setup.enforce_eager else max(batch, compiling),
-        "libraries": LIBRARIES,
+        "activations": batch,
+        "libraries": LIBRARIES if tp == 1 else LIBRARIES_TP,
     }
     budget = memory_gib * setup.gpu_memory_utilization * GIB
-    room = budget - sum(parts.values()) - (graphs if counts_graphs(model) else 0)
+    room = budget - sum(parts.values()) - (graphs if on_first_runner(model) else 0)
     parts["kv_cache"] = max(0, room)
 
     # 2. Outside of it: graphs, and the context, taken before vLLM looks.

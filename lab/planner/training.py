@@ -202,8 +202,8 @@ def cast_bytes(model: Model, setup: Training) -> float:
 def gathered_bytes(model: Model, setup: Training) -> float:
     """Parameters that are whole on a card while they are used.
 
-    Two layers and the embeddings (FSDP), at most ZERO3_LIVE and what is larger than that (ZeRO-3).
-    Packed weights travel packed.
+    Two layers and the embeddings (FSDP), at most ZERO3_LIVE (ZeRO-3), and beside it the output
+    layer's gradient where that layer is trained. Packed weights travel packed.
 
     >>> round(gathered_bytes(QWEN_7B, Training(engine="deepspeed", zero=3)) / GIB, 2)
     2.88
@@ -217,7 +217,7 @@ def gathered_bytes(model: Model, setup: Training) -> float:
         two_layers = 2 * (weights.linear(model) - saved) / model.layers
         return setup.computed * (two_layers + weights.embeddings(model))
     if setup.zero == 3:
-        output_layer = 0 if model.tied else weights.embedding(model)
+        output_layer = weights.embedding(model) if setup.full and not model.tied else 0
         numbers = weights.parameters(model) - saved
         return setup.computed * min(numbers, ZERO3_LIVE + output_layer)
     return 0

@@ -5,9 +5,11 @@ cheapest first. Costs order the changes and mean no more.
 """
 
 import itertools
+import json
 from dataclasses import replace
 from typing import NamedTuple
 
+from lab import models
 from lab.planner import constants, serving, states, training
 from lab.planner.config import Model
 from lab.planner.serving import Serving
@@ -46,11 +48,26 @@ def suggestion(model: Model, request: Request, plan: dict) -> str:
     for combination in combinations(options):
         new_setup = changed(model, setup, combination)
         if combination and new_setup and fits(model, new_setup):
-            flags = [change.flag for change in combination]
+            checkpoint = "" if request.task == "train" else in_four_bits(request.model)
+            flags = []
+            for change in combination:
+                is_checkpoint = checkpoint and change.value == "int4"
+                flags.append(f"--model {checkpoint}" if is_checkpoint else change.flag)
             if request.engine and new_setup.engine != request.engine:
                 flags.insert(0, f"--engine {new_setup.engine}")
             return " ".join(flags)
     return NOTHING
+
+
+def in_four_bits(name: str) -> str:
+    """The model's checkpoint in 4 bits, if configs/models.yaml has one: no flag makes it."""
+    key = models.entry(name)[0]
+    for other, entry in models.catalogue().items():
+        quantization = json.dumps(entry.get("config", {}).get("quantization_config", {}))
+        is_int4 = '"bits": 4' in quantization or '"num_bits": 4' in quantization
+        if other.startswith(f"{key}-") and is_int4:
+            return other
+    return ""
 
 
 # -----------------------------------------------------------------------------

@@ -89,7 +89,12 @@ def server(cards: Cards, profile: dict, model: str, flags: dict) -> Request:
         gpu_memory_utilization=flags.get("gpu-memory-utilization"),
         tp=tp,
         dtype=flags.get("quantization") or flags.get("dtype", "auto"),
+        kv_dtype=flags.get("kv-cache-dtype", "auto"),
         max_model_len=flags.get("max-model-len"),
+        max_num_seqs=flags.get("max-num-seqs", Serving.max_num_seqs),
+        max_num_batched_tokens=flags.get("max-num-batched-tokens", Serving.max_num_batched_tokens),
+        enforce_eager=bool(flags.get("enforce-eager")),
+        language_model_only=bool(flags.get("language-model-only")),
     )
     return request(model, setup, cards)
 
