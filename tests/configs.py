@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import cache
 
 from lab import models
 
@@ -13,6 +14,7 @@ MESS = (
 )
 
 
+@cache
 def bases() -> list[dict]:
     """One config of each kind of model in the catalogue."""
     names = ("qwen2.5-7b-instruct", "qwen3-30b-a3b-gptq-int4", "qwen3.5-27b-fp8", "gpt-oss-20b")

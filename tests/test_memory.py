@@ -145,7 +145,14 @@ def test_weights_are_those_of_transformers(name):
 
 TEXT_ONLY = {"Qwen3_5ForCausalLM": "qwen3_5_text", "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text"}
 # What a published config.json says and the class has no value for.
-SAID = {"DeepseekV2ForCausalLM": {"num_experts_per_tok": 6}}
+SAID = {
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    "Gemma4ForConditionalGeneration": {
+        "text_config": {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 2},
+        "vision_config": {},
+    },
+}
 
 
 def model_types() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from lab import fail
-from lab.planner import cache, quantization, tensors, vision
+from lab.planner import cache, gemma4, quantization, tensors, vision
 from lab.planner.cache import LayerCache
 from lab.planner.constants import LINEAR_BYTES
 from lab.planner.families import FAMILIES, Family
@@ -98,11 +98,12 @@ def read(config: dict, name: str = "this model") -> Model:
     architecture = architecture_of(top)
     section = next((top.section(key) for key in SECTIONS if top.has(key)), Values({}, name))
     family = FAMILIES.get(architecture)
-    if family is None:
+    text = Values(config | section.values, name)
+    if family is None or (family.wide and gemma4.is_built(text, top)):
         from lab.planner import counted
 
-        return counted.read(top, Values(config | section.values, name), architecture)
-    text = Values(family.defaults | config | section.values, name)
+        return counted.read(top, text, architecture)
+    text = Values(family.defaults | text.values, name)
     decoder = decoder_of(text, top, family)
     weights = list(tensors.decoder_weights(decoder, family, text))
     if family.vision:

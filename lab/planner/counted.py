@@ -80,8 +80,6 @@ def read(top: Values, config: Values, architecture: str):
     """
     from lab.planner import config as configs
 
-    names = f"planner's table does not have {architecture}: transformers builds it without memory"
-    print(f"the {names}, which takes some seconds", file=sys.stderr)
     shapes, sizes = built(top, architecture)
     text = Values(configs.without_none(sizes) | configs.without_none(config.values), top.name)
     has_experts = any("experts" in name for name in shapes)
@@ -105,6 +103,11 @@ def built(top: Values, architecture: str) -> tuple[dict[str, tuple[int, ...]], d
             f"{top.name} has the architecture {architecture[:60]}, which neither the planner nor "
             f"transformers {transformers.__version__} knows"
         )
+    print(
+        f"the planner's table does not have {architecture}: transformers builds it without memory, "
+        "which takes some seconds",
+        file=sys.stderr,
+    )
     values = {key: value for key, value in top.values.items() if key != "quantization_config"}
     try:
         settings = model_class.config_class.from_dict(values)

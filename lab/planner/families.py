@@ -25,6 +25,7 @@ class Family:
     norms: tuple[str, ...] = PRE_NORMS
     qkv_fused: bool = False  # one weight for q, k and v
     gate_fused: bool = False  # one weight for gate and up
+    wide: bool = False  # full layers have wider heads: Gemma 4's
     mla: bool = False  # latent attention: DeepSeek-V2's
     linear: str = ""  # the linear attention of its linear layers: "next" or "3.5"
     moe: str = ""  # how its experts are named: "qwen", "deepseek", "gpt_oss"
@@ -84,6 +85,18 @@ GEMMA3 = replace(
         "max_position_embeddings": 131072,
         "sliding_window_pattern": 6,
     },
+)
+GEMMA4 = Family(
+    qk_norm="head",
+    norms=SANDWICH_NORMS,
+    wide=True,
+    sliding="pattern",
+    ropes=2,
+    tied=True,
+    vision="gemma4",
+    decoder="model.language_model.",
+    defaults=GEMMA3.defaults
+    | {"vocab_size": 262144, "sliding_window": 512, "global_head_dim": 512},
 )
 GPT_OSS = Family(
     qkv_bias="attention_bias",
@@ -173,6 +186,7 @@ FAMILIES = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": with_tower(GEMMA3, "siglip"),
+    "Gemma4ForConditionalGeneration": GEMMA4,
     "GptOssForCausalLM": GPT_OSS,
     "Glm4ForCausalLM": Family(qkv_bias="attention_bias", norms=GLM_NORMS, gate_fused=True),
     "Glm4MoeForCausalLM": GLM4_MOE,

@@ -225,8 +225,13 @@ def decoder_weights(decoder: Decoder, family: Family, config: Values) -> Iterato
     dense = [n for n in everywhere if not decoder.sparse[n]]
     place = family.decoder
 
-    block = latent_attention if family.mla else attention
-    yield from of_layers(block(decoder, family, config), others, place)
+    if family.wide:
+        from lab.planner import gemma4
+
+        yield from gemma4.attentions(decoder, config, place)
+    else:
+        block = latent_attention if family.mla else attention
+        yield from of_layers(block(decoder, family, config), others, place)
     if linear_layers:
         yield from of_layers(linear_attention(decoder, family, config), linear_layers, place)
     bias = decides(family.mlp_bias, config)

@@ -17,6 +17,11 @@ def tower_weights(family_vision: str, vision: Values, hidden: int) -> Iterator[W
     >>> sum(weight.count for weight in tower) / 1e6
     676.550144
     """
+    if family_vision == "gemma4":
+        from lab.planner import gemma4
+
+        yield from gemma4.tower(vision, hidden)
+        return
     towers = {
         "qwen2_vl": qwen2_vl,
         "qwen2_5_vl": qwen2_5_vl,
