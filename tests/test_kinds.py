@@ -151,7 +151,7 @@ def test_vllm_reports_the_same_tokens(kind, plan, tmp_path, monkeypatch):
     measured = importlib.import_module("calibrate").serve(read_line(line), tmp_path / "log")
 
     small = config.read(values, kind)
-    pool = cache.pool(small.caches, 4, block=BLOCK_ON_A_CPU)
+    pool = cache.pool(small.caches, 4, block=BLOCK_ON_A_CPU, computed=4)
     blocks = GIB // int(pool.block_bytes(range(small.layers)))
     # On a CPU vLLM does not prepare a batch while another runs.
     of_request = pool.blocks_of_request(1024, in_flight=BATCH)

@@ -188,8 +188,17 @@ class Pool(NamedTuple):
         return total
 
 
-def pool(caches: tuple[LayerCache, ...], number: float, tp: int = 1, block: int = KV_BLOCK) -> Pool:
+def pool(
+    caches: tuple[LayerCache, ...],
+    number: float,
+    tp: int = 1,
+    block: int = KV_BLOCK,
+    computed: float = 2,
+) -> Pool:
     """The groups that vLLM makes of the layers, and the size of a block.
+
+    `number` is the bytes of a number in the cache, `computed` of one in a state: FP8 is for keys
+    and values only.
 
     >>> full = LayerCache(FULL, 4, 512)  # as in Qwen3.5-27B: one in four
     >>> state = LayerCache(LINEAR, convolution=30720, state=786432, state_dtype="float32")
@@ -211,7 +220,7 @@ def pool(caches: tuple[LayerCache, ...], number: float, tp: int = 1, block: int 
         return Pool([Group(attention[0], everywhere, block)], 0, mixed)
 
     # A block must hold a state, so that one with few tokens of attention grows.
-    states = [cache.state_bytes(number, tp) for cache in layers_of if cache.is_state]
+    states = [cache.state_bytes(computed, tp) for cache in layers_of if cache.is_state]
     if states and attention:
         widest = max(tokens.values())
         block *= max(1, math.ceil(max(states) / (block * widest)))

@@ -431,7 +431,7 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
 
     # 3. The cache in vLLM's blocks.
     number = kv_number(model, setup.kv_dtype, dtype)
-    pool = cache.pool(model.caches, number, tp, setup.block_size)
+    pool = cache.pool(model.caches, number, tp, setup.block_size, width(dtype))
     of_request = pool.blocks_of_request(setup.max_model_len, in_flight(setup))
     block_bytes = pool.block_bytes(layers)
     blocks = max(0, math.floor(room / block_bytes))
