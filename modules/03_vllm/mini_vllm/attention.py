@@ -32,9 +32,8 @@ class TorchAttention:
     """Each sequence alone, its blocks gathered into one row: slow, and short enough to believe."""
 
     def cache(self, *shape, **kwargs):
-        return torch.zeros(
-            2, *shape, **kwargs
-        )  # keys [num_blocks, block_size, kv_heads, D], values
+        # Keys [num_blocks, block_size, kv_heads, D], and values.
+        return torch.zeros(2, *shape, **kwargs)
 
     def prepare(self, batch: Batch):
         """Nothing: a kernel plans its work here, before the first layer."""
