@@ -182,6 +182,7 @@ def show(request: Request, answer: dict) -> None:
         utilization = f"--gpu-memory-utilization {answer['gpu_memory_utilization']:g}"
         taken = f"vLLM takes {answer['budget_gib']} ({utilization})"
         print(f"  {taken}; its cache holds {left_over(answer)} tokens")
+        print(f"  {cache_of_request(answer)}")
     print(f"  host memory             {answer['host_gib']:8.1f}{host_parts(answer)}")
     if "nvme_gib" in answer:
         print(f"  NVMe (nobody has run it){answer['nvme_gib']:8.1f}")
@@ -215,6 +216,14 @@ def left_over(answer: dict) -> str:
         batch = f"micro-batch up to {answer['max_micro_batch']:,}"
         return f"{batch}, or {answer['max_seq_len']:,} tokens; {host}"
     return host
+
+
+def cache_of_request(answer: dict) -> str:
+    """What a token and a request take of a card's cache."""
+    token_kib = answer["kv_bytes_per_token"] / 2**10
+    request_gib = answer["kv_bytes_per_request"] / 2**30
+    longest = f"{answer['max_model_len']:,} tokens"
+    return f"there a token takes {token_kib:,.1f} KiB, a request of {longest} {request_gib:,.2f} GiB"
 
 
 def host_parts(answer: dict) -> str:
