@@ -222,8 +222,8 @@ def cache_of_request(answer: dict) -> str:
     """What a token and a request take of a card's cache."""
     token_kib = answer["kv_bytes_per_token"] / 2**10
     request_gib = answer["kv_bytes_per_request"] / 2**30
-    longest = f"{answer['max_model_len']:,} tokens"
-    return f"there a token takes {token_kib:,.1f} KiB, a request of {longest} {request_gib:,.2f} GiB"
+    request = f"a request of {answer['max_model_len']:,} tokens {request_gib:,.2f} GiB"
+    return f"there a token takes {token_kib:,.1f} KiB, {request}"
 
 
 def host_parts(answer: dict) -> str:

@@ -12,6 +12,7 @@ import configs
 from lab import machine as this_machine
 from lab import models
 from lab.planner import cache, config, serving, weights
+from lab.planner.serving import Serving
 
 KIB = 2**10
 GIB = 2**30
@@ -369,7 +370,39 @@ def test_memory_that_others_have_taken(answer):
 
 
 # -----------------------------------------------------------------------------
-# Any config
+# Any architecture, any config
+
+
+@pytest.mark.long
+def test_every_architecture_that_both_engines_know():
+    """Of the architectures in transformers and vLLM, from the classes' own sizes.
+
+    A tenth of these classes cannot be built from their own sizes, or have no attention at all.
+    """
+    import importlib.util
+    from pathlib import Path
+
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    package = Path(importlib.util.find_spec("vllm").origin).parent
+    registry = (package / "model_executor/models/registry.py").read_text()
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    pictures = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    model_types = {architecture: name for name, architecture in (text | pictures).items()}
+    both = [name for name in model_types if f'"{name}"' in registry]
+    answered = []
+    for architecture in both:
+        values = transformers.AutoConfig.for_model(model_types[architecture]).to_dict()
+        try:
+            read = config.read(values | {"architectures": [architecture]}, architecture)
+            plan = serving.serve(read, Serving(gpus=1, gpu_memory_gib=1000))
+        except SystemExit as end:
+            assert end.code == 2
+            continue
+        assert plan.kv_bytes_per_request > 0
+        answered.append(architecture)
+    assert len(both) > 90 and len(answered) > 0.8 * len(both), set(both) - set(answered)
 
 
 def test_any_config_gets_an_answer_or_one_sentence(ask, tmp_path):

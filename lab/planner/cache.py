@@ -77,6 +77,11 @@ def of_kind(kind: str, decoder: Decoder, config: Values, latent: bool) -> LayerC
     """What a layer of this kind keeps; refused for a kind that the planner does not know."""
     if kind == LINEAR and config.has("linear_num_value_heads"):
         return of_delta_net(config)
+    if kind == "mamba" and config.has("mamba_n_heads"):
+        return of_mamba2(config)
+    if kind == "conv" and config.has("conv_L_cache"):
+        steps = config.number("conv_L_cache") - 1  # LFM2: the last inputs of a short convolution
+        return LayerCache(LINEAR, convolution=decoder.hidden * steps)
     if kind in ("full_attention", "attention"):
         if latent:
             numbers = config.number("kv_lora_rank") + config.number("qk_rope_head_dim")
@@ -88,6 +93,9 @@ def of_kind(kind: str, decoder: Decoder, config: Values, latent: bool) -> LayerC
         return LayerCache(FULL, heads, 2 * head_dim)
     if kind == SLIDING:
         window = config.number("sliding_window")
+        return LayerCache(SLIDING, decoder.kv_heads, 2 * decoder.head_dim, window)
+    if kind == "chunked_attention":  # Llama 4: a window that begins anew
+        window = config.number("attention_chunk_size")
         return LayerCache(SLIDING, decoder.kv_heads, 2 * decoder.head_dim, window)
     fail(
         f"{config.name} has layers of the kind {kind[:40]}: how much of a request these keep, "
@@ -109,6 +117,18 @@ def of_delta_net(config: Values) -> LayerCache:
         state=value * config.number("linear_key_head_dim"),
         state_dtype=config.text("mamba_ssm_dtype"),
     )
+
+
+def of_mamba2(config: Values) -> LayerCache:
+    """A Mamba-2 layer's (arXiv 2405.21060), by the names of Bamba and Granite 4.
+
+    Source: vllm/model_executor/layers/mamba/mamba_utils.py, mamba2_state_shape.
+    """
+    inner = config.number("mamba_n_heads") * config.number("mamba_d_head")
+    size = config.number("mamba_d_state")
+    steps = config.number("mamba_d_conv") - 1
+    mixed = inner + 2 * config.number("mamba_n_groups", default=1) * size
+    return LayerCache(LINEAR, convolution=mixed * steps, state=inner * size)
 
 
 # -----------------------------------------------------------------------------

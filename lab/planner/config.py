@@ -11,6 +11,7 @@ from lab.planner.tensors import Decoder, Weight
 from lab.planner.values import Values
 
 MOST_LAYERS = 1000
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
 SECTIONS = ("text_config", "language_config", "llm_config")  # of the decoder, beside a tower
 
 
@@ -110,10 +111,6 @@ def read(config: dict, name: str = "this model") -> Model:
         weights += vision.tower_weights(family.vision, top.section("vision_config"), decoder.hidden)
     caches = cache.of_layers(decoder, text, latent=family.mla)
     return model_of(decoder, quantization.stored(weights, top), caches, text, top, family)
-
-
-def without_none(values: dict) -> dict:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def architecture_of(config: Values) -> str:
@@ -254,7 +251,7 @@ def expert_sizes(config: Values, family: Family) -> dict[str, int]:
         shared = config.number("shared_expert_intermediate_size", least=0)
     return {
         "experts": config.number("num_experts", "num_local_experts", "n_routed_experts"),
-        "experts_per_token": config.number("num_experts_per_tok", "experts_per_token"),
+        "experts_per_token": config.number(*EXPERTS_PER_TOKEN),
         "expert_intermediate": width,
         "shared_intermediate": shared,
     }

@@ -81,14 +81,30 @@ def read(top: Values, config: Values, architecture: str):
     from lab.planner import config as configs
 
     shapes, sizes = built(top, architecture)
-    text = Values(configs.without_none(sizes) | configs.without_none(config.values), top.name)
-    has_experts = any("experts" in name for name in shapes)
+    weights = grouped(shapes)
+    measured = widths(weights)
+    for key, value in (sizes | config.values).items():
+        if value is not None and (key not in measured or isinstance(value, int)):
+            measured[key] = value
+    text = Values(measured, top.name)
+    has_experts = any(weight.part == "experts" for weight in weights)
     family = Family(moe="qwen" if has_experts else "")
     decoder = configs.decoder_of(text, top, family)
     latent = config.has("kv_lora_rank")
     caches = cache.of_layers(decoder, text, latent)
-    weights = quantization.stored(grouped(shapes), top)
-    return configs.model_of(decoder, weights, caches, text, top, family)
+    return configs.model_of(decoder, quantization.stored(weights, top), caches, text, top, family)
+
+
+def widths(weights: list[Weight]) -> dict[str, int]:
+    """The sizes that each class has a name of its own for, from the weights themselves."""
+    experts = [weight.shape for weight in weights if weight.part == "experts"]
+    stacked = [shape for shape in experts if len(shape) == 3]
+    linears = [max(weight.shape) for weight in weights if weight.part == "linear"]
+    sizes = {"intermediate_size": max(linears, default=1)}
+    if stacked:
+        sizes["num_experts"] = stacked[0][0]
+        sizes["moe_intermediate_size"] = min(min(shape[1:]) for shape in stacked)
+    return sizes
 
 
 def built(top: Values, architecture: str) -> tuple[dict[str, tuple[int, ...]], dict]:
