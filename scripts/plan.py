@@ -25,6 +25,8 @@ from lab.planner.config import Model
 from lab.planner.serving import Serving
 from lab.planner.training import Training
 
+GPT_OSS = "GptOssForCausalLM"
+
 # -----------------------------------------------------------------------------
 # A question, answered
 
@@ -46,7 +48,7 @@ def plan(request: Request) -> dict:
     answer["predicted_speed"] = predicted_speed(model, request)
     answer["notes"] = fp8_notes(model, request, answer["suggestion"])
     if request.task == "serve":
-        answer["notes"] += start_notes(setup, answer)
+        answer["notes"] += start_notes(model, setup, answer)
     if request.task == "train":
         answer["notes"] += states.notes(model, setup)
     return answer
@@ -129,7 +131,8 @@ def fp8_notes(model: Model, request: Request, suggestion: str) -> list[str]:
         )
     fp8_cache = isinstance(setup, Serving) and setup.kv_dtype == "fp8"
     if fp8_cache or "kv-dtype fp8" in suggestion:
-        way = "add --attention-backend TRITON_ATTN" if cards.fp8 else "leave --kv-cache-dtype out"
+        by_triton = cards.fp8 and not model.latent_head and model.architecture != GPT_OSS
+        way = "add --attention-backend TRITON_ATTN" if by_triton else "leave --kv-cache-dtype out"
         notes.append(
             "except on Hopper, vLLM reads an FP8 cache by FlashInfer, which nvcc compiles: "
             f"without a CUDA toolkit, {way}"
@@ -137,7 +140,7 @@ def fp8_notes(model: Model, request: Request, suggestion: str) -> list[str]:
     return notes
 
 
-def start_notes(setup: Serving, answer: dict) -> list[str]:
+def start_notes(model: Model, setup: Serving, answer: dict) -> list[str]:
     """What vLLM says at its start where others have the memory that it wants; checkpoints to find.
 
     Source: vllm/v1/worker/utils.py, request_memory.
@@ -150,6 +153,10 @@ def start_notes(setup: Serving, answer: dict) -> list[str]:
             f"{setup.gpu_memory_gib:g} GiB) on startup is less than desired GPU memory "
             f"utilization ({answer['gpu_memory_utilization']:g}, {answer['budget_gib']:g} GiB)"
         )
+    unused = setup.gpus // setup.pp
+    reason = serving.obstacle(model, unused) if unused > answer["tp"] else ""
+    if reason:
+        notes.append(f"tensor parallelism over {unused} cards does not divide the model: {reason}")
     if "dtype int4" in answer["suggestion"] or setup.dtype == "int4":
         notes.append(
             "vLLM has no flag that makes int4: it is another checkpoint (AWQ or GPTQ) of the "
@@ -167,7 +174,9 @@ def show(request: Request, answer: dict) -> None:
     names = " + ".join(request.cards.names)
 
     # What was asked.
-    heading = f"{request.task} {request.model} on {setup.gpus} x {setup.gpu_memory_gib:g} GiB"
+    sizes = getattr(setup, "memories_gib", ()) or (setup.gpu_memory_gib,) * setup.gpus
+    cards = f"{setup.gpus} x {sizes[0]:g}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+    heading = f"{request.task} {request.model} on {cards} GiB"
     if "parameters" in answer:
         heading += f", {answer['parameters'] / 1e9:.2f} B parameters"
     print(heading)
@@ -180,7 +189,8 @@ def show(request: Request, answer: dict) -> None:
         print(f"    {spelt(name):22}{gib:8.2f}")
     if "kv_tokens" in answer:
         utilization = f"--gpu-memory-utilization {answer['gpu_memory_utilization']:g}"
-        taken = f"vLLM takes {answer['budget_gib']} ({utilization})"
+        division = f"--tp {answer['tp']} --pp {answer['pp']}"
+        taken = f"vLLM takes {answer['budget_gib']} ({utilization} {division})"
         print(f"  {taken}; its cache holds {left_over(answer)} tokens")
         print(f"  {cache_of_request(answer)}")
     print(f"  host memory             {answer['host_gib']:8.1f}{host_parts(answer)}")

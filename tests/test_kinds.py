@@ -167,6 +167,7 @@ def stored_gb(name: str, quantization: dict) -> float:
     return weights.stored_bytes(model(name, quantization_config=quantization)) / 1e9
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 GROUPS = {"weights": {"num_bits": 4, "group_size": 32, "symmetric": False}, "targets": ["Linear"]}
 PACKED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUPS}}
 
@@ -214,6 +215,43 @@ def test_two_groups_of_formats():
     assert formats == {"fp8"} and mixed.stored == "int4"
 
 
+def test_blocks_of_few_experts():
+    """FP8 in blocks of 128 of a model with 64 experts: the experts are packed, too."""
+    fp8 = model("deepseek-v2-lite-chat", quantization_config=FP8)
+    assert {w.stored for w in fp8.weights if w.part == "experts"} == {"fp8"}
+
+
+def test_patterns_of_gptq():
+    """GPTQModel's `dynamic`: a regular expression leaves a module out or gives it other bits."""
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+    def formats(dynamic: dict) -> dict[str, str]:
+        packed = model("qwen3-8b", quantization_config=gptq | {"dynamic": dynamic})
+        linear = [w for w in packed.weights if w.part == "linear"]
+        return {w.name.split(".")[-2]: w.stored for w in linear}
+
+    assert formats({"-:.*down.*": {}})["down_proj"] == ""
+    eight = formats({"+:.*mlp.*": {"bits": 8}})
+    assert eight["up_proj"] == "int8" and eight["q_proj"] == "int4"
+
+
+def test_an_unknown_method_is_read_from_the_headers(tmp_path, plan):
+    """A folder's files say what its weights take, whatever packed them."""
+    import torch
+    from plan_parts import read_model
+    from safetensors.torch import save_file
+
+    shapes = SMALL | {"architectures": ["Qwen3ForCausalLM"]}
+    values = shapes | {"quantization_config": {"quant_method": "quark"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    plain = config.read(shapes)
+    eight_bits = torch.zeros(weights.linear(plain), 1, dtype=torch.int8)
+    save_file({"model.layers.0.mlp.up_proj.weight": eight_bits}, tmp_path / "model.safetensors")
+    read = read_model(str(tmp_path))
+    rest = weights.parameters(plain) - weights.linear(plain)
+    assert weights.stored_bytes(read) == weights.linear(plain) + 2 * rest
+
+
 def test_the_headers_of_a_folder_go_first(tmp_path, plan):
     """An unknown share of scales is read from the safetensors files themselves."""
     import torch
@@ -256,13 +294,27 @@ QWEN_72B_AWQ = models.config("qwen2.5-32b-instruct-awq") | {
     "num_attention_heads": 64,
     "intermediate_size": 29568,
 }
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 REFUSED = {
     "a group of AWQ is split": (QWEN_72B_AWQ, "--gpus 2 --tp 2", "128 share a scale"),
     "a block of FP8 is split": (
         models.config("qwen3-30b-a3b") | {"quantization_config": FP8},
         "--gpus 4 --tp 4",
         "128 share a scale",
+    ),
+    "a KV head narrower than a block": (
+        models.config("llama-3.1-8b-instruct")
+        | {"hidden_size": 2048, "head_dim": 64, "quantization_config": FP8},
+        "--gpus 8 --tp 8",
+        "64 kv heads of",
+    ),
+    "a state that nobody lists": (
+        {
+            "architectures": ["FalconH1ForCausalLM"],
+            "model_type": "falcon_h1",
+            "num_hidden_layers": 2,
+        },
+        "",
+        "layers with a state",
     ),
     "more KV heads than cards, unevenly": (
         models.config("qwen3-8b") | {"num_attention_heads": 30, "num_key_value_heads": 5},
@@ -308,7 +360,8 @@ def test_the_engine_would_refuse(case, ask, tmp_path):
     values, flags, reason = REFUSED[case]
     (tmp_path / "config.json").write_text(json.dumps(values))
     code, out, err = ask(f"serve --model {tmp_path}/config.json {flags}")
-    assert code == 2 and out == "" and re.fullmatch(r"error: .*\n", err) and reason in err, err
+    one_sentence = re.fullmatch(r"(the planner's table .*\n)?error: .*\n", err)
+    assert code == 2 and out == "" and one_sentence and reason in err, err
 
 
 def test_four_bits_are_another_checkpoint(answer):
@@ -319,6 +372,20 @@ def test_four_bits_are_another_checkpoint(answer):
     other = answer(f"serve --model qwen2.5-14b-instruct {small}")
     assert other["suggestion"] == "--dtype int4"
     assert "no flag that makes int4" in other["notes"][-1]
+
+
+def test_a_model_with_states_needs_a_block_for_each_request(answer):
+    """Its CUDA graphs do (vllm/config/compilation.py); without them, requests may wait."""
+    question = "serve --model qwen3.5-27b-fp8 --gpus 2 --max-model-len 65536"
+    too_many = answer(question)
+    assert not too_many["fits"] and too_many["suggestion"].startswith("--max-num-seqs")
+    assert answer(f"{question} {too_many['suggestion']}")["fits"]
+    assert answer(f"{question} --enforce-eager")["fits"]
+
+
+def test_groups_of_experts_are_cut_in_halves(answer):
+    """moe_wna16.py: 192 inputs on a card are three groups of 64."""
+    assert answer("serve --model qwen3-30b-a3b-gptq-int4 --gpus 4 --tp 4")["fits"]
 
 
 def test_a_gguf_is_for_another_engine(ask, tmp_path):
@@ -353,6 +420,8 @@ def test_unequal_cards_and_stages(answer):
     even = answer(f"{fp8} --gpu-memory-gib 16,32")
     uneven = answer(f"{fp8} --gpu-memory-gib 16,32 --pp-layers 16,32")
     assert not even["fits"] and uneven["fits"]
+    suggestion = answer(f"{fp8.replace('--pp 2', '')} --gpu-memory-gib 16,32")["suggestion"]
+    assert suggestion == "--tp 1 --pp 2 --pp-layers 16,32"
     assert uneven["kv_tokens"] == min(
         answer(f"{fp8} --gpu-memory-gib {size} --pp-layers {layers}")["kv_tokens"]
         for size, layers in (("16,64", "16,32"), ("64,32", "16,32"))

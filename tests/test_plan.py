@@ -151,7 +151,9 @@ def test_suggestions_fit(answer, line):
 def test_three_cards_take_the_split_that_the_heads_allow(answer):
     """28 heads over 3 cards: two of them are used, unless three are asked for."""
     three = answer("serve --model qwen2.5-7b-instruct --gpus 3")
-    assert three | {"suggestion": ""} == answer("serve --model qwen2.5-7b-instruct --gpus 2")
+    two = answer("serve --model qwen2.5-7b-instruct --gpus 2")
+    assert three["tp"] == 2 and three | {"notes": []} == two
+    assert "over 3 cards does not divide the model: it has 28 heads" in three["notes"][0]
 
 
 def test_no_suggestion_where_nothing_helps(answer):

@@ -100,7 +100,7 @@ def read(config: dict, name: str = "this model") -> Model:
     section = next((top.section(key) for key in SECTIONS if top.has(key)), Values({}, name))
     family = FAMILIES.get(architecture)
     text = Values(config | section.values, name)
-    if family is None or (family.wide and gemma4.is_built(text, top)):
+    if family is None or (family.wide and gemma4.needs_building(text, top)):
         from lab.planner import counted
 
         return counted.read(top, text, architecture)

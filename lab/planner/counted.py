@@ -8,7 +8,7 @@ import json
 import re
 import struct
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +92,17 @@ def read(top: Values, config: Values, architecture: str):
     decoder = configs.decoder_of(text, top, family)
     latent = config.has("kv_lora_rank")
     caches = cache.of_layers(decoder, text, latent)
+    has_mixer = any(re.search(r"mamba|ssm|recurrent|A_log", name) for name in shapes)
+    if has_mixer and not any(layer.is_state for layer in caches):
+        fail(
+            f"{top.name} ({architecture}) has layers with a state that its config.json does not "
+            "list: how much of a request these keep, the planner does not know"
+        )
+    has_head = any(weight.part == "head" for weight in weights)
+    if not has_head and not text.flag("tie_word_embeddings"):
+        # The class ties by default; the checkpoint, and vLLM by the decoder's section, do not.
+        shape = (decoder.vocab, decoder.hidden)
+        weights.append(Weight("lm_head.weight", shape, part="head", split=OUTPUTS))
     return configs.model_of(decoder, quantization.stored(weights, top), caches, text, top, family)
 
 
@@ -158,40 +169,53 @@ def grouped(shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
 # -----------------------------------------------------------------------------
 # A checkpoint's headers
 
+PACKED = ("linear", "experts")
 BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
 
 
-def with_headers(model, folder: Path):
-    """The model with the bytes that the safetensors files in `folder` say, part by part.
+def with_headers(config: dict, name: str, folder: Path):
+    """The model of a config.json, whose linear layers take what the files in `folder` say.
 
-    Only a quantised checkpoint differs from what its config.json tells. Raises SystemExit(2) with
-    one sentence for a file that is none.
+    The bytes of all of them are divided evenly. A method of quantisation that the planner does not
+    know is no obstacle then. Raises SystemExit(2) with one sentence for a file that is none.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not model.quantised:
-        return model
-    stored: Counter[str] = Counter()
-    for file in files:
+    from lab.planner import config as configs
+
+    is_quantised = config.get("quantization_config") or config.get("compression_config")
+    if not is_quantised:
+        return configs.read(config, name)
+    quantised = ("quantization_config", "compression_config")
+    plain = {key: value for key, value in config.items() if key not in quantised}
+    model = configs.read(plain, name)
+    packed = sum(weight.count for weight in model.weights if weight.part in PACKED)
+    number = stored_in(folder, model.layers) / max(1, packed)
+    if not number:
+        return configs.read(config, name)
+    label = "fp8" if number > 0.9 else "int4"
+    weights = (
+        replace(weight, number=number, stored=label) if weight.part in PACKED else weight
+        for weight in model.weights
+    )
+    return replace(model, weights=tuple(weights), stored=label)
+
+
+def stored_in(folder: Path, layers: int) -> int:
+    """Bytes of the linear layers and experts of the decoder in these safetensors files."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
         for name, (dtype, shape) in header(file).items():
             layer = re.search(r"layers\.(\d+)\.", name)
-            is_draft = name.startswith("mtp.") or (layer and int(layer[1]) >= model.layers)
-            if is_draft and not TOWER.search(name):
+            is_draft = name.startswith("mtp.") or (layer and int(layer[1]) >= layers)
+            plain = re.sub(r"\.(qweight|qzeros|scales|g_idx|weight_\w+)$", ".weight", name)
+            matrix = shape if len(shape) > 1 or plain == name else (1, *shape)
+            if is_draft or part_of(plain, matrix) not in PACKED:
                 continue
             numbers = 1
             for size in shape:
                 numbers *= size
-            part = part_of(re.sub(r"\.(qweight|qzeros|scales|weight_\w+)$", ".weight", name), shape)
-            part = "linear" if part == "experts" else part
-            stored[part] += numbers * BYTES.get(dtype, 1)
-    packed = sum(w.count for w in model.weights if w.part in ("linear", "experts"))
-    if not stored["linear"] or not packed:
-        return model
-    number = stored["linear"] / packed
-    weights = (
-        replace(w, number=number) if w.part in ("linear", "experts") else w for w in model.weights
-    )
-    return replace(model, weights=tuple(weights))
+            total += numbers * BYTES.get(dtype, 1)
+    return total
 
 
 def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -45,8 +45,13 @@ LLAMA = Family(
     mlp_bias="mlp_bias",
 )
 QWEN2 = Family(qkv_bias=True)
-QWEN3 = Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head")
-QWEN3_MOE = replace(QWEN3, moe="qwen")
+QWEN3 = Family(
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    qk_norm="head",
+    defaults={"head_dim": 128},
+)
+QWEN3_MOE = replace(QWEN3, moe="qwen", defaults={})
 LINEAR = {
     "head_dim": 256,
     "linear_conv_kernel_dim": 4,
@@ -156,10 +161,16 @@ def with_tower(family: Family, vision: str, **changes) -> Family:
 # Architecture, as config.json names it: its family.
 FAMILIES = {
     "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": Family(sliding="all"),
-    "Ministral3ForCausalLM": Family(),
+    "MistralForCausalLM": Family(
+        sliding="all", defaults={"num_key_value_heads": 8, "sliding_window": 4096}
+    ),
+    "Ministral3ForCausalLM": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "SmolLM3ForCausalLM": LLAMA,
-    "SeedOssForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_out_bias"),
+    "SeedOssForCausalLM": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_out_bias",
+        defaults={"num_key_value_heads": 8, "head_dim": 128},
+    ),
     "Phi3ForCausalLM": Family(qkv_fused=True, gate_fused=True, sliding="all"),
     "Olmo3ForCausalLM": Family(
         qkv_bias="attention_bias",
@@ -171,7 +182,7 @@ FAMILIES = {
     ),
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
-    "MixtralForCausalLM": Family(moe="qwen", sliding="all"),
+    "MixtralForCausalLM": Family(moe="qwen", sliding="all", defaults={"num_key_value_heads": 8}),
     "Qwen2MoeForCausalLM": replace(QWEN2, moe="qwen"),
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Qwen3NextForCausalLM": QWEN3_NEXT,
@@ -188,7 +199,12 @@ FAMILIES = {
     "Gemma3ForConditionalGeneration": with_tower(GEMMA3, "siglip"),
     "Gemma4ForConditionalGeneration": GEMMA4,
     "GptOssForCausalLM": GPT_OSS,
-    "Glm4ForCausalLM": Family(qkv_bias="attention_bias", norms=GLM_NORMS, gate_fused=True),
+    "Glm4ForCausalLM": Family(
+        qkv_bias="attention_bias",
+        norms=GLM_NORMS,
+        gate_fused=True,
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+    ),
     "Glm4MoeForCausalLM": GLM4_MOE,
     "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,

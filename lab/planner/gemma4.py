@@ -17,7 +17,7 @@ NORMS = (
 )
 
 
-def is_built(config: Values, top: Values) -> bool:
+def needs_building(config: Values, top: Values) -> bool:
     """Whether this one has what the formulas here leave out."""
     per_layer = config.number("hidden_size_per_layer_input", default=256, least=0)
     return bool(per_layer) or top.has("audio_config") or config.flag("enable_moe_block")

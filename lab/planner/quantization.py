@@ -1,7 +1,8 @@
 """How a checkpoint stores its weights: the quantization_config of a config.json, weight by weight.
 
-Every method packs linear layers (and experts) and leaves embeddings, norms, biases, routers, the
-output layer and a vision tower in 16 bits, and what its own list of exceptions names.
+Linear layers and experts are packed; embeddings, norms, biases, routers, the output layer and a
+vision tower stay in 16 bits, as published checkpoints have them, and what a method's own list of
+exceptions names.
 """
 
 import re
@@ -62,7 +63,7 @@ def blocks_of_fp8(config: Values) -> Format:
 
 
 def of_integers(config: Values, name: str) -> Callable[[str], Format]:
-    """AWQ, GPTQ and auto-round."""
+    """AWQ, GPTQ and auto-round, whose patterns are regular expressions or names of modules."""
     bits = config.number("bits", "w_bit", default=4)
     if bits not in (2, 3, 4, 8):
         config.refuse("bits", "2, 3, 4 or 8")
@@ -71,11 +72,21 @@ def of_integers(config: Values, name: str) -> Callable[[str], Format]:
     is_awq = config.text("quant_method") == "awq"
     symmetric = is_awq and not config.flag("zero_point", default=True)
     packed = integers(bits, group_size, symmetric)
-    kept = [pattern.removeprefix("-:") for pattern in config.section("dynamic").values]
-    for module, changes in config.section("extra_config").values.items():
-        if isinstance(changes, dict) and changes.get("bits") == 16:
-            kept.append(module)
-    return lambda module: KEPT if matches(module, kept) else packed
+    changes = config.section("dynamic").values | config.section("extra_config").values
+
+    def format_of(module: str) -> Format:
+        for pattern, change in changes.items():
+            expression = pattern.removeprefix("-:").removeprefix("+:")
+            if not (matches_one(module, f"re:{expression}") or matches_one(module, expression)):
+                continue
+            changed = Values(change if isinstance(change, dict) else {}, config.name)
+            changed_bits = changed.number("bits", default=bits)
+            if pattern.startswith("-:") or changed_bits == 16:
+                return KEPT
+            return integers(changed_bits, group_size, symmetric)
+        return packed
+
+    return format_of
 
 
 def of_groups(config: Values, name: str) -> Callable[[str], Format]:
@@ -91,11 +102,21 @@ def of_groups(config: Values, name: str) -> Callable[[str], Format]:
         config.refuse("config_groups", "an object with at least one group")
 
     def format_of(module: str) -> Format:
-        named = [kind for patterns, kind in targets if matches(module, patterns)]
+        names = [module, *names_of_experts(module)]
+        named = [kind for patterns, kind in targets if any(matches(n, patterns) for n in names)]
         of_class = [kind for patterns, kind in targets if "Linear" in patterns]
         return (named or of_class or [KEPT])[0]
 
     return format_of
+
+
+def names_of_experts(module: str) -> list[str]:
+    """What a checkpoint calls the matrices that lie together in a tensor of three dimensions."""
+    if not module.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return []
+    place, _, name = module.rpartition(".")
+    parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
+    return [f"{place}.0.{part}" for part in parts]
 
 
 def of_group(weights: Values, name: str) -> Format:
@@ -110,8 +131,8 @@ def of_group(weights: Values, name: str) -> Format:
         return blocks_of_fp8(Values({"weight_block_size": block or None}, name))
     if is_float and bits == 4:
         return NVFP4 if group_size == 16 else MXFP4
-    if bits not in (2, 3, 4, 8):
-        weights.refuse("num_bits", "2, 3, 4 or 8")
+    if not 2 <= bits <= 8:
+        weights.refuse("num_bits", "2 to 8")
     return integers(bits, group_size, weights.flag("symmetric", default=True))
 
 
@@ -224,7 +245,8 @@ def packed(weights: list[Weight], format_of: Callable[[str], Format]) -> Iterato
         layers_of = defaultdict(list)
         for layer in weight.layers or (0,):
             kind = format_of(module.replace("*", str(layer)))
-            smaller_than_a_block = weight.shape[0] < kind.group[0]
+            outputs = weight.shape[-2 if weight.part == "experts" else 0]
+            smaller_than_a_block = outputs < kind.group[0]
             layers_of[KEPT if smaller_than_a_block else kind].append(layer)
         for (label, number, group), layers in layers_of.items():
             where = tuple(layers) if weight.layers else ()

@@ -41,7 +41,11 @@ GRAPH_NCCL = 0.4 * GIB  # NCCL's part in CUDA graphs: 1.2 on H100s, scaled as NC
 
 @dataclass(frozen=True)
 class Serving:
-    """What is asked for, by the names of vLLM's own flags."""
+    """What is asked for.
+
+    By the names of vLLM's own flags; `dtype` is its --dtype and its --quantization, `kv_dtype` its
+    --kv-cache-dtype, `pp_layers` its VLLM_PP_LAYER_PARTITION.
+    """
 
     gpus: int = 2
     gpu_memory_gib: float = CARD_GIB  # of the smallest card
@@ -76,6 +80,8 @@ class ServePlan:
     kv_bytes_per_request: int  # of one request of max_model_len tokens there, in whole blocks
     max_concurrency: float  # requests of full length
     max_model_len: int
+    tp: int
+    pp: int
 
 
 # -----------------------------------------------------------------------------
@@ -132,13 +138,17 @@ def obstacle(model: Model, tp: int) -> str:
         return (
             f"it has {model.heads} heads and {model.kv_heads} KV heads, and each card takes as many"
         )
-    reasons = (obstacle_of(weight, tp) for weight in model.weights)
+    reasons = (obstacle_of(weight, tp, model.kv_heads) for weight in model.weights)
     return next((reason for reason in reasons if reason), "")
 
 
-def obstacle_of(weight: Weight, tp: int) -> str:
+def obstacle_of(weight: Weight, tp: int, kv_heads: int) -> str:
     """Why this weight cannot be divided over `tp` cards; "" where it can."""
     is_vocabulary = weight.part in ("embedding", "head")  # which vLLM pads
+    if weight.split == KV_HEADS and weight.stored:
+        part = weight.shape[0] // kv_heads * max(1, kv_heads // tp)
+        if part % weight.group[0]:
+            return split_scale(weight, part, weight.group[0])
     if tp == 1 or is_vocabulary or weight.split not in (OUTPUTS, INPUTS):
         return ""
     outputs = weight.shape[-2 if weight.part == "experts" else 0]
@@ -146,13 +156,19 @@ def obstacle_of(weight: Weight, tp: int) -> str:
     of_scale = weight.group[weight.split == INPUTS]
     if size % tp:
         return f"{weight.name} has {size} {weight.split}, and each card takes as many"
+    if weight.part == "experts" and weight.stored in ("int4", "int8"):
+        of_scale = min(of_scale, 32)  # vLLM cuts their groups in halves, down to 32 (moe_wna16.py)
     pads = weight.stored == "mxfp4"
     if weight.stored and not pads and size // tp % of_scale:
-        return (
-            f"each card would take {size // tp} {weight.split} of {weight.name}, and in this "
-            f"{weight.stored} checkpoint {of_scale} share a scale"
-        )
+        return split_scale(weight, size // tp, of_scale)
     return ""
+
+
+def split_scale(weight: Weight, part: int, of_scale: int) -> str:
+    return (
+        f"each card would take {part} {weight.split} of {weight.name}, and in this "
+        f"{weight.stored} checkpoint {of_scale} share a scale"
+    )
 
 
 def stages(model: Model, setup: Serving) -> list[range]:
@@ -216,6 +232,8 @@ def check(model: Model, setup: Serving) -> None:
             f"--max-num-batched-tokens {setup.max_num_batched_tokens} is less than --max-num-seqs "
             f"{setup.max_num_seqs}: vLLM refuses it, for each request needs a token of the batch"
         )
+    if model.quantised and setup.dtype == "float32":
+        fail(f"{model.name} is stored as {model.stored}, which vLLM computes in 16 bits only")
     if model.quantised and setup.dtype not in ("auto", "bfloat16", "float16", model.stored):
         fail(
             f"{model.name} is stored as {model.stored}, and vLLM quantises no checkpoint twice: "
@@ -368,7 +386,9 @@ def serve(model: Model, setup: Serving) -> ServePlan:
     """What vLLM's server needs of each card.
 
     It fits where the cache holds `concurrency` requests of `max_model_len` tokens and all of it
-    stays on the card. Raises SystemExit(2) where the engine would refuse the division.
+    stays on the card; the CUDA graphs of a model with states need a block for each of
+    max_num_seqs requests (vllm/config/compilation.py). Raises SystemExit(2) where the engine would
+    refuse the division.
 
     >>> plan = serve(QWEN_7B, Serving(gpus=1))
     >>> plan.fits, plan.kv_tokens, plan.per_gpu_gib["weights"]
@@ -427,7 +447,7 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     parts["cuda_graphs"] = graphs
     parts["cuda_context"] = CONTEXT + (NCCL if tp * setup.pp > 1 else 0)
     per_gpu = gib(parts)
-    free_gib = memory_gib if setup.free_memory_gib is None else setup.free_memory_gib
+    free_gib = min(memory_gib, setup.free_memory_gib or memory_gib)
 
     # 3. The cache in vLLM's blocks.
     number = kv_number(model, setup.kv_dtype, dtype)
@@ -436,9 +456,10 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     block_bytes = pool.block_bytes(layers)
     blocks = max(0, math.floor(room / block_bytes))
     requests = blocks / of_request
+    graphs_have_states = setup.enforce_eager or not model.has_state or blocks >= setup.max_num_seqs
     here = model.caches[layers.start : layers.stop]
     return ServePlan(
-        fits=requests >= setup.concurrency and per_gpu["total"] <= free_gib,
+        fits=requests >= setup.concurrency and per_gpu["total"] <= free_gib and graphs_have_states,
         per_gpu_gib=per_gpu,
         budget_gib=round(budget / GIB, 2),
         gpu_memory_utilization=setup.gpu_memory_utilization,
@@ -448,6 +469,8 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
         kv_bytes_per_request=int(of_request * block_bytes),
         max_concurrency=round(requests, 1),
         max_model_len=setup.max_model_len,
+        tp=tp,
+        pp=setup.pp,
     )
 
 

@@ -1,5 +1,7 @@
 """Values of a config.json, each read as what it should be or refused in one sentence."""
 
+import re
+
 from lab import fail
 
 LARGEST = 10**9  # no size in a config.json is larger
@@ -35,8 +37,8 @@ class Values:
         value = self.values.get(key)
         if value is None:
             value = default
-        if isinstance(value, str) and value.strip().isdigit():
-            value = int(value[:20])
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value.strip()[:20])
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < LARGEST:
@@ -45,7 +47,11 @@ class Values:
 
     def decimal(self, key: str, default: float) -> float:
         """A number above 0, whole or not."""
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value, re.ASCII):
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(key, "a number above 0")
         if not 0 < value < LARGEST:

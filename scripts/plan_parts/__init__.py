@@ -1,7 +1,9 @@
 """What is asked of the planner: a model, what is done with it, and the cards that do it."""
 
+import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,9 +93,17 @@ def read_model(name: str) -> Model:
             f"{name} is for llama.cpp: vLLM 0.26 and the trainings here load no GGUF. Give the "
             "folder or the hub id of the model in safetensors"
         )
-    model = config.read(models.config(name), name)
-    if not path.is_dir():
-        return model
+    values = models.config(name)
+    has_headers = path.is_dir() and any(path.glob("*.safetensors"))
+    return model_of(name, json.dumps(values), path if has_headers else None)
+
+
+@cache
+def model_of(name: str, values: str, folder: Path | None) -> Model:
+    """The model of a config.json; in a folder, the files' headers say what quantisation takes."""
+    values = json.loads(values)
+    if folder is None:
+        return config.read(values, name)
     from lab.planner import counted
 
-    return counted.with_headers(model, path)
+    return counted.with_headers(values, name, folder)

@@ -30,6 +30,8 @@ class Change(NamedTuple):
     @property
     def flag(self) -> str:
         name = f"--{self.option.replace('_', '-')}"
+        if isinstance(self.value, tuple):
+            return f"{name} {','.join(map(str, self.value))}"
         return name if self.value is True else f"{name} {self.value}"
 
 
@@ -98,7 +100,9 @@ def serve_changes(
     return [
         wider(model, setup),
         longer(setup),
+        uneven(model, setup),
         other_shares(setup),
+        halved("max_num_seqs", setup.max_num_seqs, least=8) if model.has_state else [],
         where(setup.concurrency > 1, Change(2, "concurrency", held)),
         where(fp8_cache, Change(2, "kv_dtype", "fp8")),
         halved("max_model_len", setup.max_model_len, least=1024),
@@ -108,6 +112,8 @@ def serve_changes(
 
 def wider(model: Model, setup: Serving) -> list[Change]:
     """Tensor parallelism over as many cards as the model allows."""
+    if setup.memories_gib:
+        return where(setup.tp > 1, Change(0.5, "tp", 1))  # unlike cards are stages
     cards = min(setup.gpus // setup.pp, model.heads)
     for tp in range(cards, setup.tp, -1):
         if not serving.obstacle(model, tp):
@@ -117,8 +123,18 @@ def wider(model: Model, setup: Serving) -> list[Change]:
 
 def longer(setup: Serving) -> list[Change]:
     """A pipeline over the cards that tensor parallelism leaves."""
-    stages = setup.gpus // setup.tp
+    stages = setup.gpus // (1 if setup.memories_gib else setup.tp)
     return where(setup.pp == 1 < stages, Change(1.5, "pp", stages))
+
+
+def uneven(model: Model, setup: Serving) -> list[Change]:
+    """On cards of unlike size, stages with as many layers as each card has memory for."""
+    sizes = setup.memories_gib
+    if not sizes or setup.pp_layers:
+        return []
+    layers = [int(model.layers * size / sum(sizes)) for size in sizes]
+    layers[-1] += model.layers - sum(layers)
+    return [Change(0.5, "pp_layers", tuple(layers))]
 
 
 def other_shares(setup: Serving) -> list[Change]:
@@ -217,7 +233,8 @@ def changed(model: Model, setup: Setup, combination: tuple[Change, ...]) -> Setu
     values = {change.option: change.value for change in combination}
     new = replace(setup, **values)
     if isinstance(new, Serving):
-        return new if new.tp * new.pp <= new.gpus else None
+        stages = len(new.pp_layers) or new.pp
+        return new if new.tp * new.pp <= new.gpus and stages == new.pp else None
     if "method" in values and ("zero" in values or "offload" in values):
         return None
     if new.engine != "fsdp" and (new.zero or new.offloads):
