@@ -206,6 +206,20 @@ def test_layers_that_stay_in_16_bits():
     assert linear_kept / 1.073741824 == pytest.approx(26.07, abs=0.01)
 
 
+def test_a_checkpoint_may_ask_for_an_fp8_cache(answer, tmp_path):
+    """modelopt's kv_cache_quant_algo is what vLLM's --kv-cache-dtype auto means then."""
+    tokens = []
+    for algorithm in (None, "FP8"):
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8"}
+        values = models.config("qwen3-8b")
+        quantization |= {"kv_cache_quant_algo": algorithm} if algorithm else {}
+        (tmp_path / "config.json").write_text(
+            json.dumps(values | {"quantization_config": quantization})
+        )
+        tokens.append(answer(f"serve --model {tmp_path}/config.json --gpus 1")["kv_tokens"])
+    assert tokens[1] == pytest.approx(2 * tokens[0], rel=0.01)
+
+
 def test_two_groups_of_formats():
     """compressed-tensors: attention in FP8, the MLP in 4 bits."""
     eight = {"weights": {"num_bits": 8, "type": "float"}, "targets": ["re:.*self_attn.*"]}
@@ -322,6 +336,12 @@ REFUSED = {
         "30 heads and 5 KV heads",
     ),
     "quantised twice": (QWEN_72B_AWQ, "--gpus 2 --dtype fp8", "quantises no checkpoint twice"),
+    "float16 where it overflows": (
+        models.config("gemma-3-12b-it"),
+        "--gpus 2 --dtype float16",
+        "in float16",
+    ),
+    "blocks of seven tokens": (models.config("qwen3-8b"), "--block-size 7", "multiples of 16"),
     "longer than the model": (
         models.config("qwen3-8b"),
         "--gpus 2 --max-model-len 100000",

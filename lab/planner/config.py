@@ -40,6 +40,7 @@ class Model:
     rope: int = 0  # numbers in the tables of cosines and sines that vLLM keeps for RoPE
     largest_graph: int = 512  # requests of vLLM's largest CUDA graph
     dtype: str = "bfloat16"  # what vLLM computes in, unless told otherwise
+    cache_dtype: str = "auto"  # of the KV cache, where the checkpoint says it: fp8
     stored: str = "bfloat16"  # a key of LINEAR_BYTES: how most of the linear layers are stored
     weights: tuple[Weight, ...] = field(default=(), repr=False)
     caches: tuple[LayerCache, ...] = field(default=(), repr=False)  # of each layer
@@ -153,6 +154,7 @@ def model_of(
         rope=rope_numbers(text, family, decoder),
         largest_graph=family.largest_graph,
         dtype=dtype,
+        cache_dtype=quantization.cache_dtype(top),
         stored=mostly_stored_as(weights) or dtype,
         weights=tuple(weights),
         caches=caches,

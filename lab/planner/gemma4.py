@@ -7,14 +7,10 @@ experts or sound are built instead: see lab/planner/counted.py.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lab.planner.families import SANDWICH_NORMS
 from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, Decoder, Weight, linear, of_layers
 from lab.planner.values import Values
 from lab.planner.vision import layer, norm
-
-NORMS = (
-    *("input_layernorm", "post_attention_layernorm"),
-    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
 
 
 def needs_building(config: Values, top: Values) -> bool:
@@ -83,6 +79,6 @@ def tower(vision: Values, hidden: int) -> Iterator[Weight]:
         yield from layer(f"{block}{name}.linear", outputs, inputs, depth, bias=False)
     yield from norm(f"{block}self_attn.q_norm", head, depth, bias=False)
     yield from norm(f"{block}self_attn.k_norm", head, depth, bias=False)
-    for name in NORMS:
+    for name in SANDWICH_NORMS:
         yield from norm(f"{block}{name}", width, depth, bias=False)
     yield from layer("model.embed_vision.embedding_projection", hidden, width, bias=False)

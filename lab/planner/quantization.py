@@ -151,6 +151,19 @@ def of_modelopt(config: Values, name: str) -> Callable[[str], Format]:
     refuse_method(name, f"modelopt with quant_algo {algorithm or 'missing'}")
 
 
+def cache_dtype(config: Values) -> str:
+    """What a modelopt checkpoint says of the KV cache: "fp8" or "auto".
+
+    Source: vllm/utils/torch_utils.py, get_kv_cache_quant_algo_string.
+    """
+    quantization = config.section("quantization_config")
+    if not quantization.text("quant_method").startswith("modelopt"):
+        return "auto"
+    said = f"{quantization.values} {quantization.section('quantization').values}".lower()
+    scheme = said.partition("kv_cache")[2][:120]
+    return "fp8" if "fp8" in scheme or "'num_bits': 8" in scheme else "auto"
+
+
 def of_bitsandbytes(config: Values, name: str) -> Callable[[str], Format]:
     label = "nf4" if config.flag("load_in_4bit") else "int8"
     return lambda module: Format(label, LINEAR_BYTES[label])

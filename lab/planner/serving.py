@@ -35,6 +35,7 @@ LIBRARIES = 0.22 * GIB  # what vLLM's libraries take within its share (fit)
 LIBRARIES_TP = 0.07 * GIB  # with NCCL, which has taken some of it before vLLM looks (fit)
 PROCESSORS = 128  # streaming multiprocessors of a 4090; each has a row of logits in the sampler
 GRAPH_LAYER = 0.00025 * GIB  # a CUDA graph of one layer (fit)
+NO_FLOAT16 = ("Gemma2", "Gemma3", "Glm4For")  # vllm/config/model.py
 SECOND_RUNNER = ("DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM")
 GRAPH_NCCL = 0.4 * GIB  # NCCL's part in CUDA graphs: 1.2 on H100s, scaled as NCCL itself
 
@@ -88,10 +89,10 @@ class ServePlan:
 # KV cache
 
 
-def kv_number(model: Model, kv_dtype: str, dtype: str) -> int:
+def kv_number(kv_dtype: str, dtype: str) -> int:
     """Bytes of one number in the cache.
 
-    >>> kv_number(QWEN_7B, "auto", "bfloat16"), kv_number(QWEN_7B, "fp8", "bfloat16")
+    >>> kv_number("auto", "bfloat16"), kv_number("fp8", "bfloat16")
     (2, 1)
     """
     return 1 if kv_dtype == "fp8" else width(dtype)
@@ -108,7 +109,7 @@ def kv_bytes_per_token(
     57344
     """
     caches = model.caches[: math.ceil(model.layers / pp)]
-    return int(cache.token_bytes(caches, kv_number(model, kv_dtype, dtype), tp))
+    return int(cache.token_bytes(caches, kv_number(kv_dtype, dtype), tp))
 
 
 def kv_bytes_per_request(model: Model, tokens: int, dtype: str = "bfloat16") -> int:
@@ -232,6 +233,11 @@ def check(model: Model, setup: Serving) -> None:
             f"--max-num-batched-tokens {setup.max_num_batched_tokens} is less than --max-num-seqs "
             f"{setup.max_num_seqs}: vLLM refuses it, for each request needs a token of the batch"
         )
+    in_half = setup.dtype == "float16" and model.dtype == "bfloat16"
+    if in_half and (model.architecture.startswith(NO_FLOAT16) or model.stored == "mxfp4"):
+        fail(f"vLLM computes no {model.architecture} in float16: leave out --dtype float16")
+    if setup.block_size % cache.KV_BLOCK:
+        fail(f"--block-size {setup.block_size}: vLLM's attention takes multiples of 16 on a GPU")
     if model.quantised and setup.dtype == "float32":
         fail(f"{model.name} is stored as {model.stored}, which vLLM computes in 16 bits only")
     if model.quantised and setup.dtype not in ("auto", "bfloat16", "float16", model.stored):
@@ -450,7 +456,8 @@ def card_plan(model: Model, setup: Serving, layers: range, memory_gib: float) ->
     free_gib = min(memory_gib, setup.free_memory_gib or memory_gib)
 
     # 3. The cache in vLLM's blocks.
-    number = kv_number(model, setup.kv_dtype, dtype)
+    kv_dtype = model.cache_dtype if setup.kv_dtype == "auto" else setup.kv_dtype
+    number = kv_number(kv_dtype, dtype)
     pool = cache.pool(model.caches, number, tp, setup.block_size, width(dtype))
     of_request = pool.blocks_of_request(setup.max_model_len, in_flight(setup))
     block_bytes = pool.block_bytes(layers)

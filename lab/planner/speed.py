@@ -153,7 +153,7 @@ def decode(
     71
     """
     dtype = model.dtype if dtype == "auto" else dtype
-    number = kv_number(model, kv_dtype, dtype)
+    number = kv_number(kv_dtype, dtype)
     kept = batch * cache.request_bytes(model.caches, context, number, tp)
     reading = (read_weights(model, dtype, batch) / tp + kept) / machine.bandwidth
     computing = 2 * batch * weights.active(model) / tp / machine.flops

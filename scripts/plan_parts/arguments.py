@@ -151,7 +151,8 @@ def add_serve(parser: Parser) -> None:
     )
 
     # Weights and cache.
-    dtypes = ["auto", *constants.LINEAR_BYTES]
+    only_stored = ("mxfp4", "nvfp4")  # no flag of vLLM makes these
+    dtypes = ["auto", *(kind for kind in constants.LINEAR_BYTES if kind not in only_stored)]
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights")
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
 
