@@ -159,8 +159,8 @@ def cache_dtype(config: Values) -> str:
     quantization = config.section("quantization_config")
     if not quantization.text("quant_method").startswith("modelopt"):
         return "auto"
-    said = f"{quantization.values} {quantization.section('quantization').values}".lower()
-    scheme = said.partition("kv_cache")[2][:120]
+    written = f"{quantization.values} {quantization.section('quantization').values}".lower()
+    scheme = written.partition("kv_cache")[2][:120]
     return "fp8" if "fp8" in scheme or "'num_bits': 8" in scheme else "auto"
 
 
