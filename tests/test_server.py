@@ -123,6 +123,16 @@ def test_structured(server):
     )
 
 
+def test_pictures_and_vectors_that_are_refused(server):
+    """By the small model, which answers and does not see; and what no server is asked for."""
+    assert "is not a multimodal model" in refused("python", PICTURE)
+    assert "make vllm-serve ARGS='--runner pooling'" in refused("python", EMBED)
+    assert "at least 28" in refused("python", PICTURE, "--side", "3")
+    assert "is no picture" in refused("python", PICTURE, "--image", "readme.md")
+    assert "No such file" in refused("python", PICTURE, "--image", "nowhere.png")
+    assert "the query is empty" in refused("python", EMBED, "--query", " ")
+
+
 def test_watch_sees_the_load(server):
     done = run("python", "modules/03_vllm/04_watch.py", "--load", "4", "--seconds", "8", check=0)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -316,16 +326,6 @@ def test_stop_ends_ours_and_nothing_else(server):
 
 # -----------------------------------------------------------------------------
 # Without a server
-
-
-def test_pictures_and_vectors_that_are_refused(server):
-    """By the small model, which answers and does not see; and what no server is asked for."""
-    assert "is not a multimodal model" in refused("python", PICTURE)
-    assert "make vllm-serve ARGS='--runner pooling'" in refused("python", EMBED)
-    assert "at least 28" in refused("python", PICTURE, "--side", "3")
-    assert "is no picture" in refused("python", PICTURE, "--image", "readme.md")
-    assert "No such file" in refused("python", PICTURE, "--image", "nowhere.png")
-    assert "the query is empty" in refused("python", EMBED, "--query", " ")
 
 
 @pytest.fixture
