@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 
 from lab import fail
-from lab.planner import cache, gemma4, quantization, tensors, vision
+from lab.planner import cache, quantization, tensors, vision
 from lab.planner.cache import LayerCache
-from lab.planner.constants import LINEAR_BYTES
 from lab.planner.families import FAMILIES, Family
 from lab.planner.tensors import Decoder, Weight
 from lab.planner.values import Values
@@ -101,7 +100,7 @@ def read(config: dict, name: str = "this model") -> Model:
     section = next((top.section(key) for key in SECTIONS if top.has(key)), Values({}, name))
     family = FAMILIES.get(architecture)
     text = Values(config | section.values, name)
-    if family is None or (family.wide and gemma4.needs_building(text, top)):
+    if family is None or (family.wide and has_more_than_the_table(text, top)):
         from lab.planner import counted
 
         return counted.read(top, text, architecture)
@@ -112,6 +111,12 @@ def read(config: dict, name: str = "this model") -> Model:
         weights += vision.tower_weights(family.vision, top.section("vision_config"), decoder.hidden)
     caches = cache.of_layers(decoder, text, latent=family.mla)
     return model_of(decoder, quantization.stored(weights, top), caches, text, top, family)
+
+
+def has_more_than_the_table(text: Values, top: Values) -> bool:
+    """Whether this Gemma 4 has per-layer inputs, experts or sound, which tensors.py leaves out."""
+    per_layer = text.number("hidden_size_per_layer_input", default=256, least=0)
+    return bool(per_layer) or top.has("audio_config") or text.flag("enable_moe_block")
 
 
 def architecture_of(config: Values) -> str:
@@ -345,4 +350,3 @@ QWEN_7B = read(
     },
     "qwen2.5-7b-instruct",
 )
-assert QWEN_7B.stored in LINEAR_BYTES

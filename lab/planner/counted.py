@@ -5,6 +5,7 @@ shape and no numbers. A safetensors file begins with the name, type and shape of
 """
 
 import json
+import math
 import re
 import struct
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from lab import fail
 from lab.planner import cache, quantization
 from lab.planner.families import Family
-from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, WHOLE, Weight
+from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, PACKED, WHOLE, Weight
 from lab.planner.values import Values
 
 SIZES = (
@@ -169,7 +170,6 @@ def grouped(shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
 # -----------------------------------------------------------------------------
 # A checkpoint's headers
 
-PACKED = ("linear", "experts")
 BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
 
@@ -182,11 +182,9 @@ def with_headers(config: dict, name: str, folder: Path):
     """
     from lab.planner import config as configs
 
-    is_quantised = config.get("quantization_config") or config.get("compression_config")
-    if not is_quantised:
+    if not quantization.section_of(Values(config, name)).values:
         return configs.read(config, name)
-    quantised = ("quantization_config", "compression_config")
-    plain = {key: value for key, value in config.items() if key not in quantised}
+    plain = {key: value for key, value in config.items() if key not in quantization.SECTIONS}
     model = configs.read(plain, name)
     packed = sum(weight.count for weight in model.weights if weight.part in PACKED)
     number = stored_in(folder, model.layers) / max(1, packed)
@@ -211,10 +209,7 @@ def stored_in(folder: Path, layers: int) -> int:
             matrix = shape if len(shape) > 1 or plain == name else (1, *shape)
             if is_draft or part_of(plain, matrix) not in PACKED:
                 continue
-            numbers = 1
-            for size in shape:
-                numbers *= size
-            total += numbers * BYTES.get(dtype, 1)
+            total += math.prod(shape) * BYTES.get(dtype, 1)
     return total
 
 

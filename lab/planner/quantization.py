@@ -9,13 +9,15 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from lab import fail
 from lab.planner.constants import LINEAR_BYTES
-from lab.planner.tensors import Weight
+from lab.planner.tensors import PACKED, Weight
 from lab.planner.values import Values
 
+SECTIONS = ("quantization_config", "compression_config")  # the second is of older checkpoints
 # Keys under which the methods list modules that stay as they are.
 EXCEPTIONS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
 SCALE = 2  # bytes of a 16-bit scale
@@ -156,12 +158,16 @@ def cache_dtype(config: Values) -> str:
 
     Source: vllm/utils/torch_utils.py, get_kv_cache_quant_algo_string.
     """
-    quantization = config.section("quantization_config")
+    quantization = section_of(config)
     if not quantization.text("quant_method").startswith("modelopt"):
         return "auto"
-    written = f"{quantization.values} {quantization.section('quantization').values}".lower()
-    scheme = written.partition("kv_cache")[2][:120]
-    return "fp8" if "fp8" in scheme or "'num_bits': 8" in scheme else "auto"
+    for section in (quantization.section("quantization"), quantization):
+        algorithm = section.values.get("kv_cache_quant_algo")
+        scheme = section.values.get("kv_cache_scheme")
+        eight_bits = isinstance(scheme, dict) and scheme.get("num_bits") == 8
+        if eight_bits or "fp8" in f"{scheme} {algorithm}".lower():
+            return "fp8"
+    return "auto"
 
 
 def of_bitsandbytes(config: Values, name: str) -> Callable[[str], Format]:
@@ -217,15 +223,34 @@ def matches(module: str, patterns: list[str]) -> bool:
 
 
 def matches_one(module: str, pattern: str) -> bool:
+    expression = compiled(pattern)
+    if expression is None:
+        return False
+    if pattern.startswith("re:"):
+        return expression.match(module) is not None
+    return expression.search(from_layers(module)) is not None
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern | None:
+    """A pattern's expression, made once: lists of exceptions are long. None for a wrong one."""
     if pattern.startswith("re:"):
         try:
-            return re.match(pattern[3:], module) is not None
+            return re.compile(pattern[3:])
         except re.error:
-            return False
-    tail = module[module.find("layers.") :] if "layers." in module else module
-    wanted = pattern[pattern.find("layers.") :] if "layers." in pattern else pattern
-    expression = re.escape(wanted.strip(".")).replace(r"\*", ".*")
-    return re.search(rf"(^|\.){expression}(\.|$)", tail) is not None
+            return None
+    expression = re.escape(from_layers(pattern).strip(".")).replace(r"\*", ".*")
+    return re.compile(rf"(^|\.){expression}(\.|$)")
+
+
+def from_layers(name: str) -> str:
+    return name[name.find("layers.") :] if "layers." in name else name
+
+
+def section_of(config: Values) -> Values:
+    """What a config.json says of its quantisation; empty where nothing is quantised."""
+    sections = [config.section(key) for key in SECTIONS]
+    return next((section for section in sections if section.values), sections[0])
 
 
 def stored(weights: list[Weight], config: Values) -> list[Weight]:
@@ -233,9 +258,7 @@ def stored(weights: list[Weight], config: Values) -> list[Weight]:
 
     Raises SystemExit(2) with one sentence for a method that the planner does not know.
     """
-    quantization = config.section("quantization_config")
-    if not quantization.values:
-        quantization = config.section("compression_config")
+    quantization = section_of(config)
     if not quantization.values:
         return weights
     method = quantization.text("quant_method") or "no quant_method"
@@ -251,15 +274,14 @@ def stored(weights: list[Weight], config: Values) -> list[Weight]:
 def packed(weights: list[Weight], format_of: Callable[[str], Format]) -> Iterator[Weight]:
     """Each weight in its format; one that differs between layers comes once for each format."""
     for weight in weights:
-        if weight.part not in ("linear", "experts"):
+        if weight.part not in PACKED:
             yield weight
             continue
         module = weight.name.removesuffix(".weight")
         layers_of = defaultdict(list)
         for layer in weight.layers or (0,):
             kind = format_of(module.replace("*", str(layer)))
-            outputs = weight.shape[-2 if weight.part == "experts" else 0]
-            smaller_than_a_block = outputs < kind.group[0]
+            smaller_than_a_block = weight.outputs < kind.group[0]
             layers_of[KEPT if smaller_than_a_block else kind].append(layer)
         for (label, number, group), layers in layers_of.items():
             where = tuple(layers) if weight.layers else ()

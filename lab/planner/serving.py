@@ -22,15 +22,8 @@ from lab.planner.constants import (
 )
 from lab.planner.tensors import INPUTS, KV_HEADS, OUTPUTS, Weight
 
-UTILIZATIONS = (
-    0.9,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-    0.6,
-    0.5,
-)  # shares of a card to try, if none is asked for
+# Shares of a card to try, where none is asked for.
+UTILIZATIONS = (0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 LIBRARIES = 0.22 * GIB  # what vLLM's libraries take within its share (fit)
 LIBRARIES_TP = 0.07 * GIB  # with NCCL, which has taken some of it before vLLM looks (fit)
 PROCESSORS = 128  # streaming multiprocessors of a 4090; each has a row of logits in the sampler
@@ -152,8 +145,7 @@ def obstacle_of(weight: Weight, tp: int, kv_heads: int) -> str:
             return split_scale(weight, part, weight.group[0])
     if tp == 1 or is_vocabulary or weight.split not in (OUTPUTS, INPUTS):
         return ""
-    outputs = weight.shape[-2 if weight.part == "experts" else 0]
-    size = weight.shape[-1] if weight.split == INPUTS else outputs
+    size = weight.shape[-1] if weight.split == INPUTS else weight.outputs
     of_scale = weight.group[weight.split == INPUTS]
     if size % tp:
         return f"{weight.name} has {size} {weight.split}, and each card takes as many"

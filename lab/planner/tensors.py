@@ -4,8 +4,9 @@ Names and shapes are those of transformers 5.6; a `*` in a name stands for the n
 Shapes are outputs x inputs, as PyTorch's linear layers have them.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lab.planner.families import Family
 from lab.planner.values import Values
@@ -16,6 +17,8 @@ OUTPUTS = "outputs"
 INPUTS = "inputs"
 KV_HEADS = "kv heads"
 WHOLE = "whole"
+
+PACKED = ("linear", "experts")  # the parts of a model that quantisation packs
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,16 @@ class Weight:
     @property
     def each(self) -> int:
         """Numbers in one layer's."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the matrix, or of each of the matrices that lie together.
+
+        >>> Weight("experts", (8, 64, 32), part="experts").outputs
+        64
+        """
+        return self.shape[-2 if self.part == "experts" else 0]
 
     @property
     def count(self) -> int:
@@ -216,6 +225,26 @@ def of_layers(weights: Iterator[Weight], layers: list[int], decoder: str) -> Ite
         yield Weight(name, weight.shape, tuple(layers), weight.part, weight.split)
 
 
+def wide_attentions(decoder: Decoder, family: Family, config: Values) -> Iterator[Weight]:
+    """Gemma 4's: full layers with wider heads than sliding ones, and keys that may be values too.
+
+    Source: modeling_gemma4.py.
+    """
+    everywhere = range(decoder.layers)
+    full = [number for number in everywhere if decoder.kinds[number] == "full_attention"]
+    sliding = [number for number in everywhere if number not in full]
+    one_value = config.flag("attention_k_eq_v")
+    kv_heads = decoder.kv_heads
+    if one_value:
+        kv_heads = config.number("num_global_key_value_heads", default=kv_heads)
+    wide = replace(decoder, head_dim=config.number("global_head_dim"), kv_heads=kv_heads)
+    of_full = attention(wide, family, config)
+    if one_value:
+        of_full = (weight for weight in of_full if "v_proj" not in weight.name)
+    yield from of_layers(attention(decoder, family, config), sliding, family.decoder)
+    yield from of_layers(of_full, full, family.decoder)
+
+
 def decoder_weights(decoder: Decoder, family: Family, config: Values) -> Iterator[Weight]:
     """All weights of the decoder, with embedding and output layer."""
     everywhere = range(decoder.layers)
@@ -226,9 +255,7 @@ def decoder_weights(decoder: Decoder, family: Family, config: Values) -> Iterato
     place = family.decoder
 
     if family.wide:
-        from lab.planner import gemma4
-
-        yield from gemma4.attentions(decoder, config, place)
+        yield from wide_attentions(decoder, family, config)
     else:
         block = latent_attention if family.mla else attention
         yield from of_layers(block(decoder, family, config), others, place)

@@ -6,6 +6,7 @@ of a tensor parallel group, as the decoder's.
 
 from collections.abc import Iterator
 
+from lab.planner.families import SANDWICH_NORMS
 from lab.planner.tensors import OUTPUTS, WHOLE, Weight
 from lab.planner.values import Values
 
@@ -17,17 +18,13 @@ def tower_weights(family_vision: str, vision: Values, hidden: int) -> Iterator[W
     >>> sum(weight.count for weight in tower) / 1e6
     676.550144
     """
-    if family_vision == "gemma4":
-        from lab.planner import gemma4
-
-        yield from gemma4.tower(vision, hidden)
-        return
     towers = {
         "qwen2_vl": qwen2_vl,
         "qwen2_5_vl": qwen2_5_vl,
         "qwen3_vl": qwen3_vl,
         "qwen3_5": qwen3_5,
         "siglip": siglip,
+        "gemma4": gemma4,
     }
     yield from towers[family_vision](vision, hidden)
 
@@ -172,3 +169,41 @@ def siglip_head(name: str, width: int, inner: int) -> Iterator[Weight]:
     yield from norm(f"{name}layernorm", width)
     yield from layer(f"{name}mlp.fc1", inner, width)
     yield from layer(f"{name}mlp.fc2", width, inner)
+
+
+def gemma4(vision: Values, hidden: int) -> Iterator[Weight]:
+    """Source: modeling_gemma4.py.
+
+    >>> of_e4b = gemma4(Values({}, "Gemma 4 E4B"), hidden=2560)
+    >>> sum(weight.count for weight in of_e4b) / 1e6
+    169.330688
+    """
+    width = vision.number("hidden_size", default=768)
+    depth = vision.number("num_hidden_layers", default=16)
+    inner = vision.number("intermediate_size", default=3072)
+    head = vision.number("head_dim", default=64)
+    heads = vision.number("num_attention_heads", default=12)
+    kv_heads = vision.number("num_key_value_heads", default=heads)
+    positions = vision.number("position_embedding_size", default=10240)
+    side = vision.number("patch_size", default=16)
+    embedder = "model.vision_tower.patch_embedder."
+    table = (2, positions, width)
+    yield Weight(f"{embedder}position_embedding_table", table, part="vision")
+    yield from layer(f"{embedder}input_proj", width, 3 * side * side, bias=False)
+    block = "model.vision_tower.encoder.layers.*."
+    sizes = {
+        "self_attn.q_proj": (heads * head, width),
+        "self_attn.k_proj": (kv_heads * head, width),
+        "self_attn.v_proj": (kv_heads * head, width),
+        "self_attn.o_proj": (width, heads * head),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    for name, (outputs, inputs) in sizes.items():
+        yield from layer(f"{block}{name}.linear", outputs, inputs, depth, bias=False)
+    yield from norm(f"{block}self_attn.q_norm", head, depth, bias=False)
+    yield from norm(f"{block}self_attn.k_norm", head, depth, bias=False)
+    for name in SANDWICH_NORMS:
+        yield from norm(f"{block}{name}", width, depth, bias=False)
+    yield from layer("model.embed_vision.embedding_projection", hidden, width, bias=False)

@@ -5,9 +5,7 @@ Exact: tests/test_memory.py counts them in models that transformers builds.
 
 from lab.planner.config import Model
 from lab.planner.constants import LINEAR_BYTES, width
-from lab.planner.tensors import Weight
-
-PACKED = ("linear", "experts")  # the parts of a model that quantisation packs
+from lab.planner.tensors import PACKED, Weight
 
 
 def of_parts(model: Model, *parts: str) -> int:
@@ -41,7 +39,7 @@ def linear(model: Model) -> int:
     >>> linear(QWEN_7B)  # 28 * (29360128 + 203685888)
     6525288448
     """
-    return of_parts(model, "linear", "experts")
+    return of_parts(model, *PACKED)
 
 
 def experts(model: Model) -> int:
