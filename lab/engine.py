@@ -44,6 +44,15 @@ def cards_filled(command: list[str]) -> int:
     return sizes.tensor_parallel_size * sizes.pipeline_parallel_size
 
 
+def add_address_flag(parser: argparse.ArgumentParser, profile) -> None:
+    """--address, of the server that `make vllm-serve` starts under this profile."""
+    parser.add_argument(
+        "--address",
+        default=f"http://127.0.0.1:{profile.serve.port}",
+        help="the server (default: %(default)s)",
+    )
+
+
 def cause(log: Path) -> str:
     """Why the engine stopped: a refused setting, else its first exception, else the last line."""
     text = log.read_text(errors="replace")

@@ -64,7 +64,7 @@ def blocks_of_fp8(config: Values) -> Format:
 # The methods
 
 
-def of_integers(config: Values, name: str) -> Callable[[str], Format]:
+def of_integers(config: Values) -> Callable[[str], Format]:
     """AWQ, GPTQ and auto-round, whose patterns are regular expressions or names of modules."""
     bits = config.number("bits", "w_bit", default=4)
     if bits not in (2, 3, 4, 8):
@@ -91,14 +91,14 @@ def of_integers(config: Values, name: str) -> Callable[[str], Format]:
     return format_of
 
 
-def of_groups(config: Values, name: str) -> Callable[[str], Format]:
+def of_groups(config: Values) -> Callable[[str], Format]:
     """compressed-tensors: each group of targets its own format."""
     targets: list[tuple[list[str], Format]] = []
     for group in config.section("config_groups").values.values():
         if not isinstance(group, dict):
             config.refuse("config_groups", "an object of objects")
         section = Values(group, config.name)
-        packed = of_group(section.section("weights"), name)
+        packed = of_group(section.section("weights"))
         targets.append((section.words("targets") or ["Linear"], packed))
     if not targets:
         config.refuse("config_groups", "an object with at least one group")
@@ -121,7 +121,7 @@ def names_of_experts(module: str) -> list[str]:
     return [f"{place}.0.{part}" for part in parts]
 
 
-def of_group(weights: Values, name: str) -> Format:
+def of_group(weights: Values) -> Format:
     """The format of one group of compressed-tensors."""
     if not weights.values:
         return KEPT
@@ -130,7 +130,7 @@ def of_group(weights: Values, name: str) -> Format:
     group_size = weights.number("group_size", default=-1, least=-1)
     if is_float and bits == 8:
         block = weights.numbers("block_structure")
-        return blocks_of_fp8(Values({"weight_block_size": block or None}, name))
+        return blocks_of_fp8(Values({"weight_block_size": block or None}, weights.name))
     if is_float and bits == 4:
         return NVFP4 if group_size == 16 else MXFP4
     if not 2 <= bits <= 8:
@@ -142,7 +142,7 @@ NVFP4 = Format("nvfp4", LINEAR_BYTES["nvfp4"], (1, 16))
 MXFP4 = Format("mxfp4", LINEAR_BYTES["mxfp4"], (1, 32))
 
 
-def of_modelopt(config: Values, name: str) -> Callable[[str], Format]:
+def of_modelopt(config: Values) -> Callable[[str], Format]:
     """NVIDIA's: FP8 or NVFP4, named in quant_algo."""
     inner = config.section("quantization")
     algorithm = (config.text("quant_algo") or inner.text("quant_algo")).upper()
@@ -150,7 +150,7 @@ def of_modelopt(config: Values, name: str) -> Callable[[str], Format]:
         return lambda module: NVFP4
     if algorithm.startswith("FP8"):
         return lambda module: Format("fp8", 1.0)
-    refuse_method(name, f"modelopt with quant_algo {algorithm or 'missing'}")
+    refuse_method(config.name, f"modelopt with quant_algo {algorithm or 'missing'}")
 
 
 def cache_dtype(config: Values) -> str:
@@ -170,12 +170,12 @@ def cache_dtype(config: Values) -> str:
     return "auto"
 
 
-def of_bitsandbytes(config: Values, name: str) -> Callable[[str], Format]:
+def of_bitsandbytes(config: Values) -> Callable[[str], Format]:
     label = "nf4" if config.flag("load_in_4bit") else "int8"
     return lambda module: Format(label, LINEAR_BYTES[label])
 
 
-def of_mxfp4(config: Values, name: str) -> Callable[[str], Format]:
+def of_mxfp4(config: Values) -> Callable[[str], Format]:
     """gpt-oss: only the experts."""
     return lambda module: MXFP4 if "experts" in module else KEPT
 
@@ -187,8 +187,8 @@ METHODS = {
     "compressed-tensors": of_groups,
     "modelopt": of_modelopt,
     "modelopt_fp4": of_modelopt,
-    "fp8": lambda config, name: lambda module: blocks_of_fp8(config),
-    "fbgemm_fp8": lambda config, name: lambda module: Format("fp8", 1.0),
+    "fp8": lambda config: lambda module: blocks_of_fp8(config),
+    "fbgemm_fp8": lambda config: lambda module: Format("fp8", 1.0),
     "mxfp4": of_mxfp4,
     "bitsandbytes": of_bitsandbytes,
 }
@@ -264,7 +264,7 @@ def stored(weights: list[Weight], config: Values) -> list[Weight]:
     method = quantization.text("quant_method") or "no quant_method"
     if method not in METHODS:
         refuse_method(config.name, method)
-    format_of = METHODS[method](quantization, config.name)
+    format_of = METHODS[method](quantization)
     kept = [pattern for key in EXCEPTIONS for pattern in quantization.words(key)]
     return list(
         packed(weights, lambda module: KEPT if matches(module, kept) else format_of(module))

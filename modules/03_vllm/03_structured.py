@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 
-from lab import fail, models, results
+from lab import engine, fail, models, results
 from lab.planner import serving
 from lab.planner.config import read
 from lab.profile import load_profile
@@ -62,11 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--address",
-        default=f"http://127.0.0.1:{profile.serve.port}",
-        help="the server (default: %(default)s)",
-    )
+    engine.add_address_flag(parser, profile)
     parser.add_argument(
         "--text",
         default="Alice is 30 years old and lives in Paris.",

@@ -75,11 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--address",
-        default=f"http://127.0.0.1:{profile.serve.port}",
-        help="the server (default: %(default)s)",
-    )
+    engine.add_address_flag(parser, profile)
     parser.add_argument(
         "--seconds", type=int, default=10, help="how long to watch (default: %(default)s)"
     )

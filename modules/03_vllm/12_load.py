@@ -155,11 +155,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # The server
-    parser.add_argument(
-        "--address",
-        default=f"http://127.0.0.1:{profile.serve.port}",
-        help="the server (default: %(default)s)",
-    )
+    engine.add_address_flag(parser, profile)
     # The load
     parser.add_argument(
         "--requests", type=int, default=defaults.requests, help="how many (default: %(default)s)"

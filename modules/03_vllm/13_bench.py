@@ -88,11 +88,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The server
-    parser.add_argument(
-        "--address",
-        default=f"http://127.0.0.1:{profile.serve.port}",
-        help="the server (default: %(default)s)",
-    )
+    engine.add_address_flag(parser, profile)
     # The loads, and how long each is judged
     parser.add_argument(
         "--concurrencies",

@@ -49,11 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--address",
-        default=f"http://127.0.0.1:{profile.serve.port}",
-        help="the server (default: %(default)s)",
-    )
+    engine.add_address_flag(parser, profile)
     parser.add_argument("--image", help="a PNG, JPEG or WebP file (default: one is drawn)")
     parser.add_argument(
         "--side", type=int, default=448, help="pixels of the drawn picture (default: %(default)s)"
