@@ -1,13 +1,14 @@
-"""Measure on this machine what the planner predicts: `make calibrate`.
+"""Measure on this machine what the planner predicts, memory and speed: `make calibrate`.
 
     make calibrate                                        # every line that this machine can run
-    make calibrate ARGS="--only serve-7b lora-7b"
+    make calibrate ARGS="--only roofline serve-7b lora-7b"
     make calibrate ARGS="--list"
 
-It runs the lines of configs/calibration.yaml and stores a record each. Models have the real shapes
-and random weights, which cost the same memory: nothing is downloaded. With MEMORY_CAP_GIB=24 a
-larger GPU stands in for a 24 GB card. Lines marked `fit` were used to fix the constants of
-lab/planner, lines marked `test` were not.
+It runs the lines of configs/calibration.yaml and stores a record each; `roofline` is what the
+machine itself reaches, from which speeds are predicted. Models have the real shapes and random
+weights, which cost the same memory and time: nothing is downloaded. With MEMORY_CAP_GIB=24 a larger
+GPU stands in for a 24 GB card. Lines marked `fit` were used to fix the constants of lab/planner,
+lines marked `test` were not.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calibrate_training import worker
+import calibrate_roofline
+import calibrate_training
 from plan_parts import Request, read_model
 from plan_parts.arguments import read_line
 
@@ -31,17 +33,12 @@ from lab.planner.training import Training
 from lab.profile import load_profile, read_yaml
 
 CASES = ROOT / "configs" / "calibration.yaml"
+ROOFLINE = "roofline"  # no line of the planner: what the machine itself reaches
 
 # -----------------------------------------------------------------------------
 # 1. Serving: vLLM itself says what its weights take and how many tokens its cache holds
 
-ENGINE = """
-import json, sys
-from vllm import LLM
-
-if __name__ == "__main__":
-    LLM(**json.loads(sys.argv[1]))
-"""
+ENGINE = ROOT / "scripts" / "calibrate_serving.py"
 LOUD = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 REPORTED = {  # name of a metric: what vLLM writes before it
     "weights_gib": r"Model loading took ([\d.]+) GiB",
@@ -117,25 +114,27 @@ def copy_processor(model: str, folder: Path) -> None:
 
 
 def serve(request: Request, log: Path) -> dict:
-    """Start vLLM's engine in a process of its own; what it reports: GiB of a card, KV tokens."""
+    """Run vLLM's engine in a process of its own.
+
+    What it reports: GiB of a card, KV tokens; and what was timed (scripts/calibrate_serving.py).
+    """
     options = engine_options(request.setup)
     with tempfile.TemporaryDirectory() as folder:
         if reads_pictures(request):
             copy_processor(request.model, Path(folder))
             options["skip_tokenizer_init"] = False
         Path(folder, "config.json").write_text(json.dumps(full_config(request.model)))
-        script = Path(folder, "engine.py")
-        script.write_text(ENGINE)
-        command = [sys.executable, script, json.dumps(options | {"model": folder})]
+        command = [sys.executable, ENGINE, json.dumps(options | {"model": folder})]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | LOUD)
     output = done.stdout + done.stderr
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(output)
     reports = {name: re.findall(pattern, output) for name, pattern in REPORTED.items()}
-    if not reports["kv_tok_count"] and not reports["kv_cache_gib"]:
+    if not printed(done.stdout):
         last_line = output.strip().splitlines()[-1] if output.strip() else done.returncode
-        fail(f"vLLM did not start: {last_line} ({shown(log)} has it all)")
-    return {name: float(values[0].replace(",", "")) for name, values in reports.items() if values}
+        fail(f"vLLM did not start or answer: {last_line} ({shown(log)} has it all)")
+    memory = {name: float(values[0].replace(",", "")) for name, values in reports.items() if values}
+    return memory | printed(done.stdout)
 
 
 # -----------------------------------------------------------------------------
@@ -143,17 +142,26 @@ def serve(request: Request, log: Path) -> dict:
 
 
 def train(request: Request, line: str) -> dict:
-    """{part of a step: GiB at its peak}, of the process that needs most."""
+    """{part of a step: GiB at its peak}, of the process that needs most, and a step's time."""
     gpus = request.setup.gpus
+    launched = gpus > 1 or request.setup.engine == "deepspeed"
+    return in_processes(gpus if launched else 0, "training", line)
+
+
+def in_processes(number: int, what: str, worker: str) -> dict:
+    """What the first of `number` processes of torchrun prints; 0: of one without torchrun."""
     launcher = []
-    if gpus > 1 or request.setup.engine == "deepspeed":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    command = [sys.executable, *launcher, __file__, "--worker", line]
+    if number:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    command = [sys.executable, *launcher, __file__, "--worker", worker]
     done = subprocess.run(command, capture_output=True, text=True)
-    printed = re.search(r"^measured (\{.*\})$", done.stdout, re.M)
-    if not printed:
-        fail(f"the training ended without a result: {cause(done)[:300]}")
-    return json.loads(printed[1])
+    return printed(done.stdout) or fail(f"the {what} ended without a result: {cause(done)[:300]}")
+
+
+def printed(output: str) -> dict:
+    """What a measured process prints after the word `measured`; {} where it did not come to it."""
+    line = re.search(r"^measured (\{.*\})$", output, re.M)
+    return json.loads(line[1]) if line else {}
 
 
 def cause(done: subprocess.CompletedProcess) -> str:
@@ -167,9 +175,12 @@ def cause(done: subprocess.CompletedProcess) -> str:
 # 3. The lines of configs/calibration.yaml, one after another
 
 
-def obstacle(setup: Serving | Training) -> str:
+def obstacle(name: str, case: dict) -> str:
     """Why this machine cannot run the line; "" when it can."""
     gpus = machine.gpus()
+    if name == ROOFLINE:
+        return "" if gpus else "it needs a GPU"
+    setup = read_line(case["plan"]).setup
     whole = gpus[0]["memory_gib"] if gpus else 0
     memory = machine.memory_cap_gib() or whole
     if len(gpus) < setup.gpus or memory < setup.gpu_memory_gib - 0.5:
@@ -179,17 +190,37 @@ def obstacle(setup: Serving | Training) -> str:
 
 def measure(name: str, case: dict) -> bool:
     """Run a line and store its record; False where it could not be measured."""
-    request = read_line(case["plan"])
-    print(f"{name} ({case['use']}): {case['plan']}", file=sys.stderr, flush=True)
+    print(described(name, case), file=sys.stderr, flush=True)
     try:
-        if request.task == "serve":
-            metrics = serve(request, RUNS / "calibrate" / f"{name}.log")
-        else:
-            metrics = train(request, case["plan"])
+        metrics = measurements(name, case)
     except SystemExit:  # it has said why
         return False
     results.finish(__file__, metrics, case, name)
     return True
+
+
+def measurements(name: str, case: dict) -> dict:
+    if name == ROOFLINE:
+        cards = min(2, len(machine.gpus()))
+        return in_processes(cards, "roofline", ROOFLINE)
+    request = read_line(case["plan"])
+    if request.task == "serve":
+        return serve(request, RUNS / "calibrate" / f"{name}.log")
+    return train(request, case["plan"])
+
+
+def described(name: str, case: dict) -> str:
+    if name == ROOFLINE:
+        return f"{name:20} what the machine itself reaches"
+    return f"{name:20} {case['use']:5} plan.py {case['plan']}"
+
+
+def worker(line: str) -> None:
+    """One process of what is measured."""
+    if line == ROOFLINE:
+        calibrate_roofline.worker()
+    else:
+        calibrate_training.worker(read_line(line))
 
 
 def main() -> None:
@@ -200,16 +231,16 @@ def main() -> None:
     parser.add_argument("--worker", metavar="LINE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(read_line(args.worker))
+        worker(args.worker)
         return
-    cases = read_yaml(CASES)
+    cases = {ROOFLINE: {}} | read_yaml(CASES)
     unknown = sorted(set(args.only or []) - cases.keys())
     if unknown:
         lines = ", ".join(cases)
         fail(f"there is no line {', '.join(unknown)} in configs/calibration.yaml: {lines}")
     if args.list:
         for name, case in cases.items():
-            print(f"{name:20} {case['use']:5} plan.py {case['plan']}")
+            print(described(name, case))
         return
 
     load_profile(check=False)  # a line says itself how many cards it needs
@@ -217,7 +248,7 @@ def main() -> None:
     measured: dict[str, bool] = {}
     chosen = [name for name in cases if name in (args.only or cases)]
     for name in chosen:
-        why = obstacle(read_line(cases[name]["plan"]).setup)
+        why = obstacle(name, cases[name])
         if why:
             print(f"{name}: not run here, {why}", file=sys.stderr)
         else:

@@ -1,4 +1,4 @@
-"""A training that is measured: three steps on random tokens, the peak of each part of a step.
+"""A training that is measured, on random tokens: the peak of each part of a step, then its time.
 
 scripts/calibrate.py runs `worker` in one process, or in one for each card by torchrun.
 """
@@ -6,6 +6,7 @@ scripts/calibrate.py runs `worker` in one process, or in one for each card by to
 import json
 import os
 import resource
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from lab import ROOT, machine, models
 from lab.planner.training import Training
 
 STEPS = 3  # from the second step on, the optimizer's states exist
+TIMED = 5  # steps more, of which nothing but the time is measured
 
 
 class Engine(NamedTuple):
@@ -27,7 +29,10 @@ class Engine(NamedTuple):
 
 
 def worker(request: Request) -> None:
-    """One process of a training: prints {part of a step: GiB at its peak}, the most of any."""
+    """One process of a training: prints {part of a step: GiB at its peak, step_ms: its time}.
+
+    Of all processes the most.
+    """
     import torch
     import torch.distributed as dist
     from transformers import AutoConfig
@@ -63,7 +68,10 @@ def worker(request: Request) -> None:
 
 
 def measured_steps(setup: Training, engine: Engine, config, device) -> dict[str, float]:
-    """{part of a step: GiB at its peak, ...} of this process; on a CPU only the host's memory."""
+    """{part of a step: GiB at its peak, ..., step_ms: a step's time} of this process.
+
+    On a CPU no memory but the host's.
+    """
     import torch
 
     autocast = setup.engine == "ddp" and setup.dtype == "bfloat16"
@@ -75,7 +83,7 @@ def measured_steps(setup: Training, engine: Engine, config, device) -> dict[str,
             measured[f"{part}_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
 
-    for _ in range(STEPS):
+    def step(lap: Callable) -> None:
         for _ in range(setup.accumulate):
             inputs = random_inputs(setup, config, device)
             lap("between")
@@ -87,12 +95,22 @@ def measured_steps(setup: Training, engine: Engine, config, device) -> dict[str,
             engine.end_micro_step()
         engine.end_step()
         lap("step")
+
+    for _ in range(STEPS):
+        step(lap)
     measured["peak_gib"] = max(measured.values(), default=0.0)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         measured["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         measured["context_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
     measured["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    began = time.perf_counter()
+    for _ in range(TIMED):
+        step(nothing)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    measured["step_ms"] = 1e3 * (time.perf_counter() - began) / TIMED
     return measured
 
 
