@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 SIZES = (4096, 8192)  # of the square matrices
 COPY = 2 * 2**30  # bytes
-SHORT = 8 * 2**10  # bytes of a message that only waits
-LONG = 256 * 2**20  # bytes of a message that only travels
+MESSAGES_KIB = (8, 64, 512, 4096, 262144)  # the first only waits, the last only travels
 
 
 def worker() -> None:
@@ -23,9 +22,8 @@ def worker() -> None:
 
 
 def rates() -> dict[str, float]:
-    """{matmul_tflop_per_s, copy_gb_per_s}, and of two cards {link_us, link_gb_per_s}."""
+    """{matmul_tflop_per_s, copy_gb_per_s, launch_us}, and of two cards the link between them."""
     import torch
-    import torch.distributed as dist
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -33,21 +31,43 @@ def rates() -> dict[str, float]:
     source = torch.ones(COPY, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = seconds(lambda: target.copy_(source))
+    one = torch.ones(1, device=device)
     reached = {
         "matmul_tflop_per_s": round(max(products) / 1e12, 1),
         "copy_gb_per_s": round(2 * COPY / copying / 1e9, 1),
+        "launch_us": round(seconds(lambda: one.add_(1), times=1000) * 1e6, 2),
     }
     if int(os.environ.get("WORLD_SIZE", 1)) == 2:
-        dist.init_process_group("nccl", device_id=device)
-        short = source[:SHORT].view(torch.float32)
-        long = source[:LONG].view(torch.float32)
-        waiting = seconds(lambda: dist.all_reduce(short))
-        travelling = seconds(lambda: dist.all_reduce(long)) - waiting
-        # Of two cards each sends one half and then the other: two waits, all bytes once.
-        reached["link_us"] = round(waiting / 2 * 1e6, 2)
-        reached["link_gb_per_s"] = round(LONG / travelling / 1e9, 2)
-        dist.destroy_process_group()
+        reached |= link(source, device)
     return reached
+
+
+def link(memory, device) -> dict[str, float]:
+    """{all_reduce_<KiB>kib_us, link_us, link_gb_per_s} of two cards.
+
+    Recorded in a CUDA graph, as vLLM does it: what is launched one by one waits for the host.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", device_id=device)
+    took = {}
+    for kib in MESSAGES_KIB:
+        message = memory[: kib * 2**10].view(torch.float32)
+        dist.all_reduce(message)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(10):
+                dist.all_reduce(message)
+        took[kib] = seconds(graph.replay, times=2) / 10
+    dist.destroy_process_group()
+    measured = {f"all_reduce_{kib}kib_us": round(1e6 * took[kib], 2) for kib in took}
+    waiting = took[MESSAGES_KIB[0]]
+    travelling = took[MESSAGES_KIB[-1]] - waiting
+    # Of two cards each sends one half and then the other: two waits, and all bytes once.
+    measured["link_us"] = round(1e6 * waiting / 2, 2)
+    measured["link_gb_per_s"] = round(MESSAGES_KIB[-1] * 2**10 / travelling / 1e9, 2)
+    return measured
 
 
 def seconds_of_product(size: int, device) -> float:
