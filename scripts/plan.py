@@ -32,7 +32,7 @@ GPT_OSS = "GptOssForCausalLM"
 
 
 def plan(request: Request) -> dict:
-    """What it needs and whether that fits; what would, how fast it can be at best, and notes."""
+    """What it needs and whether that fits; what would, how fast it is, and notes."""
     if request.task == "image-edit":
         return images.plan(request.model, request.setup)
     model = read_model(request.model)
@@ -88,19 +88,20 @@ def most(number_fits: Callable[[int], bool], number: int, limit: int) -> int:
 
 
 def predicted_speed(model: Model, request: Request) -> dict:
-    """Bounds of the speed (lab/planner/speed.py); {} where nobody says how fast the cards are."""
+    """How fast it is (lab/planner/speed.py); {} where nobody knows the cards, or the host decides."""
     setup = request.setup
-    cluster = speed.nominal(setup.gpus, request.cards.names)
-    if cluster is None:
+    cards = speed.nominal(setup.gpus, request.cards.names)
+    if cards is None or (isinstance(setup, Training) and setup.offloads):
         return {}
+    cluster = replace(speed.reached(cards), fp8=request.cards.fp8)
     if isinstance(setup, Serving):
-        bounds = serving_bounds(model, setup, cluster)
+        predicted = serving_speed(model, setup, cluster)
     else:
-        bounds = speed.train(model, setup, cluster)._asdict()
-    return {name: rounded(name, bound) for name, bound in bounds.items()}
+        predicted = speed.train(model, setup, cluster)._asdict()
+    return {name: rounded(name, value) for name, value in predicted.items()}
 
 
-def serving_bounds(model: Model, setup: Serving, cluster: speed.Machine) -> dict:
+def serving_speed(model: Model, setup: Serving, cluster: speed.Machine) -> dict:
     tokens = min(1024, setup.max_model_len)
     division = {"tp": setup.tp, "dtype": setup.dtype}
     cache = {"kv_dtype": setup.kv_dtype, "batch": setup.concurrency, "context": tokens}
@@ -109,10 +110,10 @@ def serving_bounds(model: Model, setup: Serving, cluster: speed.Machine) -> dict
     return decode._asdict() | prefill._asdict()
 
 
-def rounded(name: str, bound: float | str) -> float | str:
-    if isinstance(bound, float):
-        return round(bound, 4 if name.endswith("ratio") else 2)
-    return bound
+def rounded(name: str, value: float | str) -> float | str:
+    if isinstance(value, float):
+        return round(value, 4 if name.endswith("ratio") else 2)
+    return value
 
 
 def fp8_notes(model: Model, request: Request, suggestion: str) -> list[str]:
@@ -203,7 +204,7 @@ def show(request: Request, answer: dict) -> None:
     for note in answer.get("notes", []):
         print(f"  {note}")
     if "predicted_speed" in answer:
-        print(f"  {speed_line(answer['predicted_speed'], names)}")
+        print(f"  {speed_line(setup, answer['predicted_speed'], names)}")
 
     # The verdict.
     if answer["fits"]:
@@ -245,13 +246,15 @@ def host_parts(answer: dict) -> str:
     return f" = {' + '.join(parts)}" if len(parts) > 1 else ""
 
 
-def speed_line(bounds: dict, names: str) -> str:
-    if not bounds:
-        return f"no predicted bounds: configs/cards.yaml has no {names}"
+def speed_line(setup: Serving | Training, predicted: dict, names: str) -> str:
+    if getattr(setup, "offloads", False):
+        return "no predicted speed: the host's memory and processor decide"
+    if not predicted:
+        return f"no predicted speed: configs/cards.yaml has no {names}"
     shown = []
-    for name, bound in bounds.items():
-        shown.append(f"{name} {bound:,}" if isinstance(bound, float) else f"{name} {bound}")
-    return f"predicted bounds on {names}s: {', '.join(shown)}"
+    for name, value in predicted.items():
+        shown.append(f"{name} {value:,}" if isinstance(value, float) else f"{name} {value}")
+    return f"predicted speed on {names}s: {', '.join(shown)}"
 
 
 def show_repository() -> None:

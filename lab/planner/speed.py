@@ -1,14 +1,14 @@
-"""How fast a model can be at best, from bandwidth, arithmetic and communication: predictions.
+"""How fast a model is, from bandwidth, arithmetic, communication and what a host can launch.
 
-Decoding reads every weight once a step, so memory bandwidth bounds it; prefill and training
-multiply matrices, so FLOP/s bound them (roofline model, Williams et al. 2009). Communication is
-alpha + bytes / beta for each message (Thakur et al. 2005). Real engines reach a part of these
-bounds: modules/03_vllm/08_batch_one.py measures which. Rates are per card, in bytes/s and FLOP/s;
-times in seconds.
+Decoding reads every weight once a step, so memory bandwidth rules it; prefill and training
+multiply matrices, so FLOP/s do (roofline model, Williams et al. 2009). What engines need besides
+stands in the constants below. They were fixed on the lines of configs/calibration.yaml marked
+`speed: fit`, on one kind of card; modules/03_vllm/speeds.md holds the other lines against
+measurement. Rates are per card, in bytes/s and FLOP/s; times in seconds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lab import ROOT
@@ -17,23 +17,54 @@ from lab.planner.config import Model
 from lab.planner.constants import width
 from lab.planner.serving import kv_number
 from lab.planner.states import Training, sent_bytes, trained_parameters
+from lab.planner.tensors import PACKED
 
 CARD = "RTX 4090"  # what is predicted for where no card is
+
+# A card that is measured reaches this share of its nominal rates (H100: a copy, a bf16 product).
+REACHED_BANDWIDTH = 0.895
+REACHED_FLOPS = 0.79
+
+SIMPLE_WAITS = 2.7  # times a short message's wait: NCCL's protocol for long ones
+
+# vLLM, decoding in CUDA graphs. Between the large products of a layer lie a dozen kernels that move
+# next to nothing; between two steps the host samples and schedules.
+LAYER_S = 44e-6
+STEP_S = 0.12e-3
+REQUEST_S = 6e-6
+# vLLM, reading prompts: without a graph, so the host launches.
+PREFILL_LAUNCHES = 45  # a layer
+PREFILL_BYTES = 10  # moved by what lies between two products, for each of their outputs
+
+# PyTorch's eager training moves more for each output, and back; with adapters also theirs.
+FORWARD_BYTES = {"full": 28, "lora": 43, "qlora": 43}
+BACKWARD_BYTES = {"full": 50, "lora": 72, "qlora": 72}
+LOGIT_BYTES = 35  # for each number of the logits: cast to fp32, softmax, and back
+UPDATE_BYTES = 70  # for each trained weight: AdamW reads and writes what it keeps, several times
+UNPACKED_BYTES = 4.5  # for each packed weight and pass: it is read, written and read in 16 bits
+# What the host launches for a layer, forward and back; Python's own time counts as launches.
+TRAIN_LAUNCHES = {"full": 610, "lora": 870, "qlora": 1100}
+CHECKPOINTING_LAUNCHES = 1.9  # times as many
+ZERO3_LAUNCHES = 3.5  # times as many: each module's weights are asked for, and let go
+HIDDEN = 0.6  # of FSDP's messages or computing, the shorter of the two, is done beside the other
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Nominal rates of a cluster of equal cards.
+    """Rates of a cluster of equal cards.
 
-    The defaults are two RTX 4090s (configs/cards.yaml: dense bf16 with fp32 accumulation) in
-    PCIe 4.0 slots without peer-to-peer, so that every message passes through host memory.
+    The defaults are the nominal ones of two RTX 4090s (configs/cards.yaml: dense bf16 with fp32
+    accumulation) in PCIe 4.0 slots without peer-to-peer, so that every message passes through host
+    memory.
     """
 
     gpus: int = 2
     bandwidth: float = 1008e9
     flops: float = 165.2e12
+    fp8: bool = True  # multiplies it, twice as fast
+    launch: float = 9.5e-6  # of a kernel, by Python
     link: float = 12e9  # beta of a link between two cards of one machine
-    latency: float = 20e-6  # its alpha
+    latency: float = 6e-6  # its alpha
     gpus_per_node: int = 8
     network: float = 12.5e9  # beta between machines: 100 Gbit/s
     network_latency: float = 30e-6
@@ -71,6 +102,33 @@ def nominal(gpus: int = 2, cards: tuple[str, ...] = (CARD,)) -> Machine | None:
     )
 
 
+def reached(nominal: Machine) -> Machine:
+    """The same machine, as much of it as a copy and a product reach.
+
+    >>> round(reached(Machine()).bandwidth / 1e9), round(reached(Machine()).flops / 1e12)
+    (902, 131)
+    """
+    return replace(
+        nominal,
+        bandwidth=REACHED_BANDWIDTH * nominal.bandwidth,
+        flops=REACHED_FLOPS * nominal.flops,
+    )
+
+
+def measured(roofline: dict[str, float], gpus: int) -> Machine:
+    """A machine by its own roofline: the metrics of `make calibrate ARGS="--only roofline"`."""
+    machine = Machine(
+        gpus=gpus,
+        bandwidth=roofline["copy_gb_per_s"] * 1e9,
+        flops=roofline["matmul_tflop_per_s"] * 1e12,
+        launch=roofline["launch_us"] * 1e-6,
+    )
+    if "link_us" not in roofline:
+        return machine
+    beta = roofline["link_gb_per_s"] * 1e9
+    return replace(machine, link=beta, latency=roofline["link_us"] * 1e-6)
+
+
 # -----------------------------------------------------------------------------
 # Communication
 
@@ -80,8 +138,10 @@ def collective(kind: str, size: float, n: int, machine: Machine) -> float:
 
     `size` is that of the whole tensor.
     The better of a ring, (n-1) steps of size/n bytes (twice for all_reduce), and a tree, log2(n)
-    steps of all bytes, which NCCL takes for short messages. The slowest link on the way counts.
-    Source: Thakur, Rabenseifner, Gropp 2005; NCCL tests, PERFORMANCE.md.
+    steps of all bytes. NCCL sends short messages by a protocol in which half of what travels are
+    flags (LL), long ones by another (Simple), which waits longer. The slowest link on the way
+    counts. Source: Thakur, Rabenseifner, Gropp 2005; NCCL tests, PERFORMANCE.md; NCCL's
+    src/graph/tuning.cc.
 
     >>> round(collective("all_reduce", 1.2e9, 2, Machine()), 3)  # 2 * (2-1)/2 * 1.2 GB / 12 GB/s
     0.1
@@ -95,25 +155,49 @@ def collective(kind: str, size: float, n: int, machine: Machine) -> float:
         alpha = machine.network_latency
         beta = min(machine.link, machine.network)
     trips = 2 if kind == "all_reduce" else 1
-    ring = trips * (n - 1) * (alpha + size / n / beta)
-    tree = trips * (math.ceil(math.log2(n)) * alpha + size / beta)
-    return min(ring, tree)
+    depth = math.ceil(math.log2(n))
+    ways = []
+    for wait, rate in ((alpha, beta / 2), (SIMPLE_WAITS * alpha, beta)):
+        ring = trips * (n - 1) * (wait + size / n / rate)
+        tree = trips * (depth * wait + size / rate)
+        ways += [ring, tree]
+    return min(ways)
 
 
 def tensor_parallel(model: Model, machine: Machine, tokens: int, tp: int, dtype: str) -> float:
-    """Seconds of a forward pass's all-reduces: two a layer, of tokens x hidden numbers.
+    """Seconds of a forward pass's all-reduces: two a layer, and one for the embedding.
 
-    Source: arXiv 1909.08053.
+    Of tokens x hidden numbers each. Source: arXiv 1909.08053.
 
     >>> round(tensor_parallel(QWEN_7B, Machine(), 1, 2, "bfloat16") * 1e3, 2)  # ms: latency
-    2.27
+    0.75
     """
     message = tokens * model.hidden * width(dtype)
-    return 2 * model.layers * collective("all_reduce", message, tp, machine)
+    return (2 * model.layers + 1) * collective("all_reduce", message, tp, machine)
+
+
+def outputs(model: Model) -> int:
+    """Numbers that the decoder's linear layers put out for a token: what lies between them.
+
+    >>> outputs(QWEN_7B)  # 28 * (2 * 3584 + 2 * 512 + 2 * 18944 + 3584)
+    1390592
+    """
+    total = 0
+    for weight in model.weights:
+        if weight.part in PACKED:
+            times = model.experts_per_token if weight.part == "experts" else 1
+            total += times * weight.outputs * len(weight.layers)
+    return total
 
 
 # -----------------------------------------------------------------------------
 # Serving
+
+
+def multiplied(model: Model, machine: Machine, dtype: str) -> float:
+    """FLOP/s of the products: twice as many where weights and activations are FP8."""
+    is_fp8 = machine.fp8 and "fp8" in (dtype, model.stored)
+    return machine.flops * (2 if is_fp8 else 1)
 
 
 def read_weights(model: Model, dtype: str, batch: int) -> float:
@@ -145,20 +229,22 @@ def decode(
     batch: int = 1,
     context: int = 1024,
 ) -> DecodeSpeed:
-    """Upper bound of generated tokens/s with `batch` requests of `context` tokens each.
+    """Generated tokens/s with `batch` requests of `context` tokens each.
 
     A step reads the weights and the keys and values once. Says also what bounds it.
 
-    >>> round(decode(QWEN_7B, Machine()).decode_tok_per_s)  # 1008 GB/s / 14.2 GB
-    71
+    >>> round(decode(QWEN_7B, Machine()).decode_tok_per_s)  # 14.2 GB / 1008 GB/s + 1.4 ms
+    65
     """
     dtype = model.dtype if dtype == "auto" else dtype
     number = kv_number(kv_dtype, dtype)
     kept = batch * cache.request_bytes(model.caches, context, number, tp)
     reading = (read_weights(model, dtype, batch) / tp + kept) / machine.bandwidth
-    computing = 2 * batch * weights.active(model) / tp / machine.flops
-    moving = tensor_parallel(model, machine, batch, tp, dtype)
-    step = max(reading, computing) + moving
+    flop = 2 * batch * weights.active(model) / tp
+    computing = flop / multiplied(model, machine, dtype)
+    moving = tensor_parallel(model, machine, batch, tp, model.dtype)
+    between = LAYER_S * model.layers + STEP_S + REQUEST_S * batch
+    step = max(reading, computing) + between + moving
     return DecodeSpeed(
         decode_tok_per_s=batch / step,
         step_ms=step * 1e3,
@@ -182,17 +268,50 @@ def prefill_flop(model: Model, tokens: int) -> float:
 
 
 def prefill(
-    model: Model, machine: Machine, *, tp: int = 1, dtype: str = "auto", tokens: int = 1024
+    model: Model,
+    machine: Machine,
+    *,
+    tp: int = 1,
+    dtype: str = "auto",
+    tokens: int = 1024,
+    prompts: int = 1,
 ) -> PrefillSpeed:
-    """Lower bound of the seconds to read a prompt of `tokens`.
+    """Seconds to read `prompts` prompts of `tokens` each in one step, without a queue.
 
-    >>> round(prefill(QWEN_7B, Machine()).ttft_ms)  # 13.58e12 / 165.2e12
-    82
+    >>> round(prefill(QWEN_7B, Machine()).ttft_ms)  # 13.58e12 / 165.2e12, 14.2 GB / 1008 GB/s
+    96
     """
     dtype = model.dtype if dtype == "auto" else dtype
-    computing = prefill_flop(model, tokens) / tp / machine.flops
-    seconds = computing + tensor_parallel(model, machine, tokens, tp, dtype)
-    return PrefillSpeed(prefill_tok_per_s=tokens / seconds, ttft_ms=seconds * 1e3)
+    everything = prompts * tokens
+    computing = prompts * prefill_flop(model, tokens) / tp / multiplied(model, machine, dtype)
+    between = PREFILL_BYTES * everything * outputs(model) / tp / machine.bandwidth
+    launching = PREFILL_LAUNCHES * model.layers * machine.launch
+    moving = tensor_parallel(model, machine, everything, tp, model.dtype)
+    seconds = max(computing + between + moving, launching)
+    return PrefillSpeed(prefill_tok_per_s=everything / seconds, ttft_ms=seconds * 1e3)
+
+
+def busy(
+    model: Model,
+    machine: Machine,
+    *,
+    requests: int,
+    prompt: int,
+    answer: int,
+    tp: int = 1,
+    dtype: str = "auto",
+) -> float:
+    """Generated tokens/s of a server with always `requests` in flight.
+
+    While one has its `answer` tokens, one step each, as many prompts are read as are in flight.
+
+    >>> round(busy(QWEN_7B, Machine(), requests=16, prompt=256, answer=128))
+    780
+    """
+    context = prompt + answer // 2
+    step = decode(model, machine, tp=tp, dtype=dtype, batch=requests, context=context).step_ms
+    reading = prefill(model, machine, tp=tp, dtype=dtype, tokens=prompt).ttft_ms
+    return 1e3 * requests * answer / (answer * step + requests * reading)
 
 
 # -----------------------------------------------------------------------------
@@ -238,19 +357,53 @@ def train_messages(model: Model, setup: Training, machine: Machine) -> float:
     return seconds
 
 
-def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
-    """Upper bound of trained tokens/s over all cards.
+def train_bytes(model: Model, setup: Training) -> float:
+    """Bytes that a card's step moves besides its products, by the constants above.
 
-    Communication is counted as not hidden behind the computation.
-
-    >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)  # 2048 in 0.27 + 1.27 s
-    1333
+    >>> round(train_bytes(QWEN_7B, Training(seq_len=1024)) / 1e9)  # 111, logits 5, update 533
+    650
     """
-    computing = train_flop(model, setup) / machine.flops
+    forward = FORWARD_BYTES[setup.method]
+    a_token = forward + BACKWARD_BYTES[setup.method] + forward * setup.checkpointing
+    tokens = setup.accumulate * setup.tokens
+    moved = tokens * (a_token * outputs(model) + LOGIT_BYTES * model.vocab)
+    if setup.method == "qlora":
+        passes = 2 + setup.checkpointing
+        moved += setup.accumulate * passes * UNPACKED_BYTES * weights.linear(model)
+    shares = setup.gpus if setup.zero or setup.engine == "fsdp" else 1
+    return moved + UPDATE_BYTES * trained_parameters(model, setup) / shares
+
+
+def launch_seconds(model: Model, setup: Training, machine: Machine) -> float:
+    """Seconds in which the host launches a step.
+
+    >>> round(launch_seconds(QWEN_7B, Training(), Machine()), 2)  # 610 * 28 * 9.5 us
+    0.16
+    """
+    launches = TRAIN_LAUNCHES[setup.method] * model.layers * setup.accumulate
+    if setup.checkpointing:
+        launches *= CHECKPOINTING_LAUNCHES
+    if setup.zero == 3:
+        launches *= ZERO3_LAUNCHES
+    return launches * machine.launch
+
+
+def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
+    """Trained tokens/s over all cards; nothing is offloaded.
+
+    FSDP hides a part of its messages behind the computation, the other engines none.
+
+    >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)  # 2048 in 0.65 + 1.27 s
+    1066
+    """
+    on_card = train_flop(model, setup) / machine.flops
+    on_card += train_bytes(model, setup) / machine.bandwidth
+    computing = max(on_card, launch_seconds(model, setup, machine))
     moving = train_messages(model, setup, machine)
-    step = computing + moving
+    hidden = HIDDEN * min(computing, moving) if setup.engine == "fsdp" else 0
+    step = computing + moving - hidden
     return TrainSpeed(
         train_tok_per_s=machine.gpus * setup.accumulate * setup.tokens / step,
         step_s=step,
-        communication_ratio=moving / step,
+        communication_ratio=(moving - hidden) / step,
     )

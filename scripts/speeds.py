@@ -1,0 +1,267 @@
+"""How fast you should see this repository's commands run, on your cards or on two RTX 4090s.
+
+    make speeds
+    make speeds ARGS=--check      # the same formulas against every record of `make calibrate`
+
+Each line is a prediction (lab/planner/speed.py) with a range: as far off as the same formulas are,
+at the worst, from what was measured on other cards, on lines that fixed none of their constants.
+
+Look at: a line of yours outside its range. Then something is wrong: another program on the card, a
+slot with fewer lanes, a card that throttles; `make doctor` and `make gauges` say which.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from plan_parts import Cards, Request, cards_here, read_model
+from plan_parts.arguments import read_line
+from plan_parts.recipes import recipes
+
+from lab import ROOT, fail, results
+from lab.planner import speed
+from lab.profile import read_yaml
+from lab.table import table
+
+PROMPT = 256  # tokens, of a request to a busy server, as in `make vllm-bench`
+ANSWER = 128
+SHOWN = (  # of the recipes those whose kind of model and of engine was measured
+    *("make vllm-serve RECIPE=7b-one-card", "make vllm-serve RECIPE=7b-fp8", "make vllm-serve"),
+    *("make train-ddp", "make train-accelerate CONFIG=fsdp", "make train-z1", "make train-z2"),
+    *("make train-z3", "make lf-train", "make lf-train-z2"),
+)
+
+# -----------------------------------------------------------------------------
+# The formulas against the records
+
+
+class Compared(NamedTuple):
+    """A time of a record: predicted from its machine's own roofline, and measured."""
+
+    kind: str  # decode, prefill, training or busy
+    machine: str
+    name: str  # of the record
+    what: str
+    predicted_ms: float
+    measured_ms: float
+    fixed_constants: bool  # whether it did
+
+    @property
+    def faster(self) -> float:
+        """How much faster than predicted it was: 0.9 where it was slower."""
+        return self.predicted_ms / self.measured_ms
+
+
+def records(name: str) -> dict[str, dict]:
+    """{machine: the metrics of its record of this name}."""
+    stored = {}
+    for file in sorted(ROOT.glob(f"results/*/{name}.json")):
+        machine = file.relative_to(ROOT / "results").parts[0]
+        stored[machine] = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+    return stored
+
+
+def rooflines() -> dict[str, dict]:
+    """{machine: what it reaches itself}; a cap of the memory changes no speed."""
+    return {
+        machine.removesuffix("-cap24"): metrics
+        for machine, metrics in records("scripts/calibrate-roofline").items()
+    }
+
+
+def compared() -> Iterator[Compared]:
+    """Every time in the records of machines whose roofline was measured."""
+    reached = rooflines()
+    for name, case in read_yaml(ROOT / "configs/calibration.yaml").items():
+        request = read_line(case["plan"])
+        if request.task == "serve" and request.setup.enforce_eager:
+            continue
+        for machine, metrics in records(f"scripts/calibrate-{name}").items():
+            roofline = reached.get(machine.removesuffix("-cap24"))
+            if roofline:
+                cluster = speed.measured(roofline, request.setup.gpus)
+                for kind, *time in times(request, cluster, metrics):
+                    yield Compared(kind, machine, name, *time, "speed" in case)
+    yield from compared_busy(reached)
+
+
+def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[tuple]:
+    """(kind, what, predicted ms, measured ms) of each time in a record of `make calibrate`."""
+    model = read_model(request.model)
+    setup = request.setup
+    if request.task == "train":
+        if "step_ms" in metrics and not setup.offloads:
+            step_ms = 1e3 * speed.train(model, setup, cluster).step_s
+            yield "training", f"a step of {setup.tokens:,} tokens a card", step_ms, metrics["step_ms"]
+        return
+    division = {"tp": setup.tp, "dtype": setup.dtype}
+    for name, measured in metrics.items():
+        if name.startswith("batch_"):
+            batch = int(name.split("_")[1])
+            # scripts/calibrate_serving.py: 16 tokens of prompt, 128 of answer.
+            predicted = speed.decode(model, cluster, **division, batch=batch, context=80).step_ms
+            yield "decode", f"a step of {batch} requests", predicted, measured
+        if name.startswith("prefill_"):
+            prompts, tokens = map(int, name.split("_")[1].split("x"))
+            predicted = speed.prefill(model, cluster, **division, tokens=tokens, prompts=prompts)
+            yield "prefill", f"{prompts} x {tokens} tokens", predicted.ttft_ms, measured
+
+
+def compared_busy(reached: dict[str, dict]) -> Iterator[Compared]:
+    """`make vllm-bench`: the 14B on two cards, as many requests in flight as it says."""
+    model = read_model("qwen2.5-14b-instruct")
+    for machine, metrics in records("03_vllm/13_bench").items():
+        roofline = reached.get(machine.removesuffix("-cap24"))
+        if not roofline:
+            continue
+        cluster = speed.measured(roofline, 2)
+        for name, rate in metrics.items():
+            if name.startswith("concurrency_") and name.endswith("_tok_per_s"):
+                requests = int(name.split("_")[1])
+                load = {"requests": requests, "prompt": PROMPT, "answer": ANSWER}
+                predicted = speed.busy(model, cluster, tp=2, **load)
+                times_of_a_token = 1e3 / predicted, 1e3 / rate
+                what = f"a token, {requests} requests in flight"
+                yield Compared("busy", machine, "13_bench", what, *times_of_a_token, False)
+
+
+def ranges() -> dict[str, tuple[float, float]]:
+    """{kind: (slowest, fastest)} of measured over predicted speed, on lines that fixed nothing."""
+    seen: dict[str, list[float]] = {}
+    for row in compared():
+        if not row.fixed_constants:
+            seen.setdefault(row.kind, [1.0]).append(row.faster)
+    return {kind: (min(ratios), max(ratios)) for kind, ratios in seen.items()}
+
+
+# -----------------------------------------------------------------------------
+# What to expect
+
+
+class Expected(NamedTuple):
+    """A command of this repository, and one of the speeds that it shows."""
+
+    command: str
+    what: str
+    unit: str  # tokens/s, or ms
+    predicted: float
+    low: float
+    high: float
+
+
+def expected(cards: Cards) -> Iterator[Expected]:
+    """Every speed of the commands in SHOWN that these cards can run.
+
+    Raises SystemExit(2) where configs/cards.yaml does not know the cards.
+    """
+    nominal = speed.nominal(cards.count, cards.names)
+    if nominal is None:
+        fail(f"configs/cards.yaml has no {' + '.join(cards.names)}: add its nominal rates")
+    off = ranges()
+    requests = {recipe.command: recipe.request for recipe in recipes(cards)}
+    for command in SHOWN:
+        request = requests.get(command)
+        if request is None or request.setup.gpus > cards.count:
+            continue
+        cluster = replace(speed.reached(nominal), gpus=request.setup.gpus, fp8=cards.fp8)
+        for kind, what, unit, predicted in speeds(request, cluster):
+            slow, fast = off[kind]
+            ends = (predicted / fast, predicted / slow)
+            if unit == "tokens/s":
+                ends = (predicted * slow, predicted * fast)
+            yield Expected(command, what, unit, predicted, *ends)
+
+
+def speeds(request: Request, cluster: speed.Machine) -> Iterator[tuple]:
+    """(kind, what, unit, predicted) of each speed that a command shows."""
+    model = read_model(request.model)
+    setup = request.setup
+    if request.task == "train":
+        yield "training", "trained", "tokens/s", speed.train(model, setup, cluster).train_tok_per_s
+        return
+    division = {"tp": setup.tp, "dtype": setup.dtype}
+    alone = speed.decode(model, cluster, **division, context=1024)
+    yield "decode", "one request", "tokens/s", alone.decode_tok_per_s
+    prefill = speed.prefill(model, cluster, **division, tokens=1024)
+    yield "prefill", "first token after 1,024", "ms", prefill.ttft_ms
+    for requests in (16, 64):
+        load = {"requests": requests, "prompt": PROMPT, "answer": ANSWER}
+        rate = speed.busy(model, cluster, **division, **load)
+        yield "busy", f"{requests} requests in flight", "tokens/s", rate
+
+
+class Published(NamedTuple):
+    """What somebody measured on one RTX 4090, and what is predicted of it."""
+
+    model: str
+    load: str
+    predicted: float  # tokens/s, as is `measured`
+    measured: float
+    source: str
+
+
+def published() -> Iterator[Published]:
+    """Of configs/published.yaml."""
+    cluster = replace(speed.reached(speed.nominal(1)), gpus=1)
+    for entry in read_yaml(ROOT / "configs/published.yaml"):
+        load = {name: entry[name] for name in ("requests", "prompt", "answer")}
+        predicted = speed.busy(read_model(entry["model"]), cluster, **load)
+        words = "{requests} requests in flight, {prompt} + {answer} tokens".format(**load)
+        yield Published(entry["model"], words, predicted, entry["tok_per_s"], entry["source"])
+
+
+# -----------------------------------------------------------------------------
+# On the screen
+
+
+def show_expected(cards: Cards) -> None:
+    print(f"on {cards.count} x {' + '.join(cards.names)}, predicted")
+    rows = []
+    for row in expected(cards):
+        between = f"{three_digits(row.low)} to {three_digits(row.high)}"
+        rows.append([row.command, row.what, three_digits(row.predicted), between, row.unit])
+    table(["", "", "predicted", "range", "unit"], rows)
+    print("\nothers have measured on one RTX 4090 (configs/published.yaml)")
+    rows = []
+    for row in published():
+        ratio = f"{row.measured / row.predicted:.2f}"
+        numbers = [three_digits(row.predicted), three_digits(row.measured), ratio]
+        rows.append([row.model, row.load, *numbers])
+    table(["", "", "predicted", "published", "published / predicted"], rows)
+
+
+def show_compared() -> None:
+    rows = []
+    for row in compared():
+        numbers = f"{row.predicted_ms:,.2f}", f"{row.measured_ms:,.2f}", f"{row.faster - 1:+.1%}"
+        rows.append([row.kind, row.name, row.what, *numbers, "fit" if row.fixed_constants else ""])
+    table(["", "", "", "predicted, ms", "measured, ms", "error", ""], rows)
+
+
+def three_digits(value: float) -> str:
+    """As a person would write it: 1234.5 as 1,230.
+
+    >>> three_digits(1234.5), three_digits(62.35), three_digits(8.1234)
+    ('1,230', '62.4', '8.12')
+    """
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    return f"{round(value, 2 - math.floor(math.log10(value))):,.{digits}f}"
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--check", action="store_true", help="predicted beside measured instead")
+    args = parser.parse_args()
+    if args.check:
+        show_compared()
+    else:
+        show_expected(cards_here())
+    results.note("scripts/speeds")
+
+
+if __name__ == "__main__":
+    main()
