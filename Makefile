@@ -22,7 +22,7 @@ help: ## list every target
 # ------------------------------------------------------------------------------
 # First steps
 
-.PHONY: setup quickstart progress doctor smoke plan download stop test
+.PHONY: setup quickstart progress doctor smoke plan speeds download stop test
 setup: ## the environment, filled from the lock (LOCK=cpu|gpu, ENV=venv|conda, YES=1)
 	@LOCK="$(LOCK)" ENV="$(ENV)" YES="$(YES)" $(SETUP)
 
@@ -40,6 +40,9 @@ smoke: env ## 01: matrix products against float64, memory bandwidth, first token
 
 plan: env ## what fits your cards, before any download (ARGS="serve --model ID")
 	@$(PY) scripts/plan.py $(ARGS)
+
+speeds: env ## how fast each command should run on your cards (or two 4090s), with a range
+	@$(PY) scripts/speeds.py $(ARGS)
 
 download: env ## fetch this profile's models beforehand, resumably (ARGS=--list: only list)
 	@$(PY) scripts/download.py $(ARGS)

@@ -29,7 +29,6 @@ from plan_parts.arguments import read_line
 from lab import ROOT, RUNS, fail, jobs, machine, models, results, shown
 from lab.planner import weights
 from lab.planner.serving import Serving
-from lab.planner.training import Training
 from lab.profile import load_profile, read_yaml
 
 CASES = ROOT / "configs" / "calibration.yaml"

@@ -88,7 +88,7 @@ def most(number_fits: Callable[[int], bool], number: int, limit: int) -> int:
 
 
 def predicted_speed(model: Model, request: Request) -> dict:
-    """How fast it is (lab/planner/speed.py); {} where nobody knows the cards, or the host decides."""
+    """How fast it is (lab/planner/speed.py); {} for unknown cards, or where the host decides."""
     setup = request.setup
     cards = speed.nominal(setup.gpus, request.cards.names)
     if cards is None or (isinstance(setup, Training) and setup.offloads):

@@ -3,8 +3,10 @@
     make speeds
     make speeds ARGS=--check      # the same formulas against every record of `make calibrate`
 
-Each line is a prediction (lab/planner/speed.py) with a range: as far off as the same formulas are,
-at the worst, from what was measured on other cards, on lines that fixed none of their constants.
+Each line is a prediction (lab/planner/speed.py) with a range. Its slow end: as far off as the same
+formulas are, at the worst, from what was measured on other cards, on lines that fixed none of their
+constants. Its fast end: the same the other way, on cards that reach their nominal rates in full,
+with a host that launches twice as fast as the measured one.
 
 Look at: a line of yours outside its range. Then something is wrong: another program on the card, a
 slot with fewer lanes, a card that throttles; `make doctor` and `make gauges` say which.
@@ -22,12 +24,13 @@ from plan_parts.arguments import read_line
 from plan_parts.recipes import recipes
 
 from lab import ROOT, fail, results
-from lab.planner import speed
+from lab.planner import speed, weights
 from lab.profile import read_yaml
 from lab.table import table
 
 PROMPT = 256  # tokens, of a request to a busy server, as in `make vllm-bench`
 ANSWER = 128
+SMALL = 1e9  # weights
 SHOWN = (  # of the recipes those whose kind of model and of engine was measured
     *("make vllm-serve RECIPE=7b-one-card", "make vllm-serve RECIPE=7b-fp8", "make vllm-serve"),
     *("make train-ddp", "make train-accelerate CONFIG=fsdp", "make train-z1", "make train-z2"),
@@ -44,10 +47,10 @@ class Compared(NamedTuple):
     kind: str  # decode, prefill, training or busy
     machine: str
     name: str  # of the record
+    use: str  # fit, where it fixed constants; small, where its model is; else test
     what: str
     predicted_ms: float
     measured_ms: float
-    fixed_constants: bool  # whether it did
 
     @property
     def faster(self) -> float:
@@ -84,8 +87,16 @@ def compared() -> Iterator[Compared]:
             if roofline:
                 cluster = speed.measured(roofline, request.setup.gpus)
                 for kind, *time in times(request, cluster, metrics):
-                    yield Compared(kind, machine, name, *time, "speed" in case)
+                    yield Compared(kind, machine, name, use(request, case), *time)
     yield from compared_busy(reached)
+
+
+def use(request: Request, case: dict) -> str:
+    """fit, test, or small: a server whose kernels are too short for the formulas."""
+    if "speed" in case:
+        return case["speed"]
+    is_small = weights.parameters(read_model(request.model)) < SMALL
+    return "small" if request.task == "serve" and is_small else "test"
 
 
 def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[tuple]:
@@ -95,7 +106,8 @@ def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[t
     if request.task == "train":
         if "step_ms" in metrics and not setup.offloads:
             step_ms = 1e3 * speed.train(model, setup, cluster).step_s
-            yield "training", f"a step of {setup.tokens:,} tokens a card", step_ms, metrics["step_ms"]
+            what = f"a step of {setup.tokens:,} tokens a card"
+            yield "training", what, step_ms, metrics["step_ms"]
         return
     division = {"tp": setup.tp, "dtype": setup.dtype}
     for name, measured in metrics.items():
@@ -125,14 +137,14 @@ def compared_busy(reached: dict[str, dict]) -> Iterator[Compared]:
                 predicted = speed.busy(model, cluster, tp=2, **load)
                 times_of_a_token = 1e3 / predicted, 1e3 / rate
                 what = f"a token, {requests} requests in flight"
-                yield Compared("busy", machine, "13_bench", what, *times_of_a_token, False)
+                yield Compared("busy", machine, "13_bench", "test", what, *times_of_a_token)
 
 
 def ranges() -> dict[str, tuple[float, float]]:
     """{kind: (slowest, fastest)} of measured over predicted speed, on lines that fixed nothing."""
     seen: dict[str, list[float]] = {}
     for row in compared():
-        if not row.fixed_constants:
+        if row.use == "test":
             seen.setdefault(row.kind, [1.0]).append(row.faster)
     return {kind: (min(ratios), max(ratios)) for kind, ratios in seen.items()}
 
@@ -166,12 +178,14 @@ def expected(cards: Cards) -> Iterator[Expected]:
         request = requests.get(command)
         if request is None or request.setup.gpus > cards.count:
             continue
-        cluster = replace(speed.reached(nominal), gpus=request.setup.gpus, fp8=cards.fp8)
-        for kind, what, unit, predicted in speeds(request, cluster):
+        here = replace(nominal, gpus=request.setup.gpus, fp8=cards.fp8)
+        at_best = replace(here, launch=here.launch / 2)
+        both = zip(speeds(request, speed.reached(here)), speeds(request, at_best), strict=True)
+        for (kind, what, unit, predicted), (*_, best) in both:
             slow, fast = off[kind]
-            ends = (predicted / fast, predicted / slow)
+            ends = (best / fast, predicted / slow)
             if unit == "tokens/s":
-                ends = (predicted * slow, predicted * fast)
+                ends = (predicted * slow, best * fast)
             yield Expected(command, what, unit, predicted, *ends)
 
 
@@ -206,11 +220,13 @@ class Published(NamedTuple):
 def published() -> Iterator[Published]:
     """Of configs/published.yaml."""
     cluster = replace(speed.reached(speed.nominal(1)), gpus=1)
-    for entry in read_yaml(ROOT / "configs/published.yaml"):
-        load = {name: entry[name] for name in ("requests", "prompt", "answer")}
-        predicted = speed.busy(read_model(entry["model"]), cluster, **load)
-        words = "{requests} requests in flight, {prompt} + {answer} tokens".format(**load)
-        yield Published(entry["model"], words, predicted, entry["tok_per_s"], entry["source"])
+    for entry in read_yaml(ROOT / "configs/published.yaml").values():
+        model = read_model(entry["model"])
+        load = {"prompt": entry["prompt"], "answer": entry["answer"]}
+        for requests, measured in entry["tok_per_s"].items():
+            predicted = speed.busy(model, cluster, requests=requests, **load)
+            words = f"{requests} x {entry['prompt']} + {entry['answer']} tokens"
+            yield Published(entry["model"], words, predicted, measured, entry["source"])
 
 
 # -----------------------------------------------------------------------------
@@ -237,7 +253,7 @@ def show_compared() -> None:
     rows = []
     for row in compared():
         numbers = f"{row.predicted_ms:,.2f}", f"{row.measured_ms:,.2f}", f"{row.faster - 1:+.1%}"
-        rows.append([row.kind, row.name, row.what, *numbers, "fit" if row.fixed_constants else ""])
+        rows.append([row.kind, row.name, row.what, *numbers, row.use])
     table(["", "", "", "predicted, ms", "measured, ms", "error", ""], rows)
 
 

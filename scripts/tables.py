@@ -16,6 +16,11 @@ Between `<!-- calibration test -->` (fit, states) and `<!-- /calibration -->` st
 planner predicts of every record of `make calibrate` (states: of module 05's trainings) beside what
 was measured.
 
+Between `<!-- expected -->` and `<!-- /expected -->` stands what `make speeds` predicts for two RTX
+4090s; between `<!-- published -->` and `<!-- /published -->` what others measured on one; between
+`<!-- speeds test -->` (fit, small) and `<!-- /speeds -->` the predicted times of records beside the
+measured ones.
+
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
 its measured column from records.
 
@@ -39,6 +44,9 @@ CALIBRATION = re.compile(
     r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S
 )
 CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
+EXPECTED = re.compile(r"(<!-- expected -->\n)(.*?)(<!-- /expected -->)", re.S)
+PUBLISHED = re.compile(r"(<!-- published -->\n)(.*?)(<!-- /published -->)", re.S)
+SPEEDS = re.compile(r"(<!-- speeds (fit|test|small) -->\n)(.*?)(<!-- /speeds -->)", re.S)
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 ABSENT = "–"  # where a machine's record lacks the metric
 MARK = " †"  # after what a record with differences says of a claim
@@ -276,6 +284,75 @@ def calibration(use: str, language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What speeds.py says of a line, in the language of the page.
+SPEED_WORDS = {
+    "zh": {
+        "heads": "| 命令 | 看什么 | 预测 | 范围 |",
+        "published": "| 模型 | 同时的请求 x 提示 + 回答 | 预测（tokens/s） | 公布 | 公布 / 预测 |",
+        "one request": "一个请求，tokens/s",
+        "first token after 1,024": "1,024 个 token 的提示，首 token，ms",
+        "16 requests in flight": "16 个请求同时，tokens/s",
+        "64 requests in flight": "64 个请求同时，tokens/s",
+        "trained": "训练，tokens/s",
+        "to": "{} 到 {}",
+        "source": "来源",
+    },
+    "en": {
+        "heads": "| command | look at | predicted | range |",
+        "published": "| model | requests in flight x prompt + answer | predicted (tokens/s) "
+        "| published | published / predicted |",
+        "one request": "one request, tokens/s",
+        "first token after 1,024": "first token of a prompt of 1,024, ms",
+        "16 requests in flight": "16 requests in flight, tokens/s",
+        "64 requests in flight": "64 requests in flight, tokens/s",
+        "trained": "trained, tokens/s",
+        "to": "{} to {}",
+        "source": "source",
+    },
+}
+
+
+def expected(language: str) -> str:
+    """What two RTX 4090s should show: predictions with their ranges."""
+    import speeds
+    from plan_parts import TWO_4090S
+
+    phrases = SPEED_WORDS[language]
+    lines = [phrases["heads"], "|---|---|---:|---:|"]
+    for row in speeds.expected(TWO_4090S):
+        ends = map(speeds.three_digits, (row.low, row.high))
+        cells = [phrases[row.what], speeds.three_digits(row.predicted), phrases["to"].format(*ends)]
+        lines.append(f"| `{row.command}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def published(language: str) -> str:
+    """What others measured on one RTX 4090, beside what is predicted of it."""
+    import speeds
+
+    phrases = SPEED_WORDS[language]
+    lines = [phrases["published"], "|---|---|---:|---:|---:|"]
+    for row in speeds.published():
+        ratio = f"{row.measured / row.predicted:.2f}"
+        numbers = [speeds.three_digits(row.predicted), speeds.three_digits(row.measured), ratio]
+        measured = f"[{numbers[1]}]({row.source})"
+        lines.append(f"| {row.model} | {row.load} | {numbers[0]} | {measured} | {numbers[2]} |")
+    return "\n".join(lines) + "\n"
+
+
+def predicted_times(use: str) -> str:
+    """Times of records with that use, beside what their machine's own roofline predicts."""
+    import speeds
+
+    lines = ["| | | | predicted (ms) | measured (ms) | error | machine |"]
+    lines.append("|---|---|---|---:|---:|---:|---|")
+    for row in speeds.compared():
+        if row.use == use:
+            numbers = f"{row.predicted_ms:,.2f} | {row.measured_ms:,.2f} | {row.faster - 1:+.1%}"
+            lines.append(f"| {row.kind} | `{row.name}` | {row.what} | {numbers} | {row.machine} |")
+    return "\n".join(lines) + "\n"
+
+
 def filled(text: str, language: str) -> str:
     """`text`, a page in `language` (zh, en), with every table in it generated anew."""
 
@@ -288,7 +365,13 @@ def filled(text: str, language: str) -> str:
     def table_again(match: re.Match) -> str:
         return f"{match[1]}\n{table(match[2], match[3], language)}\n{match[5]}"
 
+    def speeds_again(match: re.Match) -> str:
+        return f"{match[1]}\n{predicted_times(match[2])}\n{match[4]}"
+
     text = CALIBRATION.sub(calibration_again, text)
+    text = EXPECTED.sub(lambda match: f"{match[1]}\n{expected(language)}\n{match[3]}", text)
+    text = PUBLISHED.sub(lambda match: f"{match[1]}\n{published(language)}\n{match[3]}", text)
+    text = SPEEDS.sub(speeds_again, text)
     text = CLAIMS.sub(claims_again, text)
     return BLOCK.sub(table_again, text)
 

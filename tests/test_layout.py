@@ -35,6 +35,7 @@ CONFIGURATIONS = {
     r"configs/claims\.yaml": "test_report.py::test_claims_go_by_records_that_exist_or_will",
     r"configs/models\.yaml": "test_models.py::test_catalogue",
     r"configs/calibration\.yaml": "test_plan.py::test_calibration_lines",
+    r"configs/published\.yaml": "test_plan.py::test_speeds_of_4090s_that_others_published",
     rf"{EDITING}/shapes\.json": "test_image_edit.py::test_shapes_json_holds_the_published_shapes",
     r"environment\.yml": "test_layout.py::test_environment_yml",
     r"modules/03_vllm/configs/monitoring/rules(_test)?\.yml": "test_monitoring.py::test_rules",

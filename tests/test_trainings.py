@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, python
 
 from lab import models
-from lab.planner import states, tower, weights
+from lab.planner import speed, states, tower, weights
 from lab.planner.config import read
 from lab.planner.constants import GIB
 
@@ -216,15 +216,15 @@ def test_what_is_left_over_has_limits(answer):
     assert fitting["fits"] and not too_many["fits"]
 
 
-def test_fsdp_gathers_its_parameters(answer):
+def test_fsdp_gathers_its_parameters():
     """Twice a micro-step, as ZeRO-3: with the gradients 1.5 x DDP's bytes (arXiv 1910.02054)."""
-    line = "train --model qwen2.5-7b-instruct --gpus 2"
+    model = read(models.config("qwen2.5-7b-instruct"))
     seconds = {}
-    for flags in ("--engine ddp", "--engine fsdp", "--zero 3"):
-        bounds = answer(f"{line} {flags}")["predicted_speed"]
-        seconds[flags] = bounds["step_s"] * bounds["communication_ratio"]
-    assert seconds["--engine fsdp"] == pytest.approx(seconds["--zero 3"], rel=0.01)
-    assert seconds["--engine fsdp"] == pytest.approx(1.5 * seconds["--engine ddp"], rel=0.01)
+    for engine, zero in (("ddp", 0), ("fsdp", 0), ("deepspeed", 3)):
+        setup = states.Training(engine=engine, zero=zero)
+        seconds[engine] = speed.train_messages(model, setup, speed.Machine())
+    assert seconds["fsdp"] == pytest.approx(seconds["deepspeed"], rel=0.01)
+    assert seconds["fsdp"] == pytest.approx(1.5 * seconds["ddp"], rel=0.01)
 
 
 # -----------------------------------------------------------------------------

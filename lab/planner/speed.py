@@ -28,12 +28,14 @@ REACHED_FLOPS = 0.79
 SIMPLE_WAITS = 2.7  # times a short message's wait: NCCL's protocol for long ones
 
 # vLLM, decoding in CUDA graphs. Between the large products of a layer lie a dozen kernels that move
-# next to nothing; between two steps the host samples and schedules.
+# next to nothing; between two steps the card samples. Meanwhile the host prepares the next step.
 LAYER_S = 44e-6
 STEP_S = 0.12e-3
 REQUEST_S = 6e-6
+STEP_LAUNCHES = 190
+REQUEST_LAUNCHES = 2.1
 # vLLM, reading prompts: without a graph, so the host launches.
-PREFILL_LAUNCHES = 45  # a layer
+PREFILL_LAUNCHES = 60  # a layer
 PREFILL_BYTES = 10  # moved by what lies between two products, for each of their outputs
 
 # PyTorch's eager training moves more for each output, and back; with adapters also theirs.
@@ -244,7 +246,8 @@ def decode(
     computing = flop / multiplied(model, machine, dtype)
     moving = tensor_parallel(model, machine, batch, tp, model.dtype)
     between = LAYER_S * model.layers + STEP_S + REQUEST_S * batch
-    step = max(reading, computing) + between + moving
+    preparing = (STEP_LAUNCHES + REQUEST_LAUNCHES * batch) * machine.launch
+    step = max(max(reading, computing) + between + moving, preparing)
     return DecodeSpeed(
         decode_tok_per_s=batch / step,
         step_ms=step * 1e3,
@@ -267,6 +270,20 @@ def prefill_flop(model: Model, tokens: int) -> float:
     return decoder + 2 * weights.embedding(model) + attention
 
 
+def reading_seconds(
+    model: Model, machine: Machine, *, tp: int, dtype: str, tokens: int, prompts: int = 1
+) -> float:
+    """Seconds that the cards need to read `prompts` prompts of `tokens` each in one step.
+
+    >>> round(reading_seconds(QWEN_7B, Machine(), tp=1, dtype="bfloat16", tokens=1024), 3)
+    0.096
+    """
+    everything = prompts * tokens
+    computing = prompts * prefill_flop(model, tokens) / tp / multiplied(model, machine, dtype)
+    between = PREFILL_BYTES * everything * outputs(model) / tp / machine.bandwidth
+    return computing + between + tensor_parallel(model, machine, everything, tp, model.dtype)
+
+
 def prefill(
     model: Model,
     machine: Machine,
@@ -276,19 +293,15 @@ def prefill(
     tokens: int = 1024,
     prompts: int = 1,
 ) -> PrefillSpeed:
-    """Seconds to read `prompts` prompts of `tokens` each in one step, without a queue.
+    """How fast an idle server reads `prompts` prompts of `tokens` each, in one step.
 
     >>> round(prefill(QWEN_7B, Machine()).ttft_ms)  # 13.58e12 / 165.2e12, 14.2 GB / 1008 GB/s
     96
     """
-    dtype = model.dtype if dtype == "auto" else dtype
-    everything = prompts * tokens
-    computing = prompts * prefill_flop(model, tokens) / tp / multiplied(model, machine, dtype)
-    between = PREFILL_BYTES * everything * outputs(model) / tp / machine.bandwidth
-    launching = PREFILL_LAUNCHES * model.layers * machine.launch
-    moving = tensor_parallel(model, machine, everything, tp, model.dtype)
-    seconds = max(computing + between + moving, launching)
-    return PrefillSpeed(prefill_tok_per_s=everything / seconds, ttft_ms=seconds * 1e3)
+    size = {"tokens": tokens, "prompts": prompts}
+    on_card = reading_seconds(model, machine, tp=tp, dtype=dtype, **size)
+    seconds = max(on_card, PREFILL_LAUNCHES * model.layers * machine.launch)
+    return PrefillSpeed(prefill_tok_per_s=prompts * tokens / seconds, ttft_ms=seconds * 1e3)
 
 
 def busy(
@@ -303,15 +316,16 @@ def busy(
 ) -> float:
     """Generated tokens/s of a server with always `requests` in flight.
 
-    While one has its `answer` tokens, one step each, as many prompts are read as are in flight.
+    While one has its `answer` tokens, one step each, as many prompts are read as are in flight,
+    each within a step of the others.
 
     >>> round(busy(QWEN_7B, Machine(), requests=16, prompt=256, answer=128))
-    780
+    853
     """
     context = prompt + answer // 2
     step = decode(model, machine, tp=tp, dtype=dtype, batch=requests, context=context).step_ms
-    reading = prefill(model, machine, tp=tp, dtype=dtype, tokens=prompt).ttft_ms
-    return 1e3 * requests * answer / (answer * step + requests * reading)
+    reading = reading_seconds(model, machine, tp=tp, dtype=dtype, tokens=prompt)
+    return requests * answer / (answer * step / 1e3 + requests * reading)
 
 
 # -----------------------------------------------------------------------------
@@ -394,7 +408,7 @@ def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
     FSDP hides a part of its messages behind the computation, the other engines none.
 
     >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)  # 2048 in 0.65 + 1.27 s
-    1066
+    1069
     """
     on_card = train_flop(model, setup) / machine.flops
     on_card += train_bytes(model, setup) / machine.bandwidth
