@@ -7,8 +7,8 @@
 It runs the lines of configs/calibration.yaml and stores a record each; `roofline` is what the
 machine itself reaches, from which speeds are predicted. Models have the real shapes and random
 weights, which cost the same memory and time: nothing is downloaded. With MEMORY_CAP_GIB=24 a larger
-GPU stands in for a 24 GB card. Lines marked `fit` were used to fix the constants of lab/planner,
-lines marked `test` were not.
+GPU stands in for a 24 GB card. Lines marked `fit` were used to fix the constants of lab/planner
+(`speed: fit`: those of lab/planner/speed.py), lines marked `test` were not.
 """
 
 import argparse

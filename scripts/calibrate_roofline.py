@@ -1,4 +1,4 @@
-"""What this machine itself reaches: a matrix product, a copy, an all-reduce of two cards.
+"""What this machine itself reaches: a matrix product, a copy, a launch, an all-reduce of two cards.
 
 scripts/calibrate.py runs `worker` in one process, or in one for each of two cards by torchrun.
 The planner predicts speeds from these rates (lab/planner/speed.py).

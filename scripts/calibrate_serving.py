@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 BATCHES = (1, 8, 32, 128)  # requests that decode together
 PROMPT = 16  # tokens of each
 ANSWER = 128
-PREFILLS = ((1, 1024), (8, 1024), (1, 8192))  # prompts read at once, and tokens of each
+PREFILLS = ((1, 1024), (8, 1024), (1, 8192))  # prompts sent at once, and tokens of each
 REPEATS = 3
 
 

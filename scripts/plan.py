@@ -88,10 +88,10 @@ def most(number_fits: Callable[[int], bool], number: int, limit: int) -> int:
 
 
 def predicted_speed(model: Model, request: Request) -> dict:
-    """How fast it is (lab/planner/speed.py); {} for unknown cards, or where the host decides."""
+    """How fast it is (lab/planner/speed.py); {} for cards and for kinds that nobody measured."""
     setup = request.setup
     cards = speed.nominal(setup.gpus, request.cards.names)
-    if cards is None or (isinstance(setup, Training) and setup.offloads):
+    if cards is None or speed.unmeasured(model, setup):
         return {}
     cluster = replace(speed.reached(cards), fp8=request.cards.fp8)
     if isinstance(setup, Serving):
@@ -104,9 +104,11 @@ def predicted_speed(model: Model, request: Request) -> dict:
 def serving_speed(model: Model, setup: Serving, cluster: speed.Machine) -> dict:
     tokens = min(1024, setup.max_model_len)
     division = {"tp": setup.tp, "dtype": setup.dtype}
-    cache = {"kv_dtype": setup.kv_dtype, "batch": setup.concurrency, "context": tokens}
+    batch = min(setup.concurrency, setup.max_num_seqs)
+    cache = {"kv_dtype": setup.kv_dtype, "batch": batch, "context": tokens}
     decode = speed.decode(model, cluster, **division, **cache)
-    prefill = speed.prefill(model, cluster, **division, tokens=tokens)
+    step_tokens = setup.max_num_batched_tokens
+    prefill = speed.prefill(model, cluster, **division, tokens=tokens, step_tokens=step_tokens)
     return decode._asdict() | prefill._asdict()
 
 
@@ -204,7 +206,8 @@ def show(request: Request, answer: dict) -> None:
     for note in answer.get("notes", []):
         print(f"  {note}")
     if "predicted_speed" in answer:
-        print(f"  {speed_line(setup, answer['predicted_speed'], names)}")
+        why = speed.unmeasured(read_model(request.model), setup)
+        print(f"  {speed_line(answer['predicted_speed'], names, why)}")
 
     # The verdict.
     if answer["fits"]:
@@ -246,11 +249,9 @@ def host_parts(answer: dict) -> str:
     return f" = {' + '.join(parts)}" if len(parts) > 1 else ""
 
 
-def speed_line(setup: Serving | Training, predicted: dict, names: str) -> str:
-    if getattr(setup, "offloads", False):
-        return "no predicted speed: the host's memory and processor decide"
+def speed_line(predicted: dict, names: str, unmeasured: str) -> str:
     if not predicted:
-        return f"no predicted speed: configs/cards.yaml has no {names}"
+        return f"no predicted speed: {unmeasured or f'configs/cards.yaml has no {names}'}"
     shown = []
     for name, value in predicted.items():
         shown.append(f"{name} {value:,}" if isinstance(value, float) else f"{name} {value}")

@@ -1,12 +1,13 @@
 """How fast you should see this repository's commands run, on your cards or on two RTX 4090s.
 
     make speeds
-    make speeds ARGS=--check      # the same formulas against every record of `make calibrate`
+    make speeds ARGS=--check      # the same formulas against the records of other machines
 
 Each line is a prediction (lab/planner/speed.py) with a range. Its slow end: as far off as the same
 formulas are, at the worst, from what was measured on other cards, on lines that fixed none of their
 constants. Its fast end: the same the other way, on cards that reach their nominal rates in full,
-with a host that launches twice as fast as the measured one.
+with a host that launches, and a link that carries, twice as much as supposed. After
+`make calibrate ARGS="--only roofline"` your own machine's rates are taken instead.
 
 Look at: a line of yours outside its range. Then something is wrong: another program on the card, a
 slot with fewer lanes, a card that throttles; `make doctor` and `make gauges` say which.
@@ -15,6 +16,7 @@ slot with fewer lanes, a card that throttles; `make doctor` and `make gauges` sa
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -24,18 +26,27 @@ from plan_parts.arguments import read_line
 from plan_parts.recipes import recipes
 
 from lab import ROOT, fail, results
-from lab.planner import speed, weights
+from lab import machine as this_machine
+from lab.planner import speed
+from lab.planner.training import Training
 from lab.profile import read_yaml
 from lab.table import table
 
 PROMPT = 256  # tokens, of a request to a busy server, as in `make vllm-bench`
 ANSWER = 128
-SMALL = 1e9  # weights
+TRAININGS = {  # record: the engine, and its ZeRO stage
+    "04_Accelerate/01_train_ddp": ("ddp", 0),
+    "04_Accelerate/02_train_accelerate-fsdp": ("fsdp", 0),
+    "05_DeepSpeed/train-z1": ("deepspeed", 1),
+    "05_DeepSpeed/train-z2": ("deepspeed", 2),
+    "05_DeepSpeed/train-z3": ("deepspeed", 3),
+}
 SHOWN = (  # of the recipes those whose kind of model and of engine was measured
     *("make vllm-serve RECIPE=7b-one-card", "make vllm-serve RECIPE=7b-fp8", "make vllm-serve"),
-    *("make train-ddp", "make train-accelerate CONFIG=fsdp", "make train-z1", "make train-z2"),
-    *("make train-z3", "make lf-train", "make lf-train-z2"),
+    *("make train-ddp", "make train-accelerate CONFIG=fsdp"),
+    *("make train-z1", "make train-z2", "make train-z3"),
 )
+TUNINGS = ("lora-7b-ckpt", "qlora-7b-ckpt")  # lines of configs/calibration.yaml
 
 # -----------------------------------------------------------------------------
 # The formulas against the records
@@ -47,7 +58,7 @@ class Compared(NamedTuple):
     kind: str  # decode, prefill, training or busy
     machine: str
     name: str  # of the record
-    use: str  # fit, where it fixed constants; small, where its model is; else test
+    use: str  # fit, where it fixed constants, else test
     what: str
     predicted_ms: float
     measured_ms: float
@@ -59,19 +70,19 @@ class Compared(NamedTuple):
 
 
 def records(name: str) -> dict[str, dict]:
-    """{machine: the metrics of its record of this name}."""
+    """{machine: its record of this name}."""
     stored = {}
     for file in sorted(ROOT.glob(f"results/*/{name}.json")):
         machine = file.relative_to(ROOT / "results").parts[0]
-        stored[machine] = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+        stored[machine] = json.loads(file.read_text(encoding="utf-8"))
     return stored
 
 
 def rooflines() -> dict[str, dict]:
     """{machine: what it reaches itself}; a cap of the memory changes no speed."""
     return {
-        machine.removesuffix("-cap24"): metrics
-        for machine, metrics in records("scripts/calibrate-roofline").items()
+        machine.removesuffix("-cap24"): record["metrics"]
+        for machine, record in records("scripts/calibrate-roofline").items()
     }
 
 
@@ -80,23 +91,17 @@ def compared() -> Iterator[Compared]:
     reached = rooflines()
     for name, case in read_yaml(ROOT / "configs/calibration.yaml").items():
         request = read_line(case["plan"])
-        if request.task == "serve" and request.setup.enforce_eager:
+        if speed.unmeasured(read_model(request.model), request.setup):
             continue
-        for machine, metrics in records(f"scripts/calibrate-{name}").items():
+        for machine, record in records(f"scripts/calibrate-{name}").items():
             roofline = reached.get(machine.removesuffix("-cap24"))
             if roofline:
                 cluster = speed.measured(roofline, request.setup.gpus)
-                for kind, *time in times(request, cluster, metrics):
-                    yield Compared(kind, machine, name, use(request, case), *time)
+                for kind, *time in times(request, cluster, record["metrics"]):
+                    use = case.get("speed", "test")
+                    yield Compared(kind, machine, name, use, *time)
+    yield from compared_trainings(reached)
     yield from compared_busy(reached)
-
-
-def use(request: Request, case: dict) -> str:
-    """fit, test, or small: a server whose kernels are too short for the formulas."""
-    if "speed" in case:
-        return case["speed"]
-    is_small = weights.parameters(read_model(request.model)) < SMALL
-    return "small" if request.task == "serve" and is_small else "test"
 
 
 def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[tuple]:
@@ -104,7 +109,7 @@ def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[t
     model = read_model(request.model)
     setup = request.setup
     if request.task == "train":
-        if "step_ms" in metrics and not setup.offloads:
+        if "step_ms" in metrics:
             step_ms = 1e3 * speed.train(model, setup, cluster).step_s
             what = f"a step of {setup.tokens:,} tokens a card"
             yield "training", what, step_ms, metrics["step_ms"]
@@ -123,28 +128,57 @@ def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[t
 
 
 def compared_busy(reached: dict[str, dict]) -> Iterator[Compared]:
-    """`make vllm-bench`: the 14B on two cards, as many requests in flight as it says."""
+    """`make vllm-bench` of the 14B on two cards, with as many requests in flight as it says."""
     model = read_model("qwen2.5-14b-instruct")
-    for machine, metrics in records("03_vllm/13_bench").items():
+    for machine, record in records("03_vllm/13_bench").items():
+        config = record["config"]
         roofline = reached.get(machine.removesuffix("-cap24"))
-        if not roofline:
+        if not roofline or "14b" not in config["model"]:
             continue
         cluster = speed.measured(roofline, 2)
-        for name, rate in metrics.items():
-            if name.startswith("concurrency_") and name.endswith("_tok_per_s"):
-                requests = int(name.split("_")[1])
-                load = {"requests": requests, "prompt": PROMPT, "answer": ANSWER}
-                predicted = speed.busy(model, cluster, tp=2, **load)
-                times_of_a_token = 1e3 / predicted, 1e3 / rate
-                what = f"a token, {requests} requests in flight"
-                yield Compared("busy", machine, "13_bench", "test", what, *times_of_a_token)
+        load = {"prompt": config["input_tokens"], "answer": config["output_tokens"]}
+        for requests in config["concurrencies"]:
+            rate = record["metrics"][f"concurrency_{requests}_tok_per_s"]
+            predicted = speed.busy(model, cluster, tp=2, requests=requests, **load)
+            what = f"a token, {requests} requests in flight"
+            ms = (1e3 / predicted, 1e3 / rate)
+            yield Compared("busy", machine, "13_bench", "test", what, *ms)
+
+
+def compared_trainings(reached: dict[str, dict]) -> Iterator[Compared]:
+    """The records of modules 04 and 05, each with its own batch."""
+    for name, (engine, zero) in TRAININGS.items():
+        for machine, record in records(name).items():
+            roofline = reached.get(machine.removesuffix("-cap24"))
+            if not roofline:
+                continue
+            config = record["config"]
+            metrics = record["metrics"]
+            setup = Training(
+                gpus=metrics["world_size"],
+                engine=engine,
+                zero=zero,
+                micro_batch=config["micro_batch"],
+                seq_len=config["seq_len"],
+                accumulate=config["accumulate"],
+            )
+            size = re.search(r"qwen2\.5-[\d.]+b", config["model"])[0]
+            cluster = speed.measured(roofline, setup.gpus)
+            step_s = speed.train(read_model(f"{size}-instruct"), setup, cluster).step_s
+            measured_s = metrics["step_tok_count"] / metrics["throughput_tok_per_s"]
+            what = f"a step of {setup.tokens:,} tokens a card"
+            ms = (1e3 * step_s, 1e3 * measured_s)
+            yield Compared("training", machine, name.split("/")[1], "test", what, *ms)
 
 
 def ranges() -> dict[str, tuple[float, float]]:
-    """{kind: (slowest, fastest)} of measured over predicted speed, on lines that fixed nothing."""
+    """{kind: (slowest, fastest)} of measured over predicted speed.
+
+    On lines that fixed nothing, and on other machines than this one, which is to be judged.
+    """
     seen: dict[str, list[float]] = {}
     for row in compared():
-        if row.use == "test":
+        if row.use == "test" and row.machine != this_machine.name():
             seen.setdefault(row.kind, [1.0]).append(row.faster)
     return {kind: (min(ratios), max(ratios)) for kind, ratios in seen.items()}
 
@@ -165,22 +199,14 @@ class Expected(NamedTuple):
 
 
 def expected(cards: Cards) -> Iterator[Expected]:
-    """Every speed of the commands in SHOWN that these cards can run.
+    """Every speed of the commands in SHOWN, and of TUNINGS, that these cards can run.
 
     Raises SystemExit(2) where configs/cards.yaml does not know the cards.
     """
-    nominal = speed.nominal(cards.count, cards.names)
-    if nominal is None:
-        fail(f"configs/cards.yaml has no {' + '.join(cards.names)}: add its nominal rates")
     off = ranges()
-    requests = {recipe.command: recipe.request for recipe in recipes(cards)}
-    for command in SHOWN:
-        request = requests.get(command)
-        if request is None or request.setup.gpus > cards.count:
-            continue
-        here = replace(nominal, gpus=request.setup.gpus, fp8=cards.fp8)
-        at_best = replace(here, launch=here.launch / 2)
-        both = zip(speeds(request, speed.reached(here)), speeds(request, at_best), strict=True)
+    for command, request in shown_requests(cards):
+        likely, at_best = clusters(cards, request.setup.gpus)
+        both = zip(speeds(request, likely), speeds(request, at_best), strict=True)
         for (kind, what, unit, predicted), (*_, best) in both:
             slow, fast = off[kind]
             ends = (best / fast, predicted / slow)
@@ -189,12 +215,39 @@ def expected(cards: Cards) -> Iterator[Expected]:
             yield Expected(command, what, unit, predicted, *ends)
 
 
+def shown_requests(cards: Cards) -> Iterator[tuple[str, Request]]:
+    """(command, what it asks for) of everything that is shown."""
+    requests = {recipe.command: recipe.request for recipe in recipes(cards)}
+    requests = {command: requests[command] for command in SHOWN if command in requests}
+    lines = read_yaml(ROOT / "configs/calibration.yaml")
+    for name in TUNINGS:
+        requests[f'make calibrate ARGS="--only {name}"'] = read_line(lines[name]["plan"])
+    for command, request in requests.items():
+        if request.setup.gpus <= cards.count:
+            yield command, request
+
+
+def clusters(cards: Cards, gpus: int) -> tuple[speed.Machine, speed.Machine]:
+    """`gpus` of these cards as they likely are, and at best; both the same once measured."""
+    file = results.FOLDER / "scripts/calibrate-roofline.json"
+    if this_machine.gpus() and file.exists():
+        here = speed.measured(json.loads(file.read_text(encoding="utf-8"))["metrics"], gpus)
+        return here, here
+    nominal = speed.nominal(gpus, cards.names)
+    if nominal is None:
+        fail(f"configs/cards.yaml has no {' + '.join(cards.names)}: add its nominal rates")
+    nominal = replace(nominal, fp8=cards.fp8)
+    at_best = replace(nominal, launch=nominal.launch / 2, link=2 * nominal.link)
+    return speed.reached(nominal), at_best
+
+
 def speeds(request: Request, cluster: speed.Machine) -> Iterator[tuple]:
     """(kind, what, unit, predicted) of each speed that a command shows."""
     model = read_model(request.model)
     setup = request.setup
     if request.task == "train":
-        yield "training", "trained", "tokens/s", speed.train(model, setup, cluster).train_tok_per_s
+        trained = speed.train(model, setup, cluster)
+        yield "training", "trained", "tokens/s", trained.train_tok_per_s
         return
     division = {"tp": setup.tp, "dtype": setup.dtype}
     alone = speed.decode(model, cluster, **division, context=1024)
@@ -253,8 +306,8 @@ def show_compared() -> None:
     rows = []
     for row in compared():
         numbers = f"{row.predicted_ms:,.2f}", f"{row.measured_ms:,.2f}", f"{row.faster - 1:+.1%}"
-        rows.append([row.kind, row.name, row.what, *numbers, row.use])
-    table(["", "", "", "predicted, ms", "measured, ms", "error", ""], rows)
+        rows.append([row.kind, row.name, row.what, *numbers, row.machine, row.use])
+    table(["", "", "", "predicted, ms", "measured, ms", "error", "", ""], rows)
 
 
 def three_digits(value: float) -> str:

@@ -18,7 +18,7 @@ was measured.
 
 Between `<!-- expected -->` and `<!-- /expected -->` stands what `make speeds` predicts for two RTX
 4090s; between `<!-- published -->` and `<!-- /published -->` what others measured on one; between
-`<!-- speeds test -->` (fit, small) and `<!-- /speeds -->` the predicted times of records beside the
+`<!-- speeds test -->` (fit) and `<!-- /speeds -->` the predicted times of records beside the
 measured ones.
 
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
@@ -46,7 +46,7 @@ CALIBRATION = re.compile(
 CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
 EXPECTED = re.compile(r"(<!-- expected -->\n)(.*?)(<!-- /expected -->)", re.S)
 PUBLISHED = re.compile(r"(<!-- published -->\n)(.*?)(<!-- /published -->)", re.S)
-SPEEDS = re.compile(r"(<!-- speeds (fit|test|small) -->\n)(.*?)(<!-- /speeds -->)", re.S)
+SPEEDS = re.compile(r"(<!-- speeds (fit|test) -->\n)(.*?)(<!-- /speeds -->)", re.S)
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 ABSENT = "–"  # where a machine's record lacks the metric
 MARK = " †"  # after what a record with differences says of a claim
@@ -295,7 +295,6 @@ SPEED_WORDS = {
         "64 requests in flight": "64 个请求同时，tokens/s",
         "trained": "训练，tokens/s",
         "to": "{} 到 {}",
-        "source": "来源",
     },
     "en": {
         "heads": "| command | look at | predicted | range |",
@@ -307,7 +306,6 @@ SPEED_WORDS = {
         "64 requests in flight": "64 requests in flight, tokens/s",
         "trained": "trained, tokens/s",
         "to": "{} to {}",
-        "source": "source",
     },
 }
 

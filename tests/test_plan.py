@@ -447,15 +447,15 @@ def speeds(plan):
 
 
 def test_speeds_hold_against_measurement(speeds):
-    """On lines that fixed no constant: what waits for the card within 10 %, others within 25 %."""
+    """On lines that fixed no constant: what waits for the card within 10 %, others within 35 %."""
     rows = [row for row in speeds.compared() if row.use == "test"]
     assert {row.kind for row in rows} == {"decode", "prefill", "training", "busy"}
-    assert len(rows) >= 25
+    assert len(rows) >= 30
     for row in rows:
         few = re.fullmatch(r"a step of ([\d,]+) (requests|tokens a card)", row.what)
         number = int(few[1].replace(",", "")) if few else 0
         waits = number <= 32 if row.kind == "decode" else number >= 4096
-        goal = 0.10 if few and waits else 0.25
+        goal = 0.10 if few and waits else 0.35
         assert row.predicted_ms == pytest.approx(row.measured_ms, rel=goal), row
 
 
@@ -467,6 +467,25 @@ def test_speeds_of_4090s_that_others_published(speeds):
         assert row.predicted == pytest.approx(row.measured, rel=0.2), row
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("serve --model qwen3-30b-a3b --gpus 2", "only dense models with full attention"),
+        ("serve --model gpt-oss-20b --gpus 1", "only dense models with full attention"),
+        ("serve --model qwen2.5-7b-instruct --gpus 1 --dtype int4", "int4 was not measured"),
+        ("serve --model qwen2.5-7b-instruct --gpus 1 --enforce-eager", "without CUDA graphs"),
+        ("train --model qwen2.5-7b-instruct --zero 2 --offload optimizer", "the host's memory"),
+        ("train --model qwen2.5-vl-7b-instruct --image-tokens 324", "no training with pictures"),
+    ],
+)
+def test_no_speed_for_what_was_not_measured(plan, read_line, capsys, flags, why):
+    request = read_line(flags)
+    answer = plan.plan(request)
+    assert answer["predicted_speed"] == {}
+    plan.show(request, answer)
+    assert f"no predicted speed: {why}" in capsys.readouterr().out
+
+
 def test_expected_speeds(speeds, capsys):
     """Ranges hold their prediction; one card runs what one card can; slower cards are slower."""
     from plan_parts import Cards
@@ -476,7 +495,7 @@ def test_expected_speeds(speeds, capsys):
         assert row.low < row.predicted < row.high, row
     one = {(row.command, row.what) for row in speeds.expected(Cards("4090x1", 1))}
     commands = {command for command, _ in one}
-    assert "make lf-train" in commands and "make train-z2" not in commands
+    assert "make vllm-serve" in commands and "make train-z2" not in commands
     for row in speeds.expected(Cards(names=("RTX 3090",), fp8=False)):
         faster = two[row.command, row.what]
         assert (row.predicted > faster.predicted) == (row.unit == "ms"), row

@@ -15,7 +15,7 @@ from lab import ROOT
 from lab.planner import cache, weights
 from lab.planner.config import Model
 from lab.planner.constants import width
-from lab.planner.serving import kv_number
+from lab.planner.serving import Serving, kv_number
 from lab.planner.states import Training, sent_bytes, trained_parameters
 from lab.planner.tensors import PACKED
 
@@ -48,7 +48,7 @@ UNPACKED_BYTES = 4.5  # for each packed weight and pass: it is read, written and
 TRAIN_LAUNCHES = {"full": 610, "lora": 870, "qlora": 1100}
 CHECKPOINTING_LAUNCHES = 1.9  # times as many
 ZERO3_LAUNCHES = 3.5  # times as many: each module's weights are asked for, and let go
-HIDDEN = 0.6  # of FSDP's messages or computing, the shorter of the two, is done beside the other
+HIDDEN = 0.6  # of DDP's and FSDP's messages or computing, the shorter is done beside the other
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,25 @@ def measured(roofline: dict[str, float], gpus: int) -> Machine:
         return machine
     beta = roofline["link_gb_per_s"] * 1e9
     return replace(machine, link=beta, latency=roofline["link_us"] * 1e-6)
+
+
+def unmeasured(model: Model, setup: Serving | Training) -> str:
+    """Why nothing is known of how far a prediction would be off; "" where something is.
+
+    >>> unmeasured(QWEN_7B, Training(dtype="float32"))
+    'float32 was not measured'
+    """
+    kinds = {layer.kind for layer in model.caches} - {"full_attention"}
+    stored = {setup.dtype, model.stored} - {"", "auto", "bfloat16", "float16", "fp8"}
+    if model.experts or kinds or model.latent_head:
+        return "only dense models with full attention were measured"
+    if stored:
+        return f"{min(stored)} was not measured"
+    if isinstance(setup, Serving):
+        return "without CUDA graphs nothing was measured" if setup.enforce_eager else ""
+    if setup.offloads:
+        return "the host's memory and processor decide"
+    return "no training with pictures was measured" if setup.image_tokens else ""
 
 
 # -----------------------------------------------------------------------------
@@ -273,13 +292,14 @@ def prefill_flop(model: Model, tokens: int) -> float:
 def reading_seconds(
     model: Model, machine: Machine, *, tp: int, dtype: str, tokens: int, prompts: int = 1
 ) -> float:
-    """Seconds that the cards need to read `prompts` prompts of `tokens` each in one step.
+    """Seconds that the cards need to read `prompts` prompts of `tokens` each.
 
     >>> round(reading_seconds(QWEN_7B, Machine(), tp=1, dtype="bfloat16", tokens=1024), 3)
     0.096
     """
     everything = prompts * tokens
     computing = prompts * prefill_flop(model, tokens) / tp / multiplied(model, machine, dtype)
+    computing = max(computing, read_weights(model, dtype, everything) / tp / machine.bandwidth)
     between = PREFILL_BYTES * everything * outputs(model) / tp / machine.bandwidth
     return computing + between + tensor_parallel(model, machine, everything, tp, model.dtype)
 
@@ -292,15 +312,17 @@ def prefill(
     dtype: str = "auto",
     tokens: int = 1024,
     prompts: int = 1,
+    step_tokens: int = Serving.max_num_batched_tokens,
 ) -> PrefillSpeed:
-    """How fast an idle server reads `prompts` prompts of `tokens` each, in one step.
+    """How fast an idle server reads `prompts` prompts of `tokens` each, `step_tokens` a step.
 
     >>> round(prefill(QWEN_7B, Machine()).ttft_ms)  # 13.58e12 / 165.2e12, 14.2 GB / 1008 GB/s
     96
     """
     size = {"tokens": tokens, "prompts": prompts}
     on_card = reading_seconds(model, machine, tp=tp, dtype=dtype, **size)
-    seconds = max(on_card, PREFILL_LAUNCHES * model.layers * machine.launch)
+    steps = math.ceil(prompts * tokens / step_tokens)
+    seconds = max(on_card, steps * PREFILL_LAUNCHES * model.layers * machine.launch)
     return PrefillSpeed(prefill_tok_per_s=prompts * tokens / seconds, ttft_ms=seconds * 1e3)
 
 
@@ -346,8 +368,19 @@ def train_flop(model: Model, setup: Training) -> float:
     return passes * setup.accumulate * setup.tokens * per_token
 
 
+def is_ddp(setup: Training) -> bool:
+    """Whether PyTorch's own DDP trains.
+
+    >>> is_ddp(Training()), is_ddp(Training(zero=2))
+    (True, False)
+    """
+    return setup.engine == "ddp" and not setup.zero
+
+
 def train_messages(model: Model, setup: Training, machine: Machine) -> float:
-    """Seconds of a step's messages: gradients once a step, 2 bytes each (ZeRO-2: every micro-step).
+    """Seconds of a step's messages: gradients once a step (ZeRO-2: every micro-step).
+
+    As wide as they are held: in 4 bytes by DDP, in 2 by the others.
 
     ZeRO-3 and FSDP gather the parameters twice a micro-step, as wide as they are computed with,
     packed ones packed. Source: arXiv 1910.02054, section 7; FSDP2's reshard_after_forward.
@@ -356,7 +389,7 @@ def train_messages(model: Model, setup: Training, machine: Machine) -> float:
     1.27
     """
     n = machine.gpus
-    gradients = 2 * trained_parameters(model, setup)
+    gradients = (4 if is_ddp(setup) else 2) * trained_parameters(model, setup)
     if setup.engine == "fsdp":
         seconds = collective("reduce_scatter", gradients, n, machine)
     elif setup.zero < 2:
@@ -405,7 +438,7 @@ def launch_seconds(model: Model, setup: Training, machine: Machine) -> float:
 def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
     """Trained tokens/s over all cards; nothing is offloaded.
 
-    FSDP hides a part of its messages behind the computation, the other engines none.
+    DDP and FSDP hide a part of their messages behind the computation, DeepSpeed none.
 
     >>> round(train(QWEN_7B, Training(zero=2), Machine()).train_tok_per_s)  # 2048 in 0.65 + 1.27 s
     1069
@@ -414,7 +447,8 @@ def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
     on_card += train_bytes(model, setup) / machine.bandwidth
     computing = max(on_card, launch_seconds(model, setup, machine))
     moving = train_messages(model, setup, machine)
-    hidden = HIDDEN * min(computing, moving) if setup.engine == "fsdp" else 0
+    overlaps = is_ddp(setup) or setup.engine == "fsdp"
+    hidden = HIDDEN * min(computing, moving) if overlaps else 0
     step = computing + moving - hidden
     return TrainSpeed(
         train_tok_per_s=machine.gpus * setup.accumulate * setup.tokens / step,
