@@ -159,7 +159,7 @@ train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed
 
-.PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare
+.PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -183,6 +183,9 @@ train-z2-offload: env ## ds_config.json: stage 2, the optimizer and its states i
 
 train-compare: env ## 04, 05: the losses of your last trainings side by side
 	@$(PY) modules/05_DeepSpeed/02_compare.py $(ARGS)
+
+mini-zero: env ## ZeRO's stages from scratch: losses, bytes and traffic in one run (PROCESSES=2)
+	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

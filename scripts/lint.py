@@ -65,6 +65,7 @@ LESSON = {
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
+    "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",

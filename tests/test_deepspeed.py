@@ -152,6 +152,62 @@ def test_the_planner_predicts_these_bytes(stages, tiny_model, stage):
         assert predicted[name] == pytest.approx(stages[stage][f"{kind}_state_gib"], rel=0.02), kind
 
 
+# -----------------------------------------------------------------------------
+# The twin: mini_zero
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_model) -> dict:
+    """All four stages of mini_zero, with the settings of the trainings above."""
+    flags = f"--model {tiny_model} --steps {STEPS} --micro-batch {MICRO_BATCH}"
+    flags += f" --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE}"
+    return result(run("make", "-s", "mini-zero", f"ARGS={flags}", check=0, **CPU))
+
+
+@pytest.mark.parametrize("stage", BYTES)
+def test_the_twin_computes_what_deepspeed_does(twin, stages, stage):
+    """Loss by loss, and as many bytes of each kind between backward and step."""
+    theirs = stages[stage]
+    ours_ = twin[f"z{stage}_losses"]
+    assert ours_[: len(theirs["losses"])] == pytest.approx(theirs["losses"], rel=5e-6)
+    kinds = ("parameters", "gradients", "optimizer")
+    for kind, width in zip(kinds, BYTES[stage], strict=True):
+        measured = twin[f"z{stage}_{kind}_per_parameter_bytes"]
+        assert measured == pytest.approx(width, rel=1e-3)
+        state = theirs[f"{kind.removesuffix('s')}_state_gib"] * 2**30
+        assert measured == pytest.approx(state / theirs["parameters_count"], rel=0.02)
+
+
+def test_the_twin_sends_what_the_paper_says(twin, tiny_model):
+    """Numbers a step and parameter: 2 psi, 2 psi, (accumulate + 1) psi, 3 psi a micro-step.
+
+    At stage 3 what is outside of the layers is gathered once, not twice, a micro-step; of the
+    layers never more than two are there.
+    """
+    model = read(models.config(str(tiny_model)))
+    psi = weights.parameters(model)
+    outside = (model.vocab * model.hidden + model.hidden) / psi  # tied embedding, last norm
+    expected = {0: 2, 1: 2, 2: ACCUMULATE + 1, 3: ACCUMULATE * (3 - outside)}
+    for stage, numbers in expected.items():
+        sent = twin[f"z{stage}_sent_per_parameter_ratio"]
+        assert sent == pytest.approx(numbers, rel=1e-3)
+        assert twin[f"z{stage}_sent_theory_ratio"] == pytest.approx(numbers, rel=1e-3)
+    assert twin["z3_layers_there_count"] == 2
+
+
+@pytest.mark.long
+def test_the_twin_offloads(tiny_model, twin):
+    flags = f"--model {tiny_model} --steps {STEPS} --micro-batch {MICRO_BATCH} --stages 1 2 3"
+    flags += f" --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE} --offload"
+    offloaded = result(run("make", "-s", "mini-zero", f"ARGS={flags}", check=0, **CPU))
+    for stage in (1, 2, 3):
+        assert offloaded[f"z{stage}_losses"] == twin[f"z{stage}_losses"]
+
+
+def test_the_twin_refuses():
+    assert "1 process is running" in refused("make", "mini-zero", "PROCESSES=1", **CPU)
+
+
 def test_compare(stages, reference):
     """The trainings above side by side, from their records; others, with another learning rate or
     not run, are named and left out.
