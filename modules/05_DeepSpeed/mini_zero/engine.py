@@ -72,7 +72,7 @@ class Engine:
     # What this process holds between backward and step, in bytes
 
     def bytes_held(self) -> dict[str, int]:
-        """{parameters, gradients, optimizer}, as DeepSpeed's theory counts them (zero_states.py)."""
+        """{parameters, gradients, optimizer}, each kind as zero_states.py counts it."""
         if self.stage == 3:
             weights = [unit.part_of_weights for unit in self.divided.units]
         else:

@@ -29,7 +29,7 @@ class Buckets:
         self.units: list[Unit] = []
         self.under_way: list[tuple[dist.Work, torch.Tensor, Unit]] = []
         self.last_micro_step = True
-        parameters = [p for p in reversed(list(model.parameters())) if p.requires_grad]
+        parameters = list(reversed(list(model.parameters())))
         bucket: list[torch.nn.Parameter] = []
         for parameter in parameters:
             bucket.append(parameter)
