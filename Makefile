@@ -142,7 +142,7 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-one train-ddp train-accelerate train-mixed
+.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -155,6 +155,9 @@ train-accelerate: env ## the same by Accelerate (CONFIG=ddp|fsdp|deepspeed_zero2
 
 train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 	@$(PY) modules/04_Accelerate/03_mixed_precision.py $(ARGS)
+
+mini-accelerate: env ## Accelerate from scratch: its losses, save and load, validation (PROCESSES=2)
+	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed

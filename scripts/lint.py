@@ -26,11 +26,13 @@ from lab.table import table
 SCRIPT_LINES = 300  # a module script, and each helper file beside it
 SCRIPT_MEDIAN = 160  # of all Python files in modules/
 LESSON_BEFORE = 110  # the line that uses the engine for what the script is about
-MINI_VLLM_LINES = 850  # the package in all ...
-MINI_VLLM_FILE_LINES = 160  # ... and each of its files
-TOKENS_PER_LINE = {"modules": 9.5, "mini_vllm": 9.5, "lab": 9.5, "scripts": 10, "tests": 10}
+TWINS = ("mini_vllm", "mini_accelerate", "mini_zero")  # packages written from scratch:
+TWIN_LINES = 850  # one in all ...
+TWIN_FILE_LINES = 160  # ... and each of its files
+TOKENS_PER_LINE = dict.fromkeys(("modules", *TWINS, "lab"), 9.5)
+TOKENS_PER_LINE |= {"scripts": 10, "tests": 10}
 PAIRS_PER_1000_LINES = 12  # `a, b = x, y`: only for what belongs together
-TAUGHT = ("modules", "mini_vllm", "lab")  # no walrus in arguments here, and no name of:
+TAUGHT = ("modules", *TWINS, "lab")  # no walrus in arguments here, and no name of:
 VAGUE_NAMES = {"found", "said", "words", "p"}
 
 # The line that each module script is about, as a regular expression.
@@ -63,6 +65,7 @@ LESSON = {
     "04_Accelerate/01_train_ddp.py": r"DistributedDataParallel\(",
     "04_Accelerate/02_train_accelerate.py": r"accelerator\.prepare\(",
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",
+    "04_Accelerate/04_mini_accelerate.py": r"accelerator\.prepare\(",
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
@@ -98,7 +101,8 @@ class File:
 
     @property
     def part(self) -> str:
-        return "mini_vllm" if "/mini_vllm/" in self.path else self.path.split("/")[0]
+        folders = self.path.split("/")
+        return next((twin for twin in TWINS if twin in folders), folders[0])
 
     @property
     def is_script(self) -> bool:
@@ -174,13 +178,14 @@ def measure(root: Path, path: Path) -> File:
 def too_long(files: list[File]) -> list[str]:
     problems = []
     for file in files:
-        limit = MINI_VLLM_FILE_LINES if file.part == "mini_vllm" else SCRIPT_LINES
+        limit = TWIN_FILE_LINES if file.part in TWINS else SCRIPT_LINES
         if file.path.startswith("modules/") and len(file.lines) > limit:
             problems.append(f"{file.path}: {len(file.lines)} lines, at most {limit}")
 
-    package = sum(len(file.lines) for file in files if file.part == "mini_vllm")
-    if package > MINI_VLLM_LINES:
-        problems.append(f"mini_vllm: {package} lines in all, at most {MINI_VLLM_LINES}")
+    for twin in TWINS:
+        package = sum(len(file.lines) for file in files if file.part == twin)
+        if package > TWIN_LINES:
+            problems.append(f"{twin}: {package} lines in all, at most {TWIN_LINES}")
     median = median_length(files)
     if median > SCRIPT_MEDIAN:
         problems.append(f"modules: a median file of {median:g} lines, at most {SCRIPT_MEDIAN}")
@@ -285,7 +290,7 @@ def main() -> None:
     args = parser.parse_args()
     root = args.folder
 
-    folders = [root / part for part in TOKENS_PER_LINE if part != "mini_vllm"]
+    folders = [root / part for part in TOKENS_PER_LINE if part not in TWINS]
     paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
     files = [measure(root, path) for path in paths]
     show(files)

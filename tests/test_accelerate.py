@@ -116,6 +116,59 @@ def test_two_processes_compute_what_one_does(
     assert all((ours[name] - theirs[name]).abs().mean() < 1e-4 for name in theirs)
 
 
+# -----------------------------------------------------------------------------
+# The twin: mini_accelerate
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_model) -> dict:
+    """Its training on two processes, two micro-steps each."""
+    batch = ["--micro-batch", "1", "--accumulate", "2"]
+    return make("mini-accelerate", "--model", tiny_model, *FLAGS, *batch)
+
+
+def test_the_twin_computes_what_accelerate_does(twin, one):
+    """The losses of one process, which are Accelerate's too (above)."""
+    assert twin["world_size"] == 2
+    assert twin["losses"] == pytest.approx(one["losses"], rel=5e-6)
+
+
+def test_the_twin_is_taken_up_again(twin):
+    """What is trained after load_state is what was trained after save_state."""
+    half = len(twin["losses"]) // 2
+    assert twin["again_losses"] == twin["losses"][half:]
+
+
+def test_the_twin_counts_no_row_twice(twin, tiny_model):
+    """Two processes read 12 rows to see 9; the mean is that of one process, which reads 9."""
+    script = MODULE / "04_mini_accelerate.py"
+    batch = ["--micro-batch", "3", "--accumulate", "1", "--steps", "1", "--learning-rate", "1e-9"]
+    flags = ["--model", tiny_model, "--seq-len", "64", *batch]
+    alone = result(python(script, *flags, check=0))
+    two = make("mini-accelerate", *flags)
+    assert (alone["read_row_count"], alone["validation_row_count"]) == (9, 9)
+    assert (two["read_row_count"], two["validation_row_count"]) == (12, 9)
+    assert two["validation_loss"] == pytest.approx(alone["validation_loss"], rel=5e-6)
+
+
+def test_the_twin_deals_out_the_batches_of_accelerate(monkeypatch):
+    """Every process the same rows as by accelerate.data_loader.BatchSamplerShard."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    monkeypatch.syspath_prepend(MODULE)
+    from mini_accelerate.shares import ShareOfBatches
+
+    for rows in range(1, 20):
+        for size in (1, 2, 3):
+            for processes in (1, 2, 3, 4):
+                for process in range(processes):
+                    batches = BatchSampler(range(rows), size, drop_last=False)
+                    ours = list(ShareOfBatches(batches, process, processes))
+                    theirs = list(BatchSamplerShard(batches, processes, process))
+                    assert ours == theirs, (rows, size, processes, process)
+
+
 SCRIPTS = [DDP.stem, ACCELERATE.stem]
 
 
