@@ -156,7 +156,7 @@ train-accelerate: env ## the same by Accelerate (CONFIG=ddp|fsdp|deepspeed_zero2
 train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 	@$(PY) modules/04_Accelerate/03_mixed_precision.py $(ARGS)
 
-mini-accelerate: env ## Accelerate from scratch: its losses, save and load, validation (PROCESSES=2)
+mini-accelerate: env ## Accelerate from scratch: losses, save and load, validation (PROCESSES=2)
 	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ train-z2-offload: env ## ds_config.json: stage 2, the optimizer and its states i
 train-compare: env ## 04, 05: the losses of your last trainings side by side
 	@$(PY) modules/05_DeepSpeed/02_compare.py $(ARGS)
 
-mini-zero: env ## ZeRO's stages from scratch: losses, bytes and traffic in one run (PROCESSES=2)
+mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run (PROCESSES=2)
 	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------

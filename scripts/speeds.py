@@ -204,11 +204,12 @@ def expected(cards: Cards) -> Iterator[Expected]:
     Raises SystemExit(2) where configs/cards.yaml does not know the cards.
     """
     off = ranges()
+    nothing_measured = (1.0, 1.0)
     for command, request in shown_requests(cards):
         likely, at_best = clusters(cards, request.setup.gpus)
         both = zip(speeds(request, likely), speeds(request, at_best), strict=True)
         for (kind, what, unit, predicted), (*_, best) in both:
-            slow, fast = off[kind]
+            slow, fast = off.get(kind, nothing_measured)
             ends = (best / fast, predicted / slow)
             if unit == "tokens/s":
                 ends = (predicted * slow, best * fast)

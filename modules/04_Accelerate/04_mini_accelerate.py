@@ -113,7 +113,7 @@ def main() -> None:
     rows = torch.cat(everyone)
     metrics = {
         "losses": losses,
-        "again_losses": again,
+        "again_difference_ratio": largest_difference(again, losses[half:]),
         "world_size": world,
         "validation_loss": round(rows.mean().item(), 6),
         "validation_row_count": len(rows),
@@ -126,6 +126,12 @@ def main() -> None:
         results.finish(__file__, metrics, vars(args))
     model = accelerator.free_memory(model)
     accelerator.end_training()
+
+
+def largest_difference(losses: list[float], others: list[float]) -> float:
+    """Relative to the others, at any step."""
+    pairs = zip(losses, others, strict=True)
+    return float(f"{max(abs(loss - other) / other for loss, other in pairs):.2g}")
 
 
 def endless(loader):

@@ -100,7 +100,7 @@ def main() -> None:
     # 2. Stage after stage, beside DeepSpeed's theory and the arithmetic of the messages
 
     rows = []
-    metrics = {"world_size": world, "parameters_count": parameters}
+    metrics = {"losses": {}, "world_size": world, "parameters_count": parameters}
     first = []
     for stage in args.stages:
         losses, held, sent, engine = train(stage)
@@ -113,7 +113,7 @@ def main() -> None:
         widths = [f"{each[kind]:.2f} ({theory[kind]:.2f})" for kind in held]
         sending = f"{sent / parameters:.3f} ({messages:.3f})"
         rows.append([f"stage {stage}", *widths, sending, f"{losses[-1]:.6f}", f"{worst:.1e}"])
-        metrics[f"z{stage}_losses"] = losses
+        metrics["losses"][f"stage {stage}"] = losses
         metrics[f"z{stage}_sent_per_parameter_ratio"] = round(sent / parameters, 4)
         metrics[f"z{stage}_sent_theory_ratio"] = round(messages, 4)
         metrics[f"z{stage}_difference_ratio"] = float(f"{worst:.2g}")
