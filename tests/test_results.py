@@ -12,7 +12,7 @@ from conftest import ROOT, python, refused, run
 from lab import machine
 
 RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
-PLAIN = {"zero_stage", "world_size", "losses"}  # numbers without a unit
+PLAIN = {"zero_stage", "world_size", "losses", "validation_loss"}  # numbers without a unit
 ALWAYS = {
     *("script", "command", "profile", "commit", "date"),
     *("machine", "versions", "config", "metrics"),
