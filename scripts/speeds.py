@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from plan_parts import Cards, Request, cards_here, read_model
@@ -171,6 +172,7 @@ def compared_trainings(reached: dict[str, dict]) -> Iterator[Compared]:
             yield Compared("training", machine, name.split("/")[1], "test", what, *ms)
 
 
+@cache
 def ranges() -> dict[str, tuple[float, float]]:
     """{kind: (slowest, fastest)} of measured over predicted speed.
 
