@@ -10,6 +10,8 @@ A collective then moves a whole unit in one call. DeepSpeed lays its groups out 
 (flatten_dense_tensors_aligned), and FSDP its units.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -56,6 +58,19 @@ class Unit:
             pieces.append(piece.view(parameter.shape))
             offset += parameter.numel()
         return pieces
+
+    def when_complete(self, act: Callable[["Unit"], None]) -> None:
+        """Call `act` with this unit whenever backward has made all of its gradients."""
+        missing = set(self.parameters)
+
+        def has_gradient(parameter: torch.nn.Parameter) -> None:
+            missing.discard(parameter)
+            if not missing:
+                missing.update(self.parameters)
+                act(self)
+
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(has_gradient)
 
     def take_gradients(self) -> torch.Tensor:
         """The gradients as one vector [size]; the parameters have none afterwards."""

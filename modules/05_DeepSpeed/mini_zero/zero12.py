@@ -37,21 +37,9 @@ class Buckets:
                 unit = Unit(bucket)
                 if stage > 0:
                     unit.divide(offload)
-                self.add(unit)
+                unit.when_complete(self.ready)
+                self.units.append(unit)
                 bucket = []
-
-    def add(self, unit: Unit) -> None:
-        self.units.append(unit)
-        missing = set(unit.parameters)
-
-        def has_gradient(parameter: torch.nn.Parameter) -> None:
-            missing.discard(parameter)
-            if not missing:
-                missing.update(unit.parameters)
-                self.ready(unit)
-
-        for parameter in unit.parameters:
-            parameter.register_post_accumulate_grad_hook(has_gradient)
 
     def ready(self, unit: Unit) -> None:
         """All gradients of the bucket are there; backward goes on meanwhile."""

@@ -62,7 +62,6 @@ class Layers:
     """The model in units: each of its layers, and the rest."""
 
     def __init__(self, model: torch.nn.Module, layers: list[torch.nn.Module], offload: bool):
-        self.units: list[Gathered] = []
         self.most_there = 0  # layers that lay there whole at the same time
         inside = {parameter for layer in layers for parameter in layer.parameters()}
         outside = [parameter for parameter in model.parameters() if parameter not in inside]
@@ -73,7 +72,7 @@ class Layers:
         for number, layer in enumerate(layers):
             self.hook(number, layer)
         for unit in self.units:
-            self.reduce_when_complete(unit)
+            unit.when_complete(self.ready)
 
     def hook(self, number: int, layer: torch.nn.Module) -> None:
         unit = self.layers[number]
@@ -89,18 +88,10 @@ class Layers:
         there = sum(unit.is_there for unit in self.layers)
         self.most_there = max(self.most_there, there)
 
-    def reduce_when_complete(self, unit: Gathered) -> None:
-        missing = set(unit.parameters)
-
-        def has_gradient(parameter: torch.nn.Parameter) -> None:
-            missing.discard(parameter)
-            if not missing:
-                missing.update(unit.parameters)
-                unit.reduce_scatter()
-                unit.free()
-
-        for parameter in unit.parameters:
-            parameter.register_post_accumulate_grad_hook(has_gradient)
+    def ready(self, unit: Gathered) -> None:
+        """All gradients of the unit are there, and nothing needs its weights any more."""
+        unit.reduce_scatter()
+        unit.free()
 
     def reduce(self) -> None:
         """Nothing is left to do: every layer was reduced as its gradients came."""
