@@ -25,6 +25,7 @@ from typing import NamedTuple
 from plan_parts import Cards, Request, cards_here, read_model
 from plan_parts.arguments import read_line
 from plan_parts.recipes import recipes
+from tables import records
 
 from lab import ROOT, fail, results
 from lab import machine as this_machine
@@ -70,39 +71,34 @@ class Compared(NamedTuple):
         return self.predicted_ms / self.measured_ms
 
 
-def records(name: str) -> dict[str, dict]:
-    """{machine: its record of this name}."""
-    stored = {}
-    for file in sorted(ROOT.glob(f"results/*/{name}.json")):
-        machine = file.relative_to(ROOT / "results").parts[0]
-        stored[machine] = json.loads(file.read_text(encoding="utf-8"))
-    return stored
+def with_roofline(name: str) -> Iterator[tuple[str, dict, dict]]:
+    """(machine, record of this name, what the machine reaches itself), where that was measured.
 
-
-def rooflines() -> dict[str, dict]:
-    """{machine: what it reaches itself}; a cap of the memory changes no speed."""
-    return {
+    A cap of the memory changes no speed.
+    """
+    reached = {
         machine.removesuffix("-cap24"): record["metrics"]
         for machine, record in records("scripts/calibrate-roofline").items()
     }
+    for machine, record in records(name).items():
+        roofline = reached.get(machine.removesuffix("-cap24"))
+        if roofline:
+            yield machine, record, roofline
 
 
 def compared() -> Iterator[Compared]:
     """Every time in the records of machines whose roofline was measured."""
-    reached = rooflines()
     for name, case in read_yaml(ROOT / "configs/calibration.yaml").items():
         request = read_line(case["plan"])
         if speed.unmeasured(read_model(request.model), request.setup):
             continue
-        for machine, record in records(f"scripts/calibrate-{name}").items():
-            roofline = reached.get(machine.removesuffix("-cap24"))
-            if roofline:
-                cluster = speed.measured(roofline, request.setup.gpus)
-                for kind, *time in times(request, cluster, record["metrics"]):
-                    use = case.get("speed", "test")
-                    yield Compared(kind, machine, name, use, *time)
-    yield from compared_trainings(reached)
-    yield from compared_busy(reached)
+        use = case.get("speed", "test")
+        for machine, record, roofline in with_roofline(f"scripts/calibrate-{name}"):
+            cluster = speed.measured(roofline, request.setup.gpus)
+            for kind, *time in times(request, cluster, record["metrics"]):
+                yield Compared(kind, machine, name, use, *time)
+    yield from compared_trainings()
+    yield from compared_busy()
 
 
 def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[tuple]:
@@ -128,13 +124,12 @@ def times(request: Request, cluster: speed.Machine, metrics: dict) -> Iterator[t
             yield "prefill", f"{prompts} x {tokens} tokens", predicted.ttft_ms, measured
 
 
-def compared_busy(reached: dict[str, dict]) -> Iterator[Compared]:
+def compared_busy() -> Iterator[Compared]:
     """`make vllm-bench` of the 14B on two cards, with as many requests in flight as it says."""
     model = read_model("qwen2.5-14b-instruct")
-    for machine, record in records("03_vllm/13_bench").items():
+    for machine, record, roofline in with_roofline("03_vllm/13_bench"):
         config = record["config"]
-        roofline = reached.get(machine.removesuffix("-cap24"))
-        if not roofline or "14b" not in config["model"]:
+        if "14b" not in config["model"]:
             continue
         cluster = speed.measured(roofline, 2)
         load = {"prompt": config["input_tokens"], "answer": config["output_tokens"]}
@@ -146,13 +141,10 @@ def compared_busy(reached: dict[str, dict]) -> Iterator[Compared]:
             yield Compared("busy", machine, "13_bench", "test", what, *ms)
 
 
-def compared_trainings(reached: dict[str, dict]) -> Iterator[Compared]:
+def compared_trainings() -> Iterator[Compared]:
     """The records of modules 04 and 05, each with its own batch."""
     for name, (engine, zero) in TRAININGS.items():
-        for machine, record in records(name).items():
-            roofline = reached.get(machine.removesuffix("-cap24"))
-            if not roofline:
-                continue
+        for machine, record, roofline in with_roofline(name):
             config = record["config"]
             metrics = record["metrics"]
             setup = Training(
