@@ -70,6 +70,12 @@ class Compared(NamedTuple):
         """How much faster than predicted it was: 0.9 where it was slower."""
         return self.predicted_ms / self.measured_ms
 
+    @property
+    def numbers(self) -> tuple[str, str, str]:
+        """Predicted and measured in ms, and the error, as they are shown."""
+        times = (f"{self.predicted_ms:,.2f}", f"{self.measured_ms:,.2f}")
+        return *times, f"{self.faster - 1:+.1%}"
+
 
 def with_roofline(name: str) -> Iterator[tuple[str, dict, dict]]:
     """(machine, record of this name, what the machine reaches itself), where that was measured.
@@ -264,6 +270,12 @@ class Published(NamedTuple):
     measured: float
     source: str
 
+    @property
+    def numbers(self) -> tuple[str, str, str]:
+        """Predicted, published and their ratio, as they are shown."""
+        rates = (three_digits(self.predicted), three_digits(self.measured))
+        return *rates, f"{self.measured / self.predicted:.2f}"
+
 
 def published() -> Iterator[Published]:
     """Of configs/published.yaml."""
@@ -291,17 +303,14 @@ def show_expected(cards: Cards) -> None:
     print("\nothers have measured on one RTX 4090 (configs/published.yaml)")
     rows = []
     for row in published():
-        ratio = f"{row.measured / row.predicted:.2f}"
-        numbers = [three_digits(row.predicted), three_digits(row.measured), ratio]
-        rows.append([row.model, row.load, *numbers])
+        rows.append([row.model, row.load, *row.numbers])
     table(["", "", "predicted", "published", "published / predicted"], rows)
 
 
 def show_compared() -> None:
     rows = []
     for row in compared():
-        numbers = f"{row.predicted_ms:,.2f}", f"{row.measured_ms:,.2f}", f"{row.faster - 1:+.1%}"
-        rows.append([row.kind, row.name, row.what, *numbers, row.machine, row.use])
+        rows.append([row.kind, row.name, row.what, *row.numbers, row.machine, row.use])
     table(["", "", "", "predicted, ms", "measured, ms", "error", "", ""], rows)
 
 

@@ -331,10 +331,9 @@ def published(language: str) -> str:
     phrases = SPEED_WORDS[language]
     lines = [phrases["published"], "|---|---|---:|---:|---:|"]
     for row in speeds.published():
-        ratio = f"{row.measured / row.predicted:.2f}"
-        numbers = [speeds.three_digits(row.predicted), speeds.three_digits(row.measured), ratio]
-        measured = f"[{numbers[1]}]({row.source})"
-        lines.append(f"| {row.model} | {row.load} | {numbers[0]} | {measured} | {numbers[2]} |")
+        predicted, measured, ratio = row.numbers
+        cells = [row.model, row.load, predicted, f"[{measured}]({row.source})", ratio]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -346,8 +345,8 @@ def predicted_times(use: str) -> str:
     lines.append("|---|---|---|---:|---:|---:|---|")
     for row in speeds.compared():
         if row.use == use:
-            numbers = f"{row.predicted_ms:,.2f} | {row.measured_ms:,.2f} | {row.faster - 1:+.1%}"
-            lines.append(f"| {row.kind} | `{row.name}` | {row.what} | {numbers} | {row.machine} |")
+            cells = [row.kind, f"`{row.name}`", row.what, *row.numbers, row.machine]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
