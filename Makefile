@@ -142,7 +142,7 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
+.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate accelerate-overhead
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -159,10 +159,14 @@ train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 mini-accelerate: env ## Accelerate from scratch: losses, save and load, validation (PROCESSES=2)
 	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
 
+accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP, in one run
+	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/08_accelerate_overhead.py --min-world 2 $(ARGS)
+
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
+.PHONY: train-costs train-compressed
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -189,6 +193,12 @@ train-compare: env ## 04, 05: the losses of your last trainings side by side
 
 mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run (PROCESSES=2)
 	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
+
+train-costs: env ## collectives measured, alpha-beta fitted, a step's messages to 1,024 processes
+	@$(PY) -m lab.launch train-costs .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/05_costs.py $(ARGS)
+
+train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
+	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/06_compression.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory
