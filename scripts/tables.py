@@ -38,10 +38,10 @@ import re
 from typing import NamedTuple
 
 import yaml
-from trainings import MADE, model_of, training_of
+from trainings import MADE, model_of, sent_bytes, training_of
 
 from lab import ROOT, fail, shown
-from lab.planner import speed, training
+from lab.planner import training
 
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 ABSENT = "–"  # where a machine's record lacks the metric
@@ -312,7 +312,7 @@ def cost_cells(name: str, record: dict) -> list[str]:
     names = ("parameter_state_gib", "gradient_state_gib", "optimizer_state_gib", "state_gib")
     values = [metrics.get(name) for name in names]
     values += [metrics.get("state_theory_gib", planned), on_host, metrics["peak_memory_gib"]]
-    values += [metrics["throughput_tok_per_s"], speed.sent_by_card(model, setup) / 1e9]
+    values += [metrics["throughput_tok_per_s"], sent_bytes(record) / 1e9]
     batch = f"{setup.micro_batch} x {setup.seq_len}"
     cells = [ABSENT if value is None else number(value) for value in values]
     return [f"`{MADE[name].command}`", model.name, batch, *cells]

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from lab import models
-from lab.planner import weights
+from lab.planner import speed, weights
 from lab.planner.config import Model, read
 from lab.planner.training import Training
 
@@ -72,3 +72,19 @@ def training_of(record: dict) -> Training:
         offload=offload,
         offload_device="nvme" if record["script"].endswith("-nvme") else "cpu",
     )
+
+
+def sent_bytes(record: dict) -> float:
+    """Bytes that each process sends in a step, over a ring.
+
+    DeepSpeed 0.19.8 sums whole buckets at stages 1 and 2 too, unless its configuration says
+    `use_multi_rank_bucket_allreduce: false`: an all-reduce where the paper has a reduce-scatter.
+    """
+    setup = training_of(record)
+    share = (setup.gpus - 1) / setup.gpus
+    total = 0.0
+    for kind, size, times in speed.train_messages(model_of(record), setup):
+        summed_whole = setup.zero in (1, 2) and kind == "reduce_scatter"
+        trips = 2 if kind == "all_reduce" or summed_whole else 1
+        total += trips * times * share * size
+    return total

@@ -390,30 +390,14 @@ def train_messages(model: Model, setup: Training) -> list[tuple[str, float, int]
     """
     gradients = (4 if is_ddp(setup) else setup.computed) * trained_parameters(model, setup)
     divided = setup.zero == 3 or setup.engine == "fsdp"
-    if setup.zero < 2 and not divided:
-        messages = [("all_reduce", gradients, 1)]
-    else:
-        times = 1 if setup.engine == "fsdp" else setup.accumulate
-        messages = [("reduce_scatter", gradients, times)]
+    kind = "reduce_scatter" if divided or setup.zero == 2 else "all_reduce"
+    times = setup.accumulate if setup.zero >= 2 else 1
+    messages = [(kind, gradients, times)]
     if setup.zero in (1, 2):
         messages.append(("all_gather", gradients, 1))
     if divided:
         messages.append(("all_gather", sent_bytes(model, setup), 2 * setup.accumulate))
     return messages
-
-
-def sent_by_card(model: Model, setup: Training) -> float:
-    """Bytes that each card sends in a step, over a ring.
-
-    >>> round(sent_by_card(QWEN_7B, Training(zero=2)) / 1e9, 1)  # 2 * 1/2 * 15.2 GB
-    15.2
-    """
-    share = (setup.gpus - 1) / setup.gpus
-    trips = {"all_reduce": 2}
-    return sum(
-        times * trips.get(kind, 1) * share * size
-        for kind, size, times in train_messages(model, setup)
-    )
 
 
 def message_seconds(model: Model, setup: Training, machine: Machine) -> float:
