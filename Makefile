@@ -194,7 +194,7 @@ train-compare: env ## 04, 05: the losses of your last trainings side by side
 mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run (PROCESSES=2)
 	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
 
-train-costs: env ## collectives measured, alpha-beta fitted, a step's messages to 1,024 processes
+train-costs: env ## collectives measured, alpha-beta fitted, a step's messages to 1,024
 	@$(PY) -m lab.launch train-costs .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/05_costs.py $(ARGS)
 
 train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
