@@ -56,7 +56,7 @@ def costs(
     right.set_xticks(processes, processes)
     right.minorticks_off()
     right.set_title("A step's messages: points sent here, lines the formula of one ring")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(10)
