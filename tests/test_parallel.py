@@ -8,13 +8,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, refused, run
+from conftest import ROOT, python, refused
 
 MODULE = ROOT / "modules/05_DeepSpeed"
 SCRIPT = MODULE / "04_mini_parallel.py"
 # By its path: the package imports torch, which the schedules do not need.
 schedule = SimpleNamespace(**runpy.run_path(str(MODULE / "mini_parallel/schedule.py")))
 CPU = {"PROFILE": "cpu"}
+ONE_THREAD = CPU | {"OMP_NUM_THREADS": "1"}  # each process, as torchrun has it
 TOLERANCE = 5e-6  # relative, float32
 STEPS = 4
 BATCH, SEQ, MICRO_BATCHES = 16, 32, 8
@@ -34,25 +35,20 @@ EVERY = [(world, way) for world in WAYS for way in WAYS[world]]
 
 
 @pytest.fixture(scope="module")
-def four() -> dict:
-    flags = f"{SIZES} --optimizer sgd --learning-rate 0.1"
-    done = run("make", "-s", "mini-parallel", "PROCESSES=4", f"ARGS={flags}", check=0, **CPU)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def in_two() -> list[dict]:
-    """Two processes, one launch: all ways by AdamW, then mini_zero's stages by SGD."""
-    runs = [[str(SCRIPT), *SIZES.split()], [str(ROOT / "tests/programs/zero_by_sgd.py")]]
-    program = ROOT / "tests/programs/in_turn.py"
-    torchrun = [ROOT / ".venv/bin/torchrun", "--standalone", "--nproc-per-node", "2"]
-    done = run(*torchrun, program, "--min-world=2", json.dumps(runs), check=0, **CPU)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def runs() -> list[dict]:
+    """All ways by AdamW in two processes and by SGD in four; mini_zero's stages by SGD in two."""
+    sizes = SIZES.split()
+    by_sgd = ["--optimizer", "sgd", "--learning-rate", "0.3"]
+    zero = ROOT / "tests/programs/zero_by_sgd.py"
+    commands = [[2, SCRIPT, *sizes], [4, SCRIPT, *sizes, *by_sgd], [2, zero]]
+    program = ROOT / "tests/programs/in_processes.py"
+    done = python(program, json.dumps(commands, default=str), check=0, **ONE_THREAD)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
-def trained(four, in_two) -> dict[int, dict]:
-    return {2: in_two[0], 4: four}
+def trained(runs) -> dict[int, dict]:
+    return {2: runs[0], 4: runs[1]}
 
 
 # -----------------------------------------------------------------------------
@@ -69,9 +65,9 @@ def test_losses_are_those_of_one_process(trained, world, way):
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_mini_zero_takes_means_not_sums(in_two, stage):
+def test_mini_zero_takes_means_not_sums(runs, stage):
     """With two processes and two micro-steps, under an optimizer that sees a wrong length."""
-    losses = in_two[1]
+    losses = runs[2]
     alone = losses["one process"]
     assert alone[-1] < alone[0] - 0.1
     assert losses[f"stage {stage}"] == pytest.approx(alone, rel=TOLERANCE)

@@ -2,7 +2,7 @@
 
     make mini-parallel                                # all four, on two processes
     make mini-parallel ARGS="tensor ring"             # some of them
-    make mini-parallel ARGS="--optimizer sgd --learning-rate 0.1"
+    make mini-parallel ARGS="--optimizer sgd --learning-rate 0.3"
     PROFILE=cpu make mini-parallel PROCESSES=4        # pipeline x data, and a pipeline of 4 stages
 
 Look at: the losses, which no division changes; the parameters that a process holds; and what all

@@ -1,7 +1,7 @@
 """Losses of mini_zero's four stages under SGD, beside those of one process: {name: losses}.
 
 Adam divides a gradient by its own length, so it does not see a sum where a mean belongs; SGD does.
-Started in two processes; `in_turn.py` may have brought them together already.
+Run as two processes by in_processes.py.
 """
 
 import copy
@@ -20,8 +20,7 @@ STEPS = 4
 ACCUMULATE = 2
 RATE = 0.1
 
-if not dist.is_initialized():
-    dist.init_process_group("gloo")
+dist.init_process_group("gloo")
 rank = dist.get_rank()
 world = dist.get_world_size()
 torch.manual_seed(0)
@@ -75,4 +74,4 @@ def alone() -> list[float]:
 losses = {f"stage {stage}": by_stage(stage) for stage in range(4)}
 if rank == 0:
     print(json.dumps({"one process": alone()} | losses))
-dist.barrier()
+dist.destroy_process_group()
