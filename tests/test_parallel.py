@@ -60,7 +60,7 @@ def test_losses_are_those_of_one_process(trained, world, way):
     losses = trained[world]["losses"]
     alone = losses["qwen3_moe" if way == "experts" else "qwen3"]
     assert len(alone) == STEPS
-    assert alone[-1] < alone[0] - 0.1, "the losses must fall, or equality proves little"
+    assert alone[-1] < alone[0] - 0.05, "the losses must fall, or equality proves little"
     assert losses[way] == pytest.approx(alone, rel=TOLERANCE)
 
 

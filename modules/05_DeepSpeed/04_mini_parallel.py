@@ -151,7 +151,11 @@ def main() -> None:
         table(["", *columns, "last loss", "differs from one process"], rows)
         print("", *remarks, sep="\n")
         if orders:
-            bars = {name: schedule.timeline(order) for name, order in orders.items()}
+            bars = {}
+            for name, order in orders.items():
+                kept = [schedule.most_kept(stage) for stage in order]
+                title = f"{name.upper()}: activations kept by stage {kept}"
+                bars[title] = schedule.timeline(order)
             results.picture(__file__, f"pipeline_bubbles_{world}", draw(bars))
         results.finish(__file__, metrics, vars(args), "" if world == 2 else str(world))
     dist.destroy_process_group()
@@ -248,17 +252,21 @@ def draw(bars: dict[str, list[list[tuple]]]):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"F": "#4c78a8", "B": "#f58518"}
+    colours = {"F": "#4c78a8", "B": "#f58518", "waiting": "#eeeeee"}
     fig, axes = plt.subplots(len(bars), 1, figsize=(9, 5), sharex=True, layout="constrained")
-    for ax, (name, stages) in zip(axes, bars.items(), strict=True):
+    for ax, (title, stages) in zip(axes, bars.items(), strict=True):
         for stage, done in enumerate(stages):
             for kind, i, begin, end in done:
                 ax.barh(stage, end - begin, 0.9, begin, color=colours[kind], edgecolor="white")
                 ax.text((begin + end) / 2, stage, i, ha="center", va="center", color="white")
         ax.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))])
         ax.invert_yaxis()
-        ax.set_facecolor("#eeeeee")
-        ax.set_title(name.upper(), loc="left")
+        ax.set_facecolor(colours["waiting"])
+        ax.set_title(title, loc="left")
+        ax.set_xlim(0, max(done[-1][3] for done in stages))
+    names = {"F": "forward", "B": "backward", "waiting": "waiting"}
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colours[kind]) for kind in names]
+    fig.legend(patches, names.values(), loc="outside upper right", ncols=3)
     axes[-1].set_xlabel("time (forward of a micro-batch: 1, backward: 2)")
     return fig
 
