@@ -163,6 +163,7 @@ mini-accelerate: env ## Accelerate from scratch: losses, save and load, validati
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
+.PHONY: mini-parallel
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -189,6 +190,9 @@ train-compare: env ## 04, 05: the losses of your last trainings side by side
 
 mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run (PROCESSES=2)
 	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
+
+mini-parallel: env ## pipeline, tensor, ring, experts from scratch: losses, traffic (PROCESSES=2)
+	@$(PY) -m lab.launch mini-parallel .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/04_mini_parallel.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

@@ -26,7 +26,7 @@ from lab.table import table
 SCRIPT_LINES = 300  # a module script, and each helper file beside it
 SCRIPT_MEDIAN = 160  # of all Python files in modules/
 LESSON_BEFORE = 110  # the line that uses the engine for what the script is about
-TWINS = ("mini_vllm", "mini_accelerate", "mini_zero")  # packages written from scratch:
+TWINS = ("mini_vllm", "mini_accelerate", "mini_zero", "mini_parallel")  # packages from scratch:
 TWIN_LINES = 850  # one in all ...
 TWIN_FILE_LINES = 160  # ... and each of its files
 TOKENS_PER_LINE = dict.fromkeys(("modules", *TWINS, "lab"), 9.5)
@@ -69,6 +69,7 @@ LESSON = {
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
+    "05_DeepSpeed/04_mini_parallel.py": r"engine\.forward_backward\(",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",
