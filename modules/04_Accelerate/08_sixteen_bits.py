@@ -26,8 +26,8 @@ KINDS = {  # name in the record: what the table says of it
     "pure": "bf16 weights",
     "stochastic": "bf16, by chance",
 }
-BATCH = 8  # rows
-LENGTH = 128  # bytes of a row
+BATCH = 4  # rows
+LENGTH = 64  # bytes of a row
 
 
 def train(kind: str, model, batches, learning_rate: float, accumulate: int) -> dict:
@@ -118,8 +118,8 @@ def tiny_llama(device):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -146,10 +146,10 @@ def main() -> None:
     add = training.add_flag
     add(parser, "--data", str, profile.train.data, "data set whose bytes are read")
     add(parser, "--warm-up", int, 100, "steps in fp32 that all kinds begin with")
-    add(parser, "--steps", int, 60, "steps in each kind of numbers")
+    add(parser, "--steps", int, 40, "steps in each kind of numbers")
     add(parser, "--learning-rate", float, 1e-4, "of these steps; the warm-up's is 3e-3")
     meaning = "micro-steps of a step: each loss is divided by so many"
-    add(parser, "--accumulate", int, 4096, meaning)
+    add(parser, "--accumulate", int, 16384, meaning)
     args = parser.parse_args()
     if min(args.warm_up, args.steps, args.accumulate) < 1 or args.learning_rate <= 0:
         fail("--warm-up, --steps, --accumulate and --learning-rate must be positive")
@@ -162,9 +162,8 @@ def main() -> None:
     # 3. One trained model, from which every kind goes on
 
     device = torch.device(profile.device)
-    batches, held_out = rows_of_bytes(
-        "\n".join(messages).encode(), args.warm_up + args.steps, device
-    )
+    text = "\n".join(messages).encode()
+    batches, held_out = rows_of_bytes(text, args.warm_up + args.steps, device)
     begun = tiny_llama(device)
     train("fp32", begun, batches[: args.warm_up], 3e-3, 1)
 
@@ -174,9 +173,8 @@ def main() -> None:
 
     first = judged(begun)
     tokens = args.accumulate * BATCH * LENGTH
-    print(
-        f"a step of {tokens:,} tokens, {args.accumulate:,} micro-steps; loss {first:.4f} before\n"
-    )
+    print(f"a step of {tokens:,} tokens in {args.accumulate:,} micro-steps; before it the loss is")
+    print(f"{first:.4f} on rows that none trains on\n")
 
     # -----------------------------------------------------------------------------
     # 4. Side by side

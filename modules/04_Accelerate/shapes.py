@@ -19,7 +19,7 @@ def llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab
 
 # name: (config.json, rows of a step, tokens of a row)
 SHAPES = {
-    "tiny": (llama(2, 256, 768, 4, 2, 8192), 2, 128),  # for a CPU
+    "tiny": (llama(2, 128, 384, 4, 2, 4096), 2, 64),  # for a CPU
     "0.5b": (models.config("qwen2.5-0.5b-instruct"), 4, 1024),
     "1.1b": (llama(22, 2048, 5632, 32, 4, 32000), 8, 1024),  # TinyLlama-1.1B's config.json
 }
