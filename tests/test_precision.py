@@ -234,10 +234,7 @@ def seen_masks(compile_it, model, ids) -> list[bool]:
 
 
 def test_a_whole_model_compiled_builds_a_mask(small):
-    """transformers then cannot look whether rows are packed; layer by layer it can.
-
-    The layers share what is compiled for the first.
-    """
+    """transformers then cannot look whether rows are packed; layer by layer it can."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 512, (2, 16))
@@ -250,9 +247,9 @@ def test_a_whole_model_compiled_builds_a_mask(small):
             layer.compile(backend=backend)
 
     model = AutoModelForCausalLM.from_config(small)
-    assert seen_masks(whole, model, ids) == [True, True]
+    assert set(seen_masks(whole, model, ids)) == {True}
     model = AutoModelForCausalLM.from_config(small)
-    assert seen_masks(layers, model, ids) == [False]
+    assert set(seen_masks(layers, model, ids)) == {False}
 
 
 @pytest.fixture(scope="module")

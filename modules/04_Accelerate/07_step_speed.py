@@ -247,6 +247,7 @@ def main() -> None:
     columns = ("rows x tokens", "s a step", "tokens/s", "of peak", "GiB", "last loss")
     print(f"{'':30}", *(f"{column:>13}" for column in columns))
     metrics = {"peak_tflop_per_s": round(peak / 1e12, 4), "losses": {}}
+    metrics |= {f"{name}_{key}": ABSENT for name in MEASURES for key in NUMBERS}
     best = ("", 0.0)
     setting = Setting()
     for name, (label, change) in MEASURES.items():
@@ -256,7 +257,6 @@ def main() -> None:
         row, problem = attempt(setting, config, device, dtype, args)
         if problem:
             print(f"{label:30} {problem}", flush=True)
-            metrics |= {f"{name}_{key}": ABSENT for key in NUMBERS}
             continue
         batch = args.batch * setting.batches
         share = shapes.step_flop(config, batch, args.seq_len) / row["step_s"] / peak
