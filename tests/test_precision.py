@@ -69,7 +69,7 @@ def test_fp16_loses_small_gradients_and_scaling_brings_them_back(sixteen):
     assert sixteen["fp16_zero_ratio"] > sixteen["fp32_zero_ratio"] + 0.3
     assert sixteen["fp16_scaled_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.05
     assert sixteen["bf16_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.01
-    assert sixteen["fp16_reached_ratio"] < 0.5
+    assert sixteen["fp16_reached_ratio"] < 0.7
     assert sixteen["fp16_scaled_reached_ratio"] > 0.9
     assert sixteen["bf16_reached_ratio"] > 0.9
 
