@@ -1,5 +1,6 @@
 """Module 04, precision.md: number types, what 16 bits lose, fp8 from scratch, a fast step."""
 
+import copy
 import importlib
 import json
 import re
@@ -187,7 +188,8 @@ def test_flop_of_a_step_are_those_that_pytorch_counts(lesson, small):
     from transformers import AutoModelForCausalLM
 
     shapes = lesson("shapes")
-    model = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+    config = copy.deepcopy(small)  # which from_config changes
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.randint(0, 512, (3, 20))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
