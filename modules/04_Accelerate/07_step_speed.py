@@ -6,7 +6,7 @@
 
 Look at: the share of the peak. It is the FLOP that the model needs over those that one large matrix
 product does in the same time on this device, in this run. Each row keeps what the rows above it
-changed, and trains anew from the same random weights on the same random tokens: the last losses
+changed (but for what failed), and trains anew from the same random weights on the same random tokens: the last losses
 show whether what is fast still learns. What fails (memory, no compiler) is a row that says so.
 """
 
@@ -251,13 +251,15 @@ def main() -> None:
     best = ("", 0.0)
     setting = Setting()
     for name, (label, change) in MEASURES.items():
-        setting = setting._replace(**change)
+        changed = setting._replace(**change)
         if name not in args.measures:
+            setting = setting if why_not(changed, device, dtype) else changed
             continue
-        row, problem = attempt(setting, config, device, dtype, args)
-        if problem:
+        row, problem = attempt(changed, config, device, dtype, args)
+        if problem:  # the next row does without
             print(f"{label:30} {problem}", flush=True)
             continue
+        setting = changed
         batch = args.batch * setting.batches
         share = shapes.step_flop(config, batch, args.seq_len) / row["step_s"] / peak
         numbers = (row["step_s"], batch * args.seq_len / row["step_s"], share, row["peak_gib"])
