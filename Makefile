@@ -143,6 +143,7 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # 04 Accelerate
 
 .PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
+.PHONY: step-speed sixteen-bits
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -158,6 +159,12 @@ train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 
 mini-accelerate: env ## Accelerate from scratch: losses, save and load, validation (PROCESSES=2)
 	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
+
+step-speed: env ## what makes a step of full fine-tuning fast, one measure after another
+	@$(PY) modules/04_Accelerate/07_step_speed.py $(ARGS)
+
+sixteen-bits: env ## what fp16 and bf16 lose, and the cures: loss scaling, rounding by chance
+	@$(PY) modules/04_Accelerate/08_sixteen_bits.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed

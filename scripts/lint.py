@@ -66,6 +66,8 @@ LESSON = {
     "04_Accelerate/02_train_accelerate.py": r"accelerator\.prepare\(",
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",
     "04_Accelerate/04_mini_accelerate.py": r"accelerator\.prepare\(",
+    "04_Accelerate/07_step_speed.py": r"layer\.compile\(",
+    "04_Accelerate/08_sixteen_bits.py": r"scaler\.scale\(",
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
