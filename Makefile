@@ -142,7 +142,11 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
+.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate real-loop train-trainer
+.PHONY: loss-weights
+LAUNCH = @$(PY) -m lab.launch $@ .venv/bin/accelerate launch \
+	--config_file modules/04_Accelerate/configs/ddp.yaml --num_processes $(or $(PROCESSES),2)
+
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -158,6 +162,15 @@ train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 
 mini-accelerate: env ## Accelerate from scratch: losses, save and load, validation (PROCESSES=2)
 	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
+
+real-loop: env ## a whole training loop: schedule, clipping, validation, packing, profile
+	$(LAUNCH) modules/04_Accelerate/05_real_loop.py --min-world 2 $(ARGS)
+
+train-trainer: env ## the training of train-ddp by transformers' Trainer (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/06_trainer.py --min-world 2 $(ARGS)
+
+loss-weights: env ## unequal rows: the mean of means against the mean over tokens (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/08_loss_weights.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed

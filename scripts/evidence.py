@@ -31,7 +31,8 @@ TARGETS = [
     # 04 and 05
     *("train-one", "train-ddp", "train-accelerate"),
     *("train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"),
-    "mini-accelerate",
+    *("mini-accelerate", "real-loop", 'real-loop ARGS="--profile --steps 4"'),
+    *("loss-weights", "train-trainer"),
     *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
     *("train-compare", "zero-theory", 'mini-zero ARGS="--accumulate 2"'),
     # 06; the adapter that lf-score trains is scored at once
