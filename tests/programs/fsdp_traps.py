@@ -9,7 +9,8 @@ import sys
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -36,51 +37,49 @@ def loaded_and_divided(folder: str) -> dict:
     model, optimizer = accelerator.prepare(model, optimizer)
     held = sum(local(weight) for weight in model.parameters())
     filled = sum(weight.to_local().count_nonzero().item() for weight in model.parameters())
-    return {"read": gather_object([read]), "held": gather_object([held]), "filled": filled}
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "read": gather_object([read]),
+        "held": gather_object([held]),
+        "filled": filled,
+    }
 
 
-def frozen_types(folder: str) -> dict:
-    """Types of a bf16 model's frozen weights before and after prepare under mixed precision."""
-    accelerator = fresh(mixed_precision="bf16")
+def frozen_type(folder: str, **settings) -> str:
+    """The type of a bf16 model's frozen weights after prepare."""
+    accelerator = fresh(**settings)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
-        weight.requires_grad = "lm_head" in name or "embed" in name
-    before = str(model.model.layers[0].mlp.up_proj.weight.dtype)
+        weight.requires_grad = "layers" not in name
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
     model, optimizer = accelerator.prepare(model, optimizer)
-    return {"before": before, "after": str(model.model.layers[0].mlp.up_proj.weight.dtype)}
+    return str(model.model.layers[0].mlp.up_proj.weight.dtype)
 
 
-def whole_gradients(folder: str) -> dict:
-    """Numbers of gradients that a process holds after a micro-step that waits, and after the last.
+def gradients_held(folder: str, **settings) -> list[float]:
+    """Numbers of gradients of a parameter that this process holds after each of two micro-steps.
 
-    `unsharded_accumulated_grad` is where torch's FSDP2 keeps what has not been reduced.
+    `unsharded` is what torch's FSDP2 keeps of what has not been reduced.
     """
-    accelerator = fresh(gradient_accumulation_steps=2)
+    plugin = GradientAccumulationPlugin(num_steps=2, **settings)
+    accelerator = fresh(gradient_accumulation_plugin=plugin)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     parameters = sum(weight.numel() for weight in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
-    groups = [
-        each._get_fsdp_state()._fsdp_param_group
-        for each in model.modules()
-        if hasattr(each, "_get_fsdp_state")
-    ]
+    states = [each._get_fsdp_state() for each in model.modules() if isinstance(each, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group]
+    divided = [each for group in groups for each in group.fsdp_params]
     held = []
     for _ in range(2):
         batch = torch.arange(8)[None].to(accelerator.device)
         with accelerator.accumulate(model):
             accelerator.backward(model(input_ids=batch, labels=batch).loss)
-        kept = [
-            each.unsharded_accumulated_grad
-            for group in groups
-            if group
-            for each in group.fsdp_params
-        ]
-        whole = sum(grad.numel() for grad in kept if grad is not None)
-        shards = sum(local(each.grad) for each in model.parameters() if each.grad is not None)
-        held.append(whole + shards)
-    return {"parameters": parameters, "waiting": held[0], "last": held[1]}
+        whole = [each._unsharded_param.grad for each in divided]
+        whole += [each.unsharded_accumulated_grad for each in divided]
+        parts = [each.sharded_param.grad for each in divided]
+        held.append(sum(local(grad) for grad in whole + parts if grad is not None) / parameters)
+    return held
 
 
 def main() -> None:
@@ -88,8 +87,10 @@ def main() -> None:
     folder = sys.argv[1]
     observed = {
         "loading": loaded_and_divided(folder),
-        "frozen": frozen_types(folder),
-        "gradients": whole_gradients(folder),
+        "frozen": frozen_type(folder, mixed_precision="bf16"),
+        "frozen in pure bf16": frozen_type(folder),
+        "gradients": gradients_held(folder),
+        "gradients reduced at once": gradients_held(folder, sync_each_batch=True),
     }
     accelerator = fresh()
     if accelerator.is_main_process:
