@@ -223,7 +223,7 @@ def main() -> None:
         "trackers": ", ".join(tracker.name for tracker in accelerator.trackers) or "none",
         "epoch_steps_count": epoch_steps,
         "first_validation_loss": round(judgements[0], 4),
-        "last_validation_loss": round(judgements[args.steps], 4),
+        "validation_loss": round(judgements[args.steps], 4),
         "clipped_steps_count": sum(each["norm"] > args.clip for each in history),
         "filled_up_ratio": round(sum(each["filled"] for each in history) / len(history), 3),
         "step_s": round(sum(steady) / len(steady), 3),
