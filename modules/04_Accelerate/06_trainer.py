@@ -117,8 +117,9 @@ def main() -> None:
             "peak_memory_gib": round(training.peak_memory_gib(profile.device), 2),
         }
         results.finish(__file__, metrics, vars(args))
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    trainer.model_wrapped = accelerator.free_memory(trainer.model_wrapped)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

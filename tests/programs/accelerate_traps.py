@@ -4,6 +4,7 @@ accelerate launch --config_file YAML accelerate_traps.py     # the YAML: ddp.yam
                                                              # gradient_accumulation_steps: 4
 """
 
+import gc
 import json
 
 import torch
@@ -167,6 +168,7 @@ def main() -> None:
     accelerator = fresh()
     if accelerator.is_main_process:
         print(json.dumps({"script": "accelerate_traps", **observed}), flush=True)
+    gc.collect()  # models before the process group
     accelerator.end_training()
 
 

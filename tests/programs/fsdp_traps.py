@@ -3,6 +3,7 @@
 accelerate launch --config_file modules/04_Accelerate/configs/fsdp.yaml fsdp_traps.py MODEL
 """
 
+import gc
 import json
 import sys
 
@@ -95,6 +96,7 @@ def main() -> None:
     accelerator = fresh()
     if accelerator.is_main_process:
         print(json.dumps({"script": "fsdp_traps", **observed}), flush=True)
+    gc.collect()  # models before the process group
     accelerator.end_training()
 
 
