@@ -125,7 +125,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # -----------------------------------------------------------------------------
-    # 1. The Accelerator, said so that neither the launcher's YAML nor a loader's end changes a step
+    # 1. The Accelerator, said so that neither the launcher nor a loader's end changes a step
 
     training.keep_fsdp_on_cpu(profile.device)
     logs = RUNS / "04_Accelerate" / "real_loop"
@@ -173,6 +173,8 @@ def main() -> None:
     validation = DataLoader(judged, args.micro_batch, collate_fn=padded)
     model, optimizer, loader, validation = accelerator.prepare(model, optimizer, loader, validation)
     model.train()
+    if accelerator.gradient_accumulation_steps != args.accumulate:
+        fail("a DeepSpeed YAML sets gradient_accumulation_steps: take it out, use --accumulate")
 
     # -----------------------------------------------------------------------------
     # 3. Train, an epoch after the other, each in an order of its own
@@ -185,7 +187,7 @@ def main() -> None:
             while micro_batches := list(itertools.islice(batches, args.accumulate)):
                 yield epoch, micro_batches
 
-    clock = StepTime(args.profile, accelerator.device)
+    clock = StepTime(args.profile, accelerator.device, args.steps)
     epoch_steps = len(rows) // step_rows
     judgements = {0: validate(accelerator, model, validation)}
     history = []

@@ -15,9 +15,11 @@ SKIPPED = 1  # steps before the profiler looks: the first one warms up
 class StepTime:
     """Seconds of each part of the steps, summed. Without `active` it does nothing."""
 
-    def __init__(self, active: bool, device: torch.device):
+    def __init__(self, active: bool, device: torch.device, last: int):
+        """`last`: the step after which the profiler looks no more."""
         self.active = active
         self.device = device
+        self.last = last
         self.seconds: dict[str, float] = {}
         self.steps = 0
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -39,18 +41,19 @@ class StepTime:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def step_done(self) -> None:
-        """Forget the first steps; from then on the profiler looks."""
+        """Forget the first steps; from then on the profiler looks, until the last one is over."""
         self.steps += 1
         if self.active and self.steps == SKIPPED:
             self.seconds.clear()
             self.profiler.start()
+        if self.active and self.steps == self.last:
+            self.profiler.stop()
 
     def finish(self, trace: Path) -> tuple[dict[str, float], list]:
         """Seconds a step of each part, and the five operators that cost most themselves.
 
         Writes the trace, which chrome://tracing and https://ui.perfetto.dev show.
         """
-        self.profiler.stop()
         trace.parent.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(trace))
         counted = self.steps - SKIPPED

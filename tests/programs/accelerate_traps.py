@@ -1,4 +1,4 @@
-"""What Accelerate really does, seen from two processes: one JSON object, printed by the first.
+r"""What Accelerate really does, seen from two processes: one JSON object, printed by the first.
 
 accelerate launch --config_file YAML accelerate_traps.py     # the YAML: ddp.yaml and a line
                                                              # gradient_accumulation_steps: 4
@@ -27,7 +27,7 @@ def fresh(**settings) -> Accelerator:
 
 
 def accumulation() -> dict:
-    """The number in code, against the launcher's YAML."""
+    """The number in code, against the launcher's."""
     plugin = GradientAccumulationPlugin(num_steps=1)
     return {
         "given as a number": fresh(gradient_accumulation_steps=1).gradient_accumulation_steps,
