@@ -205,8 +205,9 @@ def test_no_row_is_predicted_from_the_row_before(packing):
 
 def test_only_the_mean_over_all_tokens_is_right(tiny_model):
     """Beside one process with one batch: the same but for rounding; the others are another loss."""
-    weighted = make("loss-weights", "--model", tiny_model)
-    assert weighted["shortest_row_tok_count"] < 0.7 * weighted["longest_row_tok_count"]
+    flags = ["--model", tiny_model, "--seq-len", "160", "--micro-batch", "1"]
+    weighted = make("loss-weights", *flags)
+    assert weighted["shortest_row_tok_count"] < 0.8 * weighted["longest_row_tok_count"]
     for kind in ("loss", "gradient"):
         assert weighted[f"tokens_{kind}_difference_ratio"] < 1e-5
     assert weighted["means_gradient_difference_ratio"] > 1e-3
@@ -300,13 +301,13 @@ def test_trap_before_the_last_micro_step_norms_are_each_process_s_own(traps):
 
 
 def test_trap_gather_for_metrics_knows_only_rows(traps):
-    """9 rows: 12 are read. Means lose one of six at the end; a data set without length keeps all
-    that was read again.
+    """9 rows: 12 are read. Means lose one of six at the end; a data set without length whose
+    batches are not dealt out by the first process keeps what was read again.
     """
     kept = traps["gathered"]
     assert (kept["gathered"], kept["rows"]) == (12, 9)
     assert kept["means"] == 5
-    assert kept["dispatched"] and kept["without length"] > 9
+    assert (kept["dispatched"], kept["without length"]) == (9, 12)
 
 
 def test_trap_even_batches(traps):

@@ -56,6 +56,7 @@ def main() -> None:
         optim="adamw_torch",
         bf16=args.mixed_precision == "bf16",
         seed=args.seed,
+        ddp_find_unused_parameters=False,  # its default: True, a walk over the graph each step
         logging_steps=1,
         save_strategy="no",
         report_to="none",

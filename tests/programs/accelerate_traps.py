@@ -9,7 +9,6 @@ import json
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -81,16 +80,18 @@ class WithoutLength(IterableDataset):
 def gathered() -> dict:
     """9 rows in batches of 2: what gather_for_metrics leaves of rows, means, other data sets."""
     accelerator = fresh()
-    kept = {"rows": 0, "gathered": 0, "means": 0, "without length": 0}
+    kept = dict.fromkeys(("rows", "gathered", "means", "dispatched", "without length"), 0)
     for batch in accelerator.prepare(DataLoader(torch.arange(9), batch_size=2)):
         kept["rows"] += len(accelerator.gather_for_metrics(batch))
         kept["gathered"] += len(accelerator.gather(batch))
         mean = batch.float().mean()[None]  # [1]: no longer one number a row
         kept["means"] += len(accelerator.gather_for_metrics(mean))
-    loader = accelerator.prepare(DataLoader(WithoutLength(), batch_size=2))
-    kept["dispatched"] = isinstance(loader, DataLoaderDispatcher)
-    for batch in loader:
-        kept["without length"] += len(accelerator.gather_for_metrics(batch))
+    for dispatched in (True, False):
+        settings = DataLoaderConfiguration(dispatch_batches=dispatched)
+        accelerator = fresh(dataloader_config=settings)
+        name = "dispatched" if dispatched else "without length"
+        for batch in accelerator.prepare(DataLoader(WithoutLength(), batch_size=2)):
+            kept[name] += len(accelerator.gather_for_metrics(batch))
     return kept
 
 

@@ -8,19 +8,19 @@ import json
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from lab import training
-
 
 def fresh(**settings) -> Accelerator:
+    """A new Accelerator of this process, which otherwise shares its state with the last one."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    PartialState().distributed_type = DistributedType.MULTI_GPU  # on CPUs too it then shards
     return Accelerator(**settings)
 
 
@@ -84,7 +84,6 @@ def gradients_held(folder: str, **settings) -> list[float]:
 
 
 def main() -> None:
-    training.keep_fsdp_on_cpu("cuda" if torch.cuda.is_available() else "cpu")
     folder = sys.argv[1]
     observed = {
         "loading": loaded_and_divided(folder),
