@@ -142,8 +142,11 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
-.PHONY: step-speed sixteen-bits
+.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate real-loop train-trainer
+.PHONY: loss-weights step-speed sixteen-bits
+LAUNCH = @$(PY) -m lab.launch $@ .venv/bin/accelerate launch \
+	--config_file modules/04_Accelerate/configs/ddp.yaml --num_processes $(or $(PROCESSES),2)
+
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -165,6 +168,15 @@ step-speed: env ## what makes a step of full fine-tuning fast, one measure after
 
 sixteen-bits: env ## what fp16 and bf16 lose, and the cures: loss scaling, rounding by chance
 	@$(PY) modules/04_Accelerate/08_sixteen_bits.py $(ARGS)
+
+real-loop: env ## a whole training loop: schedule, clipping, validation, packing, profile
+	$(LAUNCH) modules/04_Accelerate/05_real_loop.py --min-world 2 $(ARGS)
+
+train-trainer: env ## the training of train-ddp by transformers' Trainer (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/06_trainer.py --min-world 2 $(ARGS)
+
+loss-weights: env ## unequal rows: the mean of means against the mean over tokens (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/08_loss_weights.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed

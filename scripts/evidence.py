@@ -31,7 +31,8 @@ TARGETS = [
     # 04 and 05
     *("train-one", "train-ddp", "train-accelerate"),
     *("train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"),
-    *("mini-accelerate", "step-speed", "sixteen-bits"),
+    *("mini-accelerate", "real-loop", 'real-loop ARGS="--profile --steps 4"', "train-trainer"),
+    *("loss-weights", "step-speed", "sixteen-bits"),
     *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
     *("train-compare", "zero-theory", 'mini-zero ARGS="--accumulate 2"'),
     *("mini-parallel", "mini-parallel PROCESSES=4"),  # the second needs four devices, or a CPU
