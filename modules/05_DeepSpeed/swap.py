@@ -1,0 +1,74 @@
+"""Offload to NVMe: DeepSpeed writes states into files of a folder, and reads them when needed.
+
+It does so by libaio, past the page cache, in blocks. What is smaller than a block of 1 MiB stays in
+memory. The rest, by this process: a file for each parameter, and for each group of parameters that
+is updated together (sub_group_size) three: master copy and moments; and gradients.
+"""
+
+import shutil
+from pathlib import Path
+
+from lab import RUNS, fail
+
+PATTERN = "*.tensor.swp"
+PACKAGE = "apt-get install -y libaio-dev"
+
+
+def settle(config, folder: Path | None, shape, world: int) -> Path | None:
+    """The folder of the files; None where nothing is offloaded to nvme.
+
+    Fills nvme_path and buffer_size where the file leaves them "auto". `folder`: the command line's.
+    `shape`: transformers' config of the model.
+    """
+    sections = [config.zero.get(f"offload_{what}") for what in ("optimizer", "param")]
+    swapped = [part for part in sections if isinstance(part, dict) and part.get("device") == "nvme"]
+    if not swapped:
+        if folder:
+            config.refuse('--nvme moves nothing where no offload says "device": "nvme"')
+        return None
+    refuse_without_libaio()
+    for part in swapped:
+        part["nvme_path"] = str(config.chosen(part, "nvme_path", folder) or default())
+    buffers = sections[1]
+    if buffers in swapped and buffers.get("buffer_size", "auto") == "auto":
+        # A buffer must hold the largest parameter, and at the start a group of them in 16 bits.
+        largest = shape.vocab_size * shape.hidden_size // world
+        buffers["buffer_size"] = int(config.zero.get("sub_group_size", 1e9)) + largest
+    path = Path(swapped[0]["nvme_path"])
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot offload to {path}: {e.strerror}")
+    return path
+
+
+def default() -> Path:
+    return RUNS / "05_DeepSpeed/nvme"
+
+
+def refuse_without_libaio() -> None:
+    """DeepSpeed's own test: it compiles and links a program that calls io_submit."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+        fail(f"offload to nvme compiles DeepSpeed's async_io, which needs libaio: {PACKAGE}")
+
+
+def bytes_on_disk(folder: Path | None, rank: int) -> dict[str, int]:
+    """{kind of state: bytes} of this process's files."""
+    sizes = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    if folder is None:
+        return sizes
+    for file in folder.glob(f"zero_stage_3/*/rank{rank}/{PATTERN}"):
+        kind = "parameters"
+        if file.parent.parent.name == "optimizer":
+            kind = "gradients" if "_gradient_" in file.name else "optimizer"
+        sizes[kind] += file.stat().st_size
+    return sizes
+
+
+def remove(folder: Path | None, rank: int) -> None:
+    """This process's files: DeepSpeed leaves them, and they are nothing without it."""
+    if folder:
+        for part in folder.glob(f"zero_stage_3/*/rank{rank}"):
+            shutil.rmtree(part)
