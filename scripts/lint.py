@@ -69,6 +69,8 @@ LESSON = {
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
+    "05_DeepSpeed/06_buckets.py": r"subprocess\.run\(",
+    "05_DeepSpeed/07_which_way.py": r"\btrain\(model",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",

@@ -289,6 +289,7 @@ def test_stop_ends_a_training(tiny_model):
 
 PROFILE = SimpleNamespace(dtype="float32", micro_batch=2, accumulate=1, learning_rate=1e-4)
 HIDDEN = 64
+SWAPPED = {"nvme_path": "runs/05_DeepSpeed/nvme", "buffer_size": 1e8}
 
 
 @pytest.fixture
@@ -352,10 +353,14 @@ def test_the_original_file_stands_in_the_module():
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_key_is_read(judged, file):
-    config = judged(json.loads(file.read_text()))
+    content = json.loads(file.read_text())
+    for part in content["zero_optimization"].values():  # as swap.py fills them
+        if isinstance(part, dict) and part["device"] == "nvme":
+            part |= {key: value for key, value in SWAPPED.items() if part.get(key) == "auto"}
+    config = judged(content)
     if file.stem != "ds_config":
-        assert config.stage == int(file.stem[1:])
-        assert "offload_optimizer" not in config.zero
+        assert config.stage == int(file.stem[1])
+        assert ("offload_optimizer" in config.zero) == ("-" in file.stem)
 
 
 def test_bfloat16_is_the_old_name_of_bf16(judged):

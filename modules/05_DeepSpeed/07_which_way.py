@@ -41,11 +41,15 @@ WAYS = (
     Way("FSDP2", {"engine": "fsdp"}, "make train-accelerate CONFIG=fsdp"),
     Way("ZeRO-2 offload", DEEPSPEED | {"zero": 2, "offload": "optimizer"}, "make train-z2-offload"),
     Way(
-        "ZeRO-3 offload, 64 GB",
+        "ZeRO-3 offload, not pinned",
         DEEPSPEED | {"zero": 3, "offload": "optimizer", "pin_memory": False},
         "make train-z3-offload CONFIG=z3-offload-64gb",
     ),
-    Way("ZeRO-3 offload", DEEPSPEED | {"zero": 3, "offload": BOTH}, "make train-z3-offload"),
+    Way(
+        "ZeRO-3 offload, parameters too",
+        DEEPSPEED | {"zero": 3, "offload": BOTH},
+        "make train-z3-offload",
+    ),
     Way("LoRA, one card", {"gpus": 1, "method": "lora"}, "make lf-train"),
     Way(
         "LoRA, ZeRO-3",
@@ -168,13 +172,11 @@ def draw(sizes: dict[str, list[TrainPlan]], asked: Training):
     ax.set_xlim(-0.5, len(WAYS) - 0.5)
     ax.set_ylim(len(sizes) - 0.5, -0.6)
     ax.spines[:].set_visible(False)
-    cards = (
-        f"{asked.gpus} cards of {asked.gpu_memory_gib:g} GiB, host {asked.host_memory_gib:g} GiB"
-    )
+    room = f"{asked.gpus} cards of {asked.gpu_memory_gib:g} GiB, {asked.host_memory_gib:g} of host"
     ax.set_xlabel(
-        f"{cards}, {asked.micro_batch} x {asked.seq_len} tokens, activations recomputed. "
-        "In a box: GiB a card; below it: GiB of the host where it is the obstacle or in use.\n"
-        "Red: the card is too small. Orange: the host is. Green: the first that fits."
+        f"{room}; {asked.micro_batch} x {asked.seq_len} tokens a card, activations recomputed\n"
+        "In a box: GiB a card, and of the host where that is above 20\n"
+        "Red: the card is too small. Orange: the host is. Green: the first that fits"
     )
     return fig
 
@@ -192,8 +194,8 @@ def box(ax, place: int, row: int, plan: TrainPlan, asked: Training, first: bool,
     strength = 0.45 if after else 1
     weight = "bold" if first else "normal"
     style["alpha"] = strength
-    words = {"ha": "center", "va": "center", "fontsize": 8, "alpha": strength, "weight": weight}
-    ax.text(place, row, text, bbox=style, **words)
+    font = {"ha": "center", "va": "center", "fontsize": 8, "alpha": strength, "weight": weight}
+    ax.text(place, row, text, bbox=style, **font)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def numbers(parameters) -> int:
 
 def stage_that_runs(engine) -> int:
     """The stage by the class of the optimizer: one does stages 1 and 2, one stage 3."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -41,6 +42,8 @@ def stage_that_runs(engine) -> int:
         stage = 3
     elif isinstance(zero, DeepSpeedZeroOptimizer):
         stage = 2 if zero.partition_gradients else 1
+    elif isinstance(zero, BF16_Optimizer):  # stage 1 where gradients add up in fp32
+        stage = 1
     configured = engine.zero_optimization_stage()
     if stage != configured:
         kind = type(zero).__name__
