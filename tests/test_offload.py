@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -147,6 +148,16 @@ def test_nvme_without_libaio(module, monkeypatch, capsys):
         module("swap").refuse_without_libaio()
     assert refusal.value.code == 2
     assert "apt-get install -y libaio-dev" in capsys.readouterr().err
+
+
+def test_nvme_where_little_memory_may_be_locked(module, monkeypatch, capsys):
+    swap = module("swap")
+    monkeypatch.setattr(swap.resource, "getrlimit", lambda _: (2**13, 2**13))
+    monkeypatch.setattr(swap.ctypes, "CDLL", lambda _: SimpleNamespace(mlock=lambda *_: -1))
+    swap.refuse_locked(2**13)
+    with pytest.raises(SystemExit):
+        swap.refuse_locked(2**30)
+    assert "locks 1,024 MiB" in capsys.readouterr().err
 
 
 def two(*flags) -> str:

@@ -51,6 +51,13 @@ def stage_that_runs(engine) -> int:
     return stage
 
 
+def adds_up_in_fp32(engine) -> bool:
+    """Whether whole fp32 gradients lie beside those in bf16: data_types.grad_accum_dtype, stage 1."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return isinstance(engine.optimizer, BF16_Optimizer)
+
+
 def offloads(engine) -> bool:
     """Whether the optimizer's states are in host memory."""
     zero = engine.optimizer
@@ -66,6 +73,7 @@ def gradients(engine) -> Held:
         tensors += [part.grad for part in getattr(zero, name, [])]
     for group in getattr(zero, "averaged_gradients", {}).values():
         tensors += group or []
+    tensors += getattr(zero, "fp32_groups_gradients_flat", [])  # of BF16_Optimizer, beside its own
     # Offloaded to files: what is too small for one stays in memory.
     swapper = getattr(zero, "optimizer_swapper", None)
     for part in swapper.swap_params_info.values() if swapper else ():

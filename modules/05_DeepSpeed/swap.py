@@ -5,6 +5,8 @@ memory. The rest, by this process: a file for each parameter, and for each group
 is updated together (sub_group_size) three: master copy and moments; and gradients.
 """
 
+import ctypes
+import resource
 import shutil
 from pathlib import Path
 
@@ -29,11 +31,14 @@ def settle(config, folder: Path | None, shape, world: int) -> Path | None:
     refuse_without_libaio()
     for part in swapped:
         part["nvme_path"] = str(config.chosen(part, "nvme_path", folder) or default())
+    group = config.zero.get("sub_group_size", 1e9)
+    group = int(group) if isinstance(group, int | float) else 0  # another text: ds_check.py
     buffers = sections[1]
     if buffers in swapped and buffers.get("buffer_size", "auto") == "auto":
         # A buffer must hold the largest parameter, and at the start a group of them in 16 bits.
         largest = shape.vocab_size * shape.hidden_size // world
-        buffers["buffer_size"] = int(config.zero.get("sub_group_size", 1e9)) + largest
+        buffers["buffer_size"] = group + largest
+    refuse_locked(4 * group)
     path = Path(swapped[0]["nvme_path"])
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -52,6 +57,21 @@ def refuse_without_libaio() -> None:
 
     if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
         fail(f"offload to nvme compiles DeepSpeed's async_io, which needs libaio: {PACKAGE}")
+
+
+def refuse_locked(size: int) -> None:
+    """Where this process may not lock `size` bytes: DeepSpeed's buffers would be null pointers."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY or size <= limit:
+        return
+    probe = ctypes.create_string_buffer(limit + 2**20)
+    if ctypes.CDLL(None).mlock(probe, len(probe)):  # root may lock more than the limit
+        fail(
+            f"offload to nvme locks {size / 2**20:,.0f} MiB of memory and more, and this user may "
+            f"lock {limit / 2**20:,.0f} (ulimit -l): write 'memlock unlimited' for them in "
+            "/etc/security/limits.conf; in Docker, --ulimit memlock=-1"
+        )
+    ctypes.CDLL(None).munlock(probe, len(probe))
 
 
 def bytes_on_disk(folder: Path | None, rank: int) -> dict[str, int]:

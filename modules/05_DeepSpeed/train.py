@@ -151,7 +151,9 @@ def main() -> None:
     offload = held.offloads(engine)
     parameters = held.numbers(model.parameters())
     updated = held.numbers(trained)
-    each = zero_states.of_deepspeed(stage, world, config.dtype, config.accumulate, offload)
+    fp32_sums = held.adds_up_in_fp32(engine)
+    settings = (stage, world, config.dtype, config.accumulate, offload, fp32_sums)
+    each = zero_states.of_deepspeed(*settings)
     # Adapted weights are frozen: no gradients of them, and no optimizer states.
     counts = {"parameters": parameters, "gradients": updated, "optimizer": updated}
     expected = {kind: each[kind] * counts[kind] for kind in each}
@@ -183,6 +185,8 @@ def main() -> None:
         if rank == 0:
             engine.module.save_pretrained(args.save, state_dict=state)
             AutoTokenizer.from_pretrained(folder).save_pretrained(args.save)
+    host_peak = torch.tensor([training.peak_memory_gib("cpu")], device=engine.device)
+    dist.all_reduce(host_peak)
     if rank == 0:
         step_tokens = config.step_blocks * args.seq_len
         on_device = sum(part.on_device for part in in_memory.values())
@@ -197,6 +201,7 @@ def main() -> None:
             "state_on_disk_gib": sum(on_disk.values()) / 2**30,
             "throughput_tok_per_s": training.tokens_per_s(step_tokens, seconds),
             "peak_memory_gib": round(training.peak_memory_gib(profile.device), 2),
+            "host_peak_gib": round(host_peak.item(), 2),
             "parameters_count": parameters,
             "trained_count": updated,
             "optimizer": adam,
