@@ -5,6 +5,7 @@ One launch of two processes trains in all ways, one after another.
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,12 @@ def test_buckets(tiny_model):
 
 def way(*flags) -> dict:
     return result(python("modules/05_DeepSpeed/07_which_way.py", *flags))
+
+
+def test_the_page_shows_what_which_way_prints():
+    printed = run("make", "-s", "which-way", check=0).stdout
+    block = re.search(r"```text\n(qwen2.5-7b.*?)```", (MODULE / "offload.md").read_text(), re.S)[1]
+    assert block in printed and "this one" in block
 
 
 def test_which_way_takes_the_first_that_fits():

@@ -52,7 +52,7 @@ def stage_that_runs(engine) -> int:
 
 
 def adds_up_in_fp32(engine) -> bool:
-    """Whether whole fp32 gradients lie beside those in bf16: data_types.grad_accum_dtype, stage 1."""
+    """Whether whole fp32 gradients lie beside bf16 ones: grad_accum_dtype fp32 at stage 1."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     return isinstance(engine.optimizer, BF16_Optimizer)

@@ -152,8 +152,8 @@ def main() -> None:
     parameters = held.numbers(model.parameters())
     updated = held.numbers(trained)
     fp32_sums = held.adds_up_in_fp32(engine)
-    settings = (stage, world, config.dtype, config.accumulate, offload, fp32_sums)
-    each = zero_states.of_deepspeed(*settings)
+    running = (stage, world, config.dtype, config.accumulate, offload, fp32_sums)
+    each = zero_states.of_deepspeed(*running)
     # Adapted weights are frozen: no gradients of them, and no optimizer states.
     counts = {"parameters": parameters, "gradients": updated, "optimizer": updated}
     expected = {kind: each[kind] * counts[kind] for kind in each}
