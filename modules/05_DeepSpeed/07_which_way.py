@@ -100,20 +100,20 @@ def main() -> None:
 
     rows = []
     metrics = {}
-    chosen = ""
+    chosen = None
     for way, plan in zip(WAYS, plans(args.model), strict=True):
         verdict = obstacle(plan, asked) or ("fits" if chosen else "this one")
         if plan.fits and not chosen:
-            chosen = way.name
+            chosen = way
         on_card = plan.per_gpu_gib["total"]
-        rows.append([way.name, f"{on_card:.1f}", f"{plan.host_gib:.1f}", verdict, way.command])
+        rows.append([way.name, f"{on_card:.1f}", f"{plan.host_gib:.1f}", verdict])
         metrics[f"{key(way)}_card_gib"] = round(on_card, 2)
         metrics[f"{key(way)}_host_gib"] = plan.host_gib
     title = f"{args.model} on {args.gpus} x {args.gpu_memory_gib:g} GiB, host {args.host_gib:g} GiB"
     print(f"{title}, {args.micro_batch} x {args.seq_len} tokens a card, activations recomputed")
-    table(["", "GiB a card", "host", "verdict", "here"], rows)
+    table(["", "GiB a card", "host", "verdict"], rows)
     if chosen:
-        print(f"\nthe first that fits: {chosen}")
+        print(f"\nthe first that fits: {chosen.name} ({chosen.command})")
     else:
         print("\nnone of them fits: fewer tokens, a smaller model, more cards or a larger host")
 
@@ -125,7 +125,7 @@ def main() -> None:
     for name, planned in sizes.items():
         first = next((place for place, plan in enumerate(planned) if plan.fits), len(WAYS))
         metrics[f"{name.lower()}_first_way_count"] = first + 1
-    results.finish(__file__, metrics | {"chosen": chosen}, vars(args))
+    results.finish(__file__, metrics | {"chosen": chosen.name if chosen else ""}, vars(args))
 
 
 def key(way: Way) -> str:
