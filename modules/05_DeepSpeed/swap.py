@@ -74,16 +74,23 @@ def refuse_locked(size: int) -> None:
     ctypes.CDLL(None).munlock(probe, len(probe))
 
 
-def bytes_on_disk(folder: Path | None, rank: int) -> dict[str, int]:
-    """{kind of state: bytes} of this process's files."""
+def bytes_on_disk(folder: Path | None, rank: int, engine) -> dict[str, int]:
+    """{kind of state: bytes} of this process's files; of parameters, where no newer ones exist.
+
+    What max_in_cpu keeps in memory was written at the start all the same.
+    """
     sizes = {"parameters": 0, "gradients": 0, "optimizer": 0}
     if folder is None:
         return sizes
+    weights = engine.module.parameters()
+    swapped = [weight for weight in weights if weight.ds_tensor.final_location == "nvme"]
+    live = {f"{weight.ds_id}_param.tensor.swp" for weight in swapped}
     for file in folder.glob(f"zero_stage_3/*/rank{rank}/{PATTERN}"):
-        kind = "parameters"
+        kind = "parameters" if file.name in live else None
         if file.parent.parent.name == "optimizer":
             kind = "gradients" if "_gradient_" in file.name else "optimizer"
-        sizes[kind] += file.stat().st_size
+        if kind:
+            sizes[kind] += file.stat().st_size
     return sizes
 
 

@@ -146,7 +146,7 @@ def main() -> None:
     # 4. What this process holds, beside the theory
 
     in_memory = {"gradients": gradients} | held.states(engine)
-    on_disk = swap.bytes_on_disk(files, rank)
+    on_disk = swap.bytes_on_disk(files, rank, engine)
     bytes_held = {kind: in_memory[kind].everywhere + on_disk[kind] for kind in zero_states.MIXED}
     offload = held.offloads(engine)
     parameters = held.numbers(model.parameters())
