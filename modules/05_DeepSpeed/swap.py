@@ -35,9 +35,8 @@ def settle(config, folder: Path | None, shape, world: int) -> Path | None:
     group = int(group) if isinstance(group, int | float) else 0  # another text: ds_check.py
     buffers = sections[1]
     if buffers in swapped and buffers.get("buffer_size", "auto") == "auto":
-        # A buffer must hold the largest parameter, and at the start a group of them in 16 bits.
-        largest = shape.vocab_size * shape.hidden_size // world
-        buffers["buffer_size"] = group + largest
+        # A buffer must hold this process's part of the largest parameter, the embedding.
+        buffers["buffer_size"] = -(-shape.vocab_size * shape.hidden_size // world)
     refuse_locked(4 * group)
     path = Path(swapped[0]["nvme_path"])
     try:
