@@ -33,7 +33,7 @@ TARGETS = [
     *("train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"),
     "mini-accelerate",
     *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
-    *("train-z3-offload", "train-z3-nvme", 'train-z3 ARGS="--lora-rank 8"'),
+    *("train-z3-offload", 'train-z3 ARGS="--lora-rank 8"'),
     *("zero-buckets", "which-way"),
     *("train-compare", "zero-theory", 'mini-zero ARGS="--accumulate 2"'),
     # 06; the adapter that lf-score trains is scored at once

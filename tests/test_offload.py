@@ -1,4 +1,4 @@
-"""DeepSpeed as people use it: offload to the host and to files, checkpointing, LoRA, the sizes.
+"""DeepSpeed as people use it: offload to the host, checkpointing, LoRA, the sizes.
 
 One launch of two processes trains in all ways, one after another.
 """
@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -22,7 +21,6 @@ TRAIN = MODULE / "train.py"
 CPU = {"PROFILE": "cpu"}  # on GPUs too: what is compared is computed in fp32
 STEPS = 4
 RANK = 4
-LIBAIO = pytest.mark.needs("libaio.h")
 KINDS = ("parameter", "gradient", "optimizer")
 # Bytes per parameter of (parameters, gradients, optimizer states) in each of 2 processes in fp32.
 DIVIDED = (2, 2, 6)
@@ -72,13 +70,6 @@ def trained(tiny_model, folder) -> dict[str, dict]:
     return in_turn(tiny_model, trainings(folder))
 
 
-@pytest.fixture(scope="module")
-def swapped(tiny_model, folder) -> dict:
-    """The same training with its states in files."""
-    flags = ["z3-nvme", "--checkpointing", "--nvme", folder / "swap"]
-    return in_turn(tiny_model, {"nvme": flags})["nvme"]
-
-
 def same_losses(one: dict, other: dict, rel: float) -> None:
     assert one["losses"][-1] < one["losses"][0] - 0.01, "they must fall, or equality proves little"
     pairs = zip(one["losses"], other["losses"], strict=False)
@@ -109,19 +100,6 @@ def test_offload_computes_the_same(trained, name):
     expected = [width * offloaded["parameters_count"] for width in DIVIDED]
     assert theory(offloaded) == pytest.approx(expected, rel=1e-9)
     assert states(offloaded) == pytest.approx(expected, rel=0.02)
-    assert offloaded["state_on_disk_gib"] == 0
-
-
-@LIBAIO
-def test_nvme_swaps_to_files(trained, swapped, folder):
-    """Nearly all of it lies in files after a step: what a process holds in memory and in files
-    together is stage 3's part. Nothing of it stays.
-    """
-    same_losses(swapped, trained["z3"], rel=2e-5)
-    expected = [width * swapped["parameters_count"] for width in DIVIDED]
-    assert states(swapped) == pytest.approx(expected, rel=0.02)
-    assert 0.9 < swapped["state_on_disk_gib"] / swapped["state_gib"] <= 1
-    assert not list((folder / "swap").rglob("*.swp"))
 
 
 @pytest.fixture
@@ -140,27 +118,6 @@ def module(monkeypatch):
     return load
 
 
-def test_nvme_without_libaio(module, monkeypatch, capsys):
-    """By DeepSpeed's own test of it; the sentence names the package."""
-    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: False)
-    with pytest.raises(SystemExit) as refusal:
-        module("swap").refuse_without_libaio()
-    assert refusal.value.code == 2
-    assert "apt-get install -y libaio-dev" in capsys.readouterr().err
-
-
-def test_nvme_where_little_memory_may_be_locked(module, monkeypatch, capsys):
-    swap = module("swap")
-    monkeypatch.setattr(swap.resource, "getrlimit", lambda _: (2**13, 2**13))
-    monkeypatch.setattr(swap.ctypes, "CDLL", lambda _: SimpleNamespace(mlock=lambda *_: -1))
-    swap.refuse_locked(2**13)
-    with pytest.raises(SystemExit):
-        swap.refuse_locked(2**30)
-    assert "locks 1,024 MiB" in capsys.readouterr().err
-
-
 def two(*flags) -> str:
     """What one of two processes says, before it meets the other."""
     return refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
@@ -169,7 +126,6 @@ def two(*flags) -> str:
 def test_refusals(tiny_model):
     z3 = ["--deepspeed", MODULE / "configs/z3.json", "--model", tiny_model]
     assert "--lora-rank is 0: give a whole number above 0" in two(*z3, "--lora-rank", "0")
-    assert "--nvme moves nothing" in two(*z3, "--nvme", "somewhere")
     assert "choose z3-offload or z3-offload-64gb" in refused("make", "train-z3-offload", "CONFIG=x")
 
 
