@@ -182,7 +182,7 @@ loss-weights: env ## unequal rows: the mean of means against the mean over token
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
-.PHONY: mini-parallel
+.PHONY: mini-parallel train-z3-offload zero-buckets which-way
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -203,6 +203,16 @@ train-z3: env ## the same, parameters divided too
 
 train-z2-offload: env ## ds_config.json: stage 2, the optimizer and its states in host memory
 	$(DEEPSPEED)ds_config.json $(ARGS)
+
+train-z3-offload: env ## stage 3 with host memory, a full 7B (CONFIG=z3-offload-64gb: a 3B)
+	@test -f modules/05_DeepSpeed/configs/$(or $(CONFIG),z3-offload).json || { echo "error: there is no CONFIG=$(CONFIG): choose z3-offload or z3-offload-64gb" >&2; exit 2; }
+	$(DEEPSPEED)configs/$(or $(CONFIG),z3-offload).json --checkpointing $(ARGS)
+
+zero-buckets: env ## what bucket sizes, stage3_* keys, checkpointing cost (PROCESSES=2)
+	@$(PY) modules/05_DeepSpeed/06_buckets.py --processes $(or $(PROCESSES),2) $(ARGS)
+
+which-way: env ## one card, DDP, ZeRO, offload, LoRA: the first that fits (ARGS="--model NAME")
+	@$(PY) modules/05_DeepSpeed/07_which_way.py $(ARGS)
 
 train-compare: env ## 04, 05: the losses of your last trainings side by side
 	@$(PY) modules/05_DeepSpeed/02_compare.py $(ARGS)
