@@ -143,7 +143,7 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # 04 Accelerate
 
 .PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate real-loop train-trainer
-.PHONY: loss-weights step-speed sixteen-bits
+.PHONY: loss-weights step-speed sixteen-bits accelerate-overhead
 LAUNCH = @$(PY) -m lab.launch $@ .venv/bin/accelerate launch \
 	--config_file modules/04_Accelerate/configs/ddp.yaml --num_processes $(or $(PROCESSES),2)
 
@@ -178,11 +178,15 @@ train-trainer: env ## the training of train-ddp by transformers' Trainer (PROCES
 loss-weights: env ## unequal rows: the mean of means against the mean over tokens (PROCESSES=2)
 	$(LAUNCH) modules/04_Accelerate/08_loss_weights.py --min-world 2 $(ARGS)
 
+accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP, in one run
+	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/08_accelerate_overhead.py --min-world 2 $(ARGS)
+
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
 .PHONY: mini-parallel train-z3-offload zero-buckets which-way
+.PHONY: train-costs train-compressed
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -222,6 +226,12 @@ mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run 
 
 mini-parallel: env ## pipeline, tensor, ring, experts from scratch: losses, traffic (PROCESSES=2)
 	@$(PY) -m lab.launch mini-parallel .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/04_mini_parallel.py --min-world 2 $(ARGS)
+
+train-costs: env ## collectives measured, alpha-beta fitted, a step's messages to 1,024
+	@$(PY) -m lab.launch train-costs .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/05_costs.py $(ARGS)
+
+train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
+	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/06_compression.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

@@ -23,6 +23,7 @@ TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
 DIVIDED = re.compile(
     r"\b(mini-(tp|accelerate|zero|parallel)|vllm-tp|train-ddp|train-accelerate|train-z[0-3])\b"
     r"|\b(real-loop|train-trainer|loss-weights|zero-buckets|lf-train-z2)\b"
+    r"|\b(accelerate-overhead|train-costs|train-compressed)\b"
     r"|\bdeepspeed --num_gpus\b"
 )
 
