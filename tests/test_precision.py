@@ -67,7 +67,7 @@ def test_fp16_loses_small_gradients_and_scaling_brings_them_back(sixteen):
 
     The scale is found by skipping steps. bf16, with its exponents of fp32, needs none of it.
     """
-    assert sixteen["fp16_zero_ratio"] > sixteen["fp32_zero_ratio"] + 0.3
+    assert sixteen["fp16_zero_ratio"] > sixteen["fp32_zero_ratio"] + 0.2
     assert sixteen["fp16_scaled_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.05
     assert sixteen["bf16_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.01
     assert sixteen["fp16_reached_ratio"] < 0.7
