@@ -183,7 +183,7 @@ def table(name: str, rows: str, language: str) -> str:
         for record in stored.values():
             metrics = record["metrics"]
             cells.append(number(metrics[metric]) if metric in metrics else ABSENT)
-        if set(cells) == {ABSENT}:
+        if not any(metric in record["metrics"] for record in stored.values()):
             fail(f"no record of {name} has the metric {metric}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("")

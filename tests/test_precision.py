@@ -67,7 +67,7 @@ def test_fp16_loses_small_gradients_and_scaling_brings_them_back(sixteen):
 
     The scale is found by skipping steps. bf16, with its exponents of fp32, needs none of it.
     """
-    assert sixteen["fp16_zero_ratio"] > sixteen["fp32_zero_ratio"] + 0.3
+    assert sixteen["fp16_zero_ratio"] > sixteen["fp32_zero_ratio"] + 0.2
     assert sixteen["fp16_scaled_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.05
     assert sixteen["bf16_zero_ratio"] < sixteen["fp32_zero_ratio"] + 0.01
     assert sixteen["fp16_reached_ratio"] < 0.7
@@ -312,7 +312,7 @@ def test_step_speed_prints_a_row_for_each_measure():
     assert speed["plain_tok_per_s"] * speed["plain_step_s"] == pytest.approx(32, rel=0.01)
     assert speed["fp8_of_peak_ratio"] == "–"
     assert speed["best_causal_of_peak_ratio"] < speed["best_of_peak_ratio"]
-    assert "fp8 products instead        needs a GPU of compute capability 8.9" in done.stdout
+    assert re.search("fp8 products instead +needs a GPU of compute capability 8.9", done.stdout)
 
 
 @pytest.mark.parametrize(

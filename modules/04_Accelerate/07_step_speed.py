@@ -6,8 +6,9 @@
 
 Look at: the share of the peak. It is the FLOP that the model needs over those that one large matrix
 product does in the same time on this device, in this run. Each row keeps what the rows above it
-changed (but for what failed), and trains anew from the same random weights on the same random tokens: the last losses
-show whether what is fast still learns. What fails (memory, no compiler) is a row that says so.
+changed, and trains anew from the same random weights on the same random tokens: the last losses
+show whether what is fast still learns. What fails (memory, no compiler) is a row that says so, and
+the next row does without.
 """
 
 import argparse
