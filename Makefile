@@ -167,7 +167,7 @@ step-speed: env ## what makes a step of full fine-tuning fast, one measure after
 	@$(PY) modules/04_Accelerate/07_step_speed.py $(ARGS)
 
 sixteen-bits: env ## what fp16 and bf16 lose, and the cures: loss scaling, rounding by chance
-	@$(PY) modules/04_Accelerate/08_sixteen_bits.py $(ARGS)
+	@$(PY) modules/04_Accelerate/09_sixteen_bits.py $(ARGS)
 
 real-loop: env ## a whole training loop: schedule, clipping, validation, packing, profile
 	$(LAUNCH) modules/04_Accelerate/05_real_loop.py --min-world 2 $(ARGS)
@@ -179,7 +179,7 @@ loss-weights: env ## unequal rows: the mean of means against the mean over token
 	$(LAUNCH) modules/04_Accelerate/08_loss_weights.py --min-world 2 $(ARGS)
 
 accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP, in one run
-	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/08_accelerate_overhead.py --min-world 2 $(ARGS)
+	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/10_accelerate_overhead.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed
@@ -231,7 +231,7 @@ train-costs: env ## collectives measured, alpha-beta fitted, a step's messages t
 	@$(PY) -m lab.launch train-costs .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/05_costs.py $(ARGS)
 
 train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
-	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/06_compression.py --min-world 2 $(ARGS)
+	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/08_compression.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

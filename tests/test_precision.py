@@ -12,7 +12,7 @@ from conftest import ROOT, python, refused
 
 MODULE = ROOT / "modules/04_Accelerate"
 SPEED = MODULE / "07_step_speed.py"
-SIXTEEN = MODULE / "08_sixteen_bits.py"
+SIXTEEN = MODULE / "09_sixteen_bits.py"
 CPU = torch.device("cpu")
 
 
@@ -84,7 +84,7 @@ def test_bf16_weights_lose_updates_and_chance_brings_them_back(sixteen):
 
 def test_rounding_by_chance_keeps_the_mean(lesson):
     """Each time one of the two neighbours in bf16, on average the number itself."""
-    by_chance = lesson("08_sixteen_bits").by_chance
+    by_chance = lesson("09_sixteen_bits").by_chance
     torch.manual_seed(0)
     for value in (1.001, -1.001, 3e-5, 0.0):
         rounded = by_chance(torch.full((100_000,), value)).float()

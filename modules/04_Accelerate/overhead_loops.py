@@ -1,4 +1,4 @@
-"""The training loops that 08_accelerate_overhead.py times: DDP's, Accelerate's, DeepSpeed's.
+"""The training loops that 10_accelerate_overhead.py times: DDP's, Accelerate's, DeepSpeed's.
 
 Each function takes a model on its device and gives back its loop: `step()` trains on the next batch
 and returns the mean loss of all processes, a float, so that the host has waited for the device;
