@@ -67,11 +67,11 @@ def main() -> None:
     step_blocks = world * args.accumulate * args.micro_batch  # of one step, over all processes
     blocks = training.whole_steps(blocks, step_blocks, args, made_of)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     share = DistributedSampler(blocks, shuffle=False)
     loader = DataLoader(blocks, batch_size=args.micro_batch, sampler=share)
-    model = DistributedDataParallel(model)
+    model = DistributedDataParallel(model.to(device))
     wrapper = type(model).__name__
     step_tokens = step_blocks * args.seq_len
     if rank == 0:
