@@ -65,7 +65,8 @@ def main() -> None:
     step_blocks = world * args.accumulate * args.micro_batch  # of one step, over all processes
     blocks = training.whole_steps(blocks, step_blocks, args, made_of)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    # Not yet on the device: a card may not hold all of what FSDP will give it a part of.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     loader = DataLoader(blocks, batch_size=args.micro_batch)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
