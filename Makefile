@@ -215,7 +215,7 @@ train-z3-offload: env ## stage 3 with host memory, a full 7B (CONFIG=z3-offload-
 zero-buckets: env ## what bucket sizes, stage3_* keys, checkpointing cost (PROCESSES=2)
 	@$(PY) modules/05_DeepSpeed/06_buckets.py --processes $(or $(PROCESSES),2) $(ARGS)
 
-which-way: env ## one card, DDP, ZeRO, offload, LoRA: the first that fits (ARGS="--model NAME")
+which-way: env ## one card, DDP, ZeRO, offload, LoRA: the first that fits (ARGS="--model ID")
 	@$(PY) modules/05_DeepSpeed/07_which_way.py $(ARGS)
 
 train-compare: env ## 04, 05: the losses of your last trainings side by side
