@@ -278,7 +278,8 @@ def test_trap_the_launcher_overrides_the_code(traps, tmp_path):
     content["deepspeed_config"]["gradient_accumulation_steps"] = 4
     config.write_text(yaml.safe_dump(content))
     command = ["--config_file", str(config), "script.py"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, variables = prepare_deepspeed_cmd_env(args)
     assert variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4"
     config.write_text(yaml.safe_dump(content | {"gradient_accumulation_steps": 4}))

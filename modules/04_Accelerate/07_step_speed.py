@@ -210,7 +210,8 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The model and its batch
-    card_gib = machine.gpus()[0]["memory_gib"] if profile.device == "cuda" else 0
+    cards = machine.gpus() if profile.device == "cuda" else []
+    card_gib = cards[0]["memory_gib"] if cards else 0
     largest = shapes.fitting(min(card_gib, machine.memory_cap_gib() or card_gib))
     meaning = "model that is trained (default here: %(default)s)"
     parser.add_argument("--shape", choices=shapes.SHAPES, default=largest, help=meaning)
