@@ -11,6 +11,8 @@ import os
 
 from ds_config import MONITORS, leaves
 
+from lab import machine
+
 # Keys in LLaMA-Factory's examples that no DeepSpeed reads; they stand for nothing.
 HARMLESS = {"comms_config", "monitor_config"}
 CHOOSES_ITSELF = {"zenflow", "leaf_module", "autotuning"}  # there DeepSpeed itself knows "auto"
@@ -222,3 +224,9 @@ def refuse_type(config) -> None:
         )
     if config.dtype == "bfloat16" and not accelerator.is_bf16_supported():
         config.refuse(f'this {accelerator.device_name()} has no bf16: write "auto", or use fp16')
+    slow = accelerator.device_name() == "cpu" and not machine.fast_bfloat16()
+    if config.dtype == "bfloat16" and slow and os.environ.get("RANK", "0") == "0":
+        print(
+            'note: this CPU has no instructions for bf16, a step can take minutes; "auto" in the '
+            "place of true computes in float32"
+        )
