@@ -142,7 +142,11 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # ------------------------------------------------------------------------------
 # 04 Accelerate
 
-.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate
+.PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate real-loop train-trainer
+.PHONY: loss-weights step-speed sixteen-bits accelerate-overhead
+LAUNCH = @$(PY) -m lab.launch $@ .venv/bin/accelerate launch \
+	--config_file modules/04_Accelerate/configs/ddp.yaml --num_processes $(or $(PROCESSES),2)
+
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
@@ -159,10 +163,30 @@ train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 mini-accelerate: env ## Accelerate from scratch: losses, save and load, validation (PROCESSES=2)
 	@$(PY) -m lab.launch mini-accelerate .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/04_mini_accelerate.py --min-world 2 $(ARGS)
 
+step-speed: env ## what makes a step of full fine-tuning fast, one measure after another
+	@$(PY) modules/04_Accelerate/07_step_speed.py $(ARGS)
+
+sixteen-bits: env ## what fp16 and bf16 lose, and the cures: loss scaling, rounding by chance
+	@$(PY) modules/04_Accelerate/09_sixteen_bits.py $(ARGS)
+
+real-loop: env ## a whole training loop: schedule, clipping, validation, packing, profile
+	$(LAUNCH) modules/04_Accelerate/05_real_loop.py --min-world 2 $(ARGS)
+
+train-trainer: env ## the training of train-ddp by transformers' Trainer (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/06_trainer.py --min-world 2 $(ARGS)
+
+loss-weights: env ## unequal rows: the mean of means against the mean over tokens (PROCESSES=2)
+	$(LAUNCH) modules/04_Accelerate/08_loss_weights.py --min-world 2 $(ARGS)
+
+accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP, in one run
+	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/10_accelerate_overhead.py --min-world 2 $(ARGS)
+
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
+.PHONY: mini-parallel train-z3-offload zero-buckets which-way
+.PHONY: train-costs train-compressed
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -184,11 +208,30 @@ train-z3: env ## the same, parameters divided too
 train-z2-offload: env ## ds_config.json: stage 2, the optimizer and its states in host memory
 	$(DEEPSPEED)ds_config.json $(ARGS)
 
+train-z3-offload: env ## stage 3 with host memory, a full 7B (CONFIG=z3-offload-64gb: a 3B)
+	@test -f modules/05_DeepSpeed/configs/$(or $(CONFIG),z3-offload).json || { echo "error: there is no CONFIG=$(CONFIG): choose z3-offload or z3-offload-64gb" >&2; exit 2; }
+	$(DEEPSPEED)configs/$(or $(CONFIG),z3-offload).json --checkpointing $(ARGS)
+
+zero-buckets: env ## what bucket sizes, stage3_* keys, checkpointing cost (PROCESSES=2)
+	@$(PY) modules/05_DeepSpeed/06_buckets.py --processes $(or $(PROCESSES),2) $(ARGS)
+
+which-way: env ## one card, DDP, ZeRO, offload, LoRA: the first that fits (ARGS="--model ID")
+	@$(PY) modules/05_DeepSpeed/07_which_way.py $(ARGS)
+
 train-compare: env ## 04, 05: the losses of your last trainings side by side
 	@$(PY) modules/05_DeepSpeed/02_compare.py $(ARGS)
 
 mini-zero: env ## ZeRO's stages from scratch: losses, bytes, traffic in one run (PROCESSES=2)
 	@$(PY) -m lab.launch mini-zero .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/03_mini_zero.py --min-world 2 $(ARGS)
+
+mini-parallel: env ## pipeline, tensor, ring, experts from scratch: losses, traffic (PROCESSES=2)
+	@$(PY) -m lab.launch mini-parallel .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/04_mini_parallel.py --min-world 2 $(ARGS)
+
+train-costs: env ## collectives measured, alpha-beta fitted, a step's messages to 1,024
+	@$(PY) -m lab.launch train-costs .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/05_costs.py $(ARGS)
+
+train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
+	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/08_compression.py --min-world 2 $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

@@ -26,7 +26,7 @@ from lab.table import table
 SCRIPT_LINES = 300  # a module script, and each helper file beside it
 SCRIPT_MEDIAN = 160  # of all Python files in modules/
 LESSON_BEFORE = 110  # the line that uses the engine for what the script is about
-TWINS = ("mini_vllm", "mini_accelerate", "mini_zero")  # packages written from scratch:
+TWINS = ("mini_vllm", "mini_accelerate", "mini_zero", "mini_parallel")  # packages from scratch:
 TWIN_LINES = 850  # one in all ...
 TWIN_FILE_LINES = 160  # ... and each of its files
 TOKENS_PER_LINE = dict.fromkeys(("modules", *TWINS, "lab"), 9.5)
@@ -66,9 +66,20 @@ LESSON = {
     "04_Accelerate/02_train_accelerate.py": r"accelerator\.prepare\(",
     "04_Accelerate/03_mixed_precision.py": r"accelerator\.prepare\(",
     "04_Accelerate/04_mini_accelerate.py": r"accelerator\.prepare\(",
+    "04_Accelerate/05_real_loop.py": r"accelerator\.backward\(",
+    "04_Accelerate/06_trainer.py": r"trainer\.train\(",
+    "04_Accelerate/07_step_speed.py": r"layer\.compile\(",
+    "04_Accelerate/10_accelerate_overhead.py": r"overhead_loops\.LOOPS\[",
+    "04_Accelerate/08_loss_weights.py": r"accelerator\.backward\(",
+    "04_Accelerate/09_sixteen_bits.py": r"scaler\.scale\(",
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",
+    "05_DeepSpeed/04_mini_parallel.py": r"engine\.forward_backward\(",
+    "05_DeepSpeed/05_costs.py": r"dist\.all_reduce\(whole",
+    "05_DeepSpeed/06_buckets.py": r"subprocess\.run\(",
+    "05_DeepSpeed/08_compression.py": r"model\.register_comm_hook\(",
+    "05_DeepSpeed/07_which_way.py": r"\btrain\(model",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",

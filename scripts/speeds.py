@@ -16,7 +16,6 @@ slot with fewer lanes, a card that throttles; `make doctor` and `make gauges` sa
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -26,23 +25,20 @@ from plan_parts import Cards, Request, cards_here, read_model
 from plan_parts.arguments import read_line
 from plan_parts.recipes import recipes
 from tables import records
+from trainings import model_of, training_of
 
 from lab import ROOT, fail, results
 from lab import machine as this_machine
 from lab.planner import speed
-from lab.planner.training import Training
 from lab.profile import read_yaml
 from lab.table import table
 
 PROMPT = 256  # tokens, of a request to a busy server, as in `make vllm-bench`
 ANSWER = 128
-TRAININGS = {  # record: the engine, and its ZeRO stage
-    "04_Accelerate/01_train_ddp": ("ddp", 0),
-    "04_Accelerate/02_train_accelerate-fsdp": ("fsdp", 0),
-    "05_DeepSpeed/train-z1": ("deepspeed", 1),
-    "05_DeepSpeed/train-z2": ("deepspeed", 2),
-    "05_DeepSpeed/train-z3": ("deepspeed", 3),
-}
+TRAININGS = (  # of the records of trainings.py those that are predicted
+    *("04_Accelerate/01_train_ddp", "04_Accelerate/02_train_accelerate-fsdp"),
+    *("05_DeepSpeed/train-z1", "05_DeepSpeed/train-z2", "05_DeepSpeed/train-z3"),
+)
 SHOWN = (  # of the recipes those whose kind of model and of engine was measured
     *("make vllm-serve RECIPE=7b-one-card", "make vllm-serve RECIPE=7b-fp8", "make vllm-serve"),
     *("make train-ddp", "make train-accelerate CONFIG=fsdp"),
@@ -149,21 +145,12 @@ def compared_busy() -> Iterator[Compared]:
 
 def compared_trainings() -> Iterator[Compared]:
     """The records of modules 04 and 05, each with its own batch."""
-    for name, (engine, zero) in TRAININGS.items():
+    for name in TRAININGS:
         for machine, record, roofline in with_roofline(name):
-            config = record["config"]
             metrics = record["metrics"]
-            setup = Training(
-                gpus=metrics["world_size"],
-                engine=engine,
-                zero=zero,
-                micro_batch=config["micro_batch"],
-                seq_len=config["seq_len"],
-                accumulate=config["accumulate"],
-            )
-            size = re.search(r"qwen2\.5-[\d.]+b", config["model"])[0]
+            setup = training_of(record)
             cluster = speed.measured(roofline, setup.gpus)
-            step_s = speed.train(read_model(f"{size}-instruct"), setup, cluster).step_s
+            step_s = speed.train(model_of(record), setup, cluster).step_s
             measured_s = metrics["step_tok_count"] / metrics["throughput_tok_per_s"]
             what = f"a step of {setup.tokens:,} tokens a card"
             ms = (1e3 * step_s, 1e3 * measured_s)

@@ -21,6 +21,9 @@ Between `<!-- expected -->` and `<!-- /expected -->` stands what `make speeds` p
 `<!-- speeds test -->` (fit) and `<!-- /speeds -->` the predicted times of records beside the
 measured ones.
 
+Between `<!-- costs -->` and `<!-- /costs -->` stands a table for each machine, with a row for each
+of its records of modules 04's and 05's trainings (scripts/trainings.py): memory, speed, traffic.
+
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
 its measured column from records.
 
@@ -35,18 +38,11 @@ import re
 from typing import NamedTuple
 
 import yaml
+from trainings import MADE, model_of, sent_bytes, training_of
 
-from lab import ROOT, fail, models, shown
-from lab.planner import training, weights
-from lab.planner.config import read
+from lab import ROOT, fail, shown
+from lab.planner import training
 
-CALIBRATION = re.compile(
-    r"(<!-- calibration (fit|test|states) -->\n)(.*?)(<!-- /calibration -->)", re.S
-)
-CLAIMS = re.compile(r"(<!-- claims (zh|en) -->\n)(.*?)(<!-- /claims -->)", re.S)
-EXPECTED = re.compile(r"(<!-- expected -->\n)(.*?)(<!-- /expected -->)", re.S)
-PUBLISHED = re.compile(r"(<!-- published -->\n)(.*?)(<!-- /published -->)", re.S)
-SPEEDS = re.compile(r"(<!-- speeds (fit|test) -->\n)(.*?)(<!-- /speeds -->)", re.S)
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 ABSENT = "–"  # where a machine's record lacks the metric
 MARK = " †"  # after what a record with differences says of a claim
@@ -187,7 +183,7 @@ def table(name: str, rows: str, language: str) -> str:
         for record in stored.values():
             metrics = record["metrics"]
             cells.append(number(metrics[metric]) if metric in metrics else ABSENT)
-        if set(cells) == {ABSENT}:
+        if not any(metric in record["metrics"] for record in stored.values()):
             fail(f"no record of {name} has the metric {metric}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("")
@@ -212,6 +208,7 @@ def errors(use: str) -> list[Compared]:
     """Predicted and measured: `make calibrate` with that use (fit, test), or module 05's states."""
     if use == "states":
         files = sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json"))
+        files = [file for file in files if not file.stem.endswith("-lora")]
         return [states(file.stem, json.loads(file.read_text())) for file in files]
     rows = []
     cases = yaml.safe_load((ROOT / "configs/calibration.yaml").read_text(encoding="utf-8"))
@@ -223,25 +220,10 @@ def errors(use: str) -> list[Compared]:
 
 
 def states(name: str, record: dict) -> Compared:
-    """GiB of states of a training of module 05; its model is the one with as many parameters."""
-    metrics = record["metrics"]
-    configs = [entry["config"] for entry in models.catalogue().values() if "config" in entry]
-    model = next(
-        model
-        for model in map(read, configs)
-        if weights.parameters(model) == metrics["parameters_count"]
-    )
-    setup = training.Training(
-        gpus=metrics["world_size"],
-        engine="deepspeed",
-        zero=metrics["zero_stage"],
-        dtype=metrics["dtype"],
-        accumulate=record["config"]["accumulate"],
-        offload="optimizer" if "offload" in name else "none",
-    )
-    predicted = training.train(model, setup).states_gib["total"]
+    """GiB of states of a training of module 05."""
+    predicted = training.train(model_of(record), training_of(record)).states_gib["total"]
     machine = record["machine"]["name"]
-    return Compared(machine, name, "states (GiB)", predicted, metrics["state_gib"])
+    return Compared(machine, name, "states (GiB)", predicted, record["metrics"]["state_gib"])
 
 
 def calibrated(machine: str, name: str, line: str, metrics: dict) -> list[Compared]:
@@ -282,6 +264,59 @@ def calibration(use: str, language: str) -> str:
     if remarked:
         lines += ["", *remarked]
     return "\n".join(lines) + "\n"
+
+
+COST_HEADS = {
+    "zh": (
+        *("怎么跑", "模型", "micro-batch", "参数", "梯度", "优化器", "合计", "理论"),
+        *("其中在主机", "峰值", "tokens/s", "一步发送，GB（算式）"),
+    ),
+    "en": (
+        *("how to run it", "model", "micro-batch", "parameters", "gradients", "optimizer", "sum"),
+        *("theory", "of it on the host", "peak", "tokens/s", "sent a step, GB (by formula)"),
+    ),
+}
+
+
+def costs(language: str) -> str:
+    """What every training of modules 04 and 05 costs a process, a table for each machine.
+
+    States and peak in GiB; where a script does not measure its states, a dash, and the theory.
+    """
+    machines: dict[str, dict[str, dict]] = {}  # {machine: {name of a record: it}}
+    for name in MADE:
+        for machine, record in records(name).items():
+            machines.setdefault(machine, {})[name] = record
+    heads = COST_HEADS[language]
+    lines = []
+    for machine, stored in sorted(machines.items()):
+        gpus = next(iter(stored.values()))["machine"]["gpus"]
+        device = f"{len(gpus)} x {gpus[0]['name']}" if gpus else "CPU"
+        lines += [f"`{machine}` ({device}):", ""]
+        lines += ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+        for name, record in stored.items():
+            lines.append("| " + " | ".join(cost_cells(name, record)) + " |")
+        remarked = remarks(stored, language)
+        lines += ["", *remarked, ""] if remarked else [""]
+    return "\n".join(lines)
+
+
+def cost_cells(name: str, record: dict) -> list[str]:
+    """The row of a training, as COST_HEADS has it."""
+    metrics = record["metrics"]
+    model = model_of(record)
+    setup = training_of(record)
+    planned = training.train(model, setup).states_gib["total"]
+    on_host = None
+    if "state_on_device_gib" in metrics:
+        on_host = round(metrics["state_gib"] - metrics["state_on_device_gib"], 3)
+    names = ("parameter_state_gib", "gradient_state_gib", "optimizer_state_gib", "state_gib")
+    values = [metrics.get(name) for name in names]
+    values += [metrics.get("state_theory_gib", planned), on_host, metrics["peak_memory_gib"]]
+    values += [metrics["throughput_tok_per_s"], sent_bytes(record) / 1e9]
+    batch = f"{setup.micro_batch} x {setup.seq_len}"
+    cells = [ABSENT if value is None else number(value) for value in values]
+    return [f"`{MADE[name].command}`", model.name, batch, *cells]
 
 
 # What speeds.py says of a line, in the language of the page.
@@ -350,27 +385,30 @@ def predicted_times(use: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# {what a marker is called: the text below it, made of its word ("" where it has none) and the
+# language of the page}; `<!-- speeds test -->` has the word test.
+MARKERS = {
+    "calibration": calibration,
+    "claims": lambda word, _: claims(word),
+    "costs": lambda _, language: costs(language),
+    "expected": lambda _, language: expected(language),
+    "published": lambda _, language: published(language),
+    "speeds": lambda word, _: predicted_times(word),
+}
+MARKER = re.compile(rf"(<!-- ({'|'.join(MARKERS)})(?: (\w+))? -->\n)(.*?)(<!-- /\2 -->)", re.S)
+
+
 def filled(text: str, language: str) -> str:
     """`text`, a page in `language` (zh, en), with every table in it generated anew."""
 
-    def calibration_again(match: re.Match) -> str:
-        return f"{match[1]}\n{calibration(match[2], language)}\n{match[4]}"
-
-    def claims_again(match: re.Match) -> str:
-        return f"{match[1]}\n{claims(match[2])}\n{match[4]}"
+    def again(match: re.Match) -> str:
+        made = MARKERS[match[2]](match[3] or "", language)
+        return f"{match[1]}\n{made}\n{match[5]}"
 
     def table_again(match: re.Match) -> str:
         return f"{match[1]}\n{table(match[2], match[3], language)}\n{match[5]}"
 
-    def speeds_again(match: re.Match) -> str:
-        return f"{match[1]}\n{predicted_times(match[2])}\n{match[4]}"
-
-    text = CALIBRATION.sub(calibration_again, text)
-    text = EXPECTED.sub(lambda match: f"{match[1]}\n{expected(language)}\n{match[3]}", text)
-    text = PUBLISHED.sub(lambda match: f"{match[1]}\n{published(language)}\n{match[3]}", text)
-    text = SPEEDS.sub(speeds_again, text)
-    text = CLAIMS.sub(claims_again, text)
-    return BLOCK.sub(table_again, text)
+    return BLOCK.sub(table_again, MARKER.sub(again, text))
 
 
 def main() -> None:

@@ -12,7 +12,10 @@ from conftest import ROOT, python, refused, run
 from lab import machine
 
 RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
-PLAIN = {"zero_stage", "world_size", "losses", "validation_loss"}  # numbers without a unit
+PLAIN = {  # numbers without a unit
+    *("zero_stage", "world_size", "losses", "gradient_norms", "learning_rates"),
+    *("validation_loss", "validation_losses", "first_validation_loss"),
+}
 ALWAYS = {
     *("script", "command", "profile", "commit", "date"),
     *("machine", "versions", "config", "metrics"),

@@ -230,7 +230,7 @@ def test_fsdp_gathers_its_parameters():
         ("z3", "deepspeed", 3),
     ):
         setup = states.Training(engine=engine, zero=zero)
-        seconds[name] = speed.train_messages(model, setup, speed.Machine())
+        seconds[name] = speed.message_seconds(model, setup, speed.Machine())
     assert seconds["fsdp"] == pytest.approx(seconds["z3"], rel=0.01)
     assert seconds["fsdp"] == pytest.approx(1.5 * seconds["z0"], rel=0.01)
     assert seconds["ddp"] == pytest.approx(2 * seconds["z0"], rel=0.01)

@@ -120,7 +120,7 @@ def deepspeed_host(model: Model, setup: Training) -> tuple[dict[str, float], dic
     trained = trained_parameters(model, setup)
     part = 4 * trained / setup.gpus
     largest = 4 * ZERO3_SUB_GROUP if setup.zero == 3 else part
-    master = setup.gpus * pinned(part, largest)
+    master = setup.gpus * (pinned(part, largest) if setup.pin_memory else part)
     twice = 2 * setup.computed * trained if setup.offloads_parameters else 0
     staying = {"gradients": master, "start": setup.gpus * setup.computed * trained}
     moving = {

@@ -377,31 +377,39 @@ def is_ddp(setup: Training) -> bool:
     return setup.engine == "ddp" and not setup.zero
 
 
-def train_messages(model: Model, setup: Training, machine: Machine) -> float:
-    """Seconds of a step's messages: gradients once a step (ZeRO-2: every micro-step).
+def train_messages(model: Model, setup: Training) -> list[tuple[str, float, int]]:
+    """(collective, bytes of the whole tensor, how often) of everything that a step sends.
 
-    As wide as they are held: in 4 bytes by DDP, in 2 by the others.
+    Gradients go once a step (ZeRO-2 and 3: every micro-step), as wide as they are held: in 4 bytes
+    by DDP, as computed with by the others. ZeRO-3 and FSDP gather the parameters twice a
+    micro-step, as wide as they are computed with, packed ones packed. Source: arXiv 1910.02054,
+    section 7; FSDP2's reshard_after_forward.
 
-    ZeRO-3 and FSDP gather the parameters twice a micro-step, as wide as they are computed with,
-    packed ones packed. Source: arXiv 1910.02054, section 7; FSDP2's reshard_after_forward.
+    >>> [name for name, *_ in train_messages(QWEN_7B, Training(zero=2))]
+    ['reduce_scatter', 'all_gather']
+    """
+    gradients = (4 if is_ddp(setup) else setup.computed) * trained_parameters(model, setup)
+    divided = setup.zero == 3 or setup.engine == "fsdp"
+    kind = "reduce_scatter" if divided or setup.zero == 2 else "all_reduce"
+    times = setup.accumulate if setup.zero >= 2 else 1
+    messages = [(kind, gradients, times)]
+    if setup.zero in (1, 2):
+        messages.append(("all_gather", gradients, 1))
+    if divided:
+        messages.append(("all_gather", sent_bytes(model, setup), 2 * setup.accumulate))
+    return messages
 
-    >>> round(train_messages(QWEN_7B, Training(zero=2), Machine()), 2)  # 15.2 GB / 2, twice
+
+def message_seconds(model: Model, setup: Training, machine: Machine) -> float:
+    """Seconds of a step's messages.
+
+    >>> round(message_seconds(QWEN_7B, Training(zero=2), Machine()), 2)  # 15.2 GB / 2, twice
     1.27
     """
-    n = machine.gpus
-    gradients = (4 if is_ddp(setup) else 2) * trained_parameters(model, setup)
-    if setup.engine == "fsdp":
-        seconds = collective("reduce_scatter", gradients, n, machine)
-    elif setup.zero < 2:
-        seconds = collective("all_reduce", gradients, n, machine)
-    else:
-        seconds = setup.accumulate * collective("reduce_scatter", gradients, n, machine)
-    if setup.zero in (1, 2):
-        seconds += collective("all_gather", gradients, n, machine)
-    if setup.zero == 3 or setup.engine == "fsdp":
-        everything = sent_bytes(model, setup)
-        seconds += 2 * setup.accumulate * collective("all_gather", everything, n, machine)
-    return seconds
+    return sum(
+        times * collective(kind, size, machine.gpus, machine)
+        for kind, size, times in train_messages(model, setup)
+    )
 
 
 def train_bytes(model: Model, setup: Training) -> float:
@@ -446,7 +454,7 @@ def train(model: Model, setup: Training, machine: Machine) -> TrainSpeed:
     on_card = train_flop(model, setup) / machine.flops
     on_card += train_bytes(model, setup) / machine.bandwidth
     computing = max(on_card, launch_seconds(model, setup, machine))
-    moving = train_messages(model, setup, machine)
+    moving = message_seconds(model, setup, machine)
     overlaps = is_ddp(setup) or setup.engine == "fsdp"
     hidden = HIDDEN * min(computing, moving) if overlaps else 0
     step = computing + moving - hidden

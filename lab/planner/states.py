@@ -38,6 +38,7 @@ class Training:
     zero: int = 0
     offload: str = "none"  # none, optimizer, optimizer+param
     offload_device: str = "cpu"  # cpu, nvme
+    pin_memory: bool = True  # of what DeepSpeed offloads: page-locked, in powers of two
     load: str | None = None  # divided, whole; None: as transformers 5.6 does it
     dtype: str = "bfloat16"  # of the computation
     seq_len: int = 1024

@@ -62,16 +62,17 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     folder = models.model_folder(args.model)
-    blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = data.blocks(tokenizer, args.data, args.seq_len)
     made_of = f"{world} processes x {args.accumulate} micro-steps x {args.micro_batch}"
     step_blocks = world * args.accumulate * args.micro_batch  # of one step, over all processes
     blocks = training.whole_steps(blocks, step_blocks, args, made_of)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     share = DistributedSampler(blocks, shuffle=False)
     loader = DataLoader(blocks, batch_size=args.micro_batch, sampler=share)
-    model = DistributedDataParallel(model)
+    model = DistributedDataParallel(model.to(device))
     wrapper = type(model).__name__
     step_tokens = step_blocks * args.seq_len
     if rank == 0:
@@ -113,6 +114,7 @@ def main() -> None:
 
     if args.save and rank == 0:
         model.module.save_pretrained(args.save)
+        tokenizer.save_pretrained(args.save)
     if rank == 0:
         metrics = {
             "losses": losses,

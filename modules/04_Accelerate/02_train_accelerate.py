@@ -60,12 +60,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     folder = models.model_folder(args.model)
-    blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = data.blocks(tokenizer, args.data, args.seq_len)
     made_of = f"{world} processes x {args.accumulate} micro-steps x {args.micro_batch}"
     step_blocks = world * args.accumulate * args.micro_batch  # of one step, over all processes
     blocks = training.whole_steps(blocks, step_blocks, args, made_of)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     loader = DataLoader(blocks, batch_size=args.micro_batch)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -109,6 +110,7 @@ def main() -> None:
     weights = accelerator.get_state_dict(model) if args.save else None
     if args.save and rank == 0:
         accelerator.unwrap_model(model).save_pretrained(args.save, state_dict=weights)
+        tokenizer.save_pretrained(args.save)
     if rank == 0:
         metrics = {
             "losses": losses,

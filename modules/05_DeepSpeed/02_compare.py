@@ -1,4 +1,4 @@
-"""One training by every engine, its losses side by side: plain, DDP, Accelerate, FSDP2, ZeRO.
+"""One training by every engine, its losses side by side: DDP, Accelerate, FSDP2, Trainer, ZeRO.
 
     make train-compare       # after the trainings: it reads their last records, and trains nothing
 
@@ -21,6 +21,7 @@ TRAININGS = {
     "04_Accelerate/02_train_accelerate": "make train-accelerate",
     "04_Accelerate/02_train_accelerate-fsdp": "make train-accelerate CONFIG=fsdp",
     "04_Accelerate/02_train_accelerate-deepspeed": "make train-accelerate CONFIG=deepspeed_zero2",
+    "04_Accelerate/06_trainer": "make train-trainer",
     "05_DeepSpeed/train-z0": "make train-z0",
     "05_DeepSpeed/train-z1": "make train-z1",
     "05_DeepSpeed/train-z2": "make train-z2",

@@ -7,12 +7,18 @@ late, and "auto" it only knows where transformers has replaced it.
 import contextlib
 import difflib
 import json
+import os
 
-from ds_config import SECTIONS, leaves
+from ds_config import MONITORS, leaves
+
+from lab import machine
 
 # Keys in LLaMA-Factory's examples that no DeepSpeed reads; they stand for nothing.
 HARMLESS = {"comms_config", "monitor_config"}
-CHOOSES_ITSELF = {"zenflow", "leaf_module"}  # parts in which DeepSpeed itself knows "auto"
+CHOOSES_ITSELF = {"zenflow", "leaf_module", "autotuning"}  # there DeepSpeed itself knows "auto"
+# Sections that DeepSpeed reads key by key, and says nothing of the others.
+READ_BY_KEY = ("optimizer", "scheduler", "aio")
+DEEPSPEED_OWN = {"adagrad": "DeepSpeedCPUAdagrad", "lamb": "FusedLamb", "lion": "FusedLion"}
 
 
 class Asked(dict):
@@ -49,6 +55,7 @@ def check(config) -> None:
     check_optimizer(config)
     check_scheduler(config)
     check_keys(config)
+    note_checkpointing(config)
 
 
 def refuse_auto(config) -> None:
@@ -57,8 +64,7 @@ def refuse_auto(config) -> None:
         right = "write a number, 0 for none"
         config.refuse(f"gradient_clipping is {json.dumps(clipping)}: {right}")
     for path, value in leaves(config.values):
-        judged = len(path) == 1 or path[0] in SECTIONS
-        if value == "auto" and judged and not CHOOSES_ITSELF & set(path):
+        if value == "auto" and not (CHOOSES_ITSELF | MONITORS) & set(path):
             config.refuse(
                 f'{".".join(path)} is "auto", which nobody fills: write a value, or take it '
                 "out for DeepSpeed's default"
@@ -89,6 +95,11 @@ def check_sections(config) -> None:
                 config.refuse(f"DeepSpeed knows no {key}{known}")
             value = json.dumps(error["input"], default=str) if error["loc"] else "refused"
             config.refuse(f"{key} is {value}: {error['msg'].removeprefix('Value error, ')}")
+    # stage3_max_live_parameters is max_live_parameters to the model, which takes both names.
+    for key, field in DeepSpeedZeroConfig.model_fields.items():
+        of_stage_3 = (field.alias or "").startswith("stage3_")
+        if of_stage_3 and key in config.zero and config.stage < 3:
+            config.refuse_without_effect(key, 3)
 
 
 def check_optimizer(config) -> None:
@@ -114,11 +125,11 @@ def check_optimizer(config) -> None:
             params.pop(name, None)
         numbers = {key: params[key] for key in ("lr", "betas", "eps") if key in params}
         weight = torch.nn.Parameter(torch.zeros(1))
-    elif kind in of_torch:
-        taken = getattr(torch.optim, kind)
+    elif kind in of_torch or kind.lower() in DEEPSPEED_OWN:
+        taken = own_optimizer(kind.lower()) or getattr(torch.optim, kind)
         numbers = {}
         weight = None
-    else:
+    else:  # Muon sorts its arguments itself; mup is another package
         return
     try:
         inspect.signature(taken).bind([], **params)
@@ -126,6 +137,16 @@ def check_optimizer(config) -> None:
             torch.optim.AdamW([weight], **numbers)
     except (TypeError, ValueError, IndexError) as e:
         config.refuse(f"{taken.__name__} does not take optimizer.params as they are: {e}")
+
+
+def own_optimizer(kind: str) -> type | None:
+    """DeepSpeed's class of this name, of those that take their arguments as they come."""
+    name = DEEPSPEED_OWN.get(kind)
+    if name is None:
+        return None
+    import importlib
+
+    return getattr(importlib.import_module(f"deepspeed.ops.{kind}"), name)
 
 
 def check_scheduler(config) -> None:
@@ -152,15 +173,31 @@ def check_keys(config) -> None:
     import deepspeed
 
     whole = {key: value for key, value in config.values.items() if key != "train_batch_size"}
-    optimizer = Asked(whole["optimizer"])
-    settings = Asked(whole | {"optimizer": optimizer})
+    parts = {name: Asked(whole[name]) for name in READ_BY_KEY if name in whole}
+    settings = Asked(whole | parts)
     with refusals_as_sentences(config, AttributeError, KeyError, deepspeed.DeepSpeedConfigError):
         deepspeed.DeepSpeedConfig(settings)
     unread = [key for key in settings if key not in settings.asked | HARMLESS and key[:1] != "_"]
-    unread += [f"optimizer.{key}" for key in optimizer if key not in optimizer.asked]
+    known_keys = set(settings.asked)
+    for name, part in parts.items():
+        unread += [f"{name}.{key}" for key in part if key not in part.asked]
+        known_keys |= {f"{name}.{key}" for key in part.asked}
     if unread:
-        known = alike(unread[0], settings.asked) or ": correct the name, or take it out"
+        known = alike(unread[0], known_keys) or ": correct the name, or take it out"
         config.refuse(f"DeepSpeed never reads {', '.join(unread)}{known}")
+
+
+def note_checkpointing(config) -> None:
+    """DeepSpeed keeps this section for deepspeed.checkpointing.checkpoint.
+
+    A model of Hugging Face calls torch's checkpoint, and nothing in the engine reads the section
+    (deepspeed/runtime/activation_checkpointing/checkpointing.py, configure).
+    """
+    if "activation_checkpointing" in config.values and os.environ.get("RANK", "0") == "0":
+        print(
+            "note: activation_checkpointing in DeepSpeed's file does nothing for a Hugging Face "
+            "model: what recomputes activations is --checkpointing"
+        )
 
 
 @contextlib.contextmanager
@@ -187,3 +224,9 @@ def refuse_type(config) -> None:
         )
     if config.dtype == "bfloat16" and not accelerator.is_bf16_supported():
         config.refuse(f'this {accelerator.device_name()} has no bf16: write "auto", or use fp16')
+    slow = accelerator.device_name() == "cpu" and not machine.fast_bfloat16()
+    if config.dtype == "bfloat16" and slow and os.environ.get("RANK", "0") == "0":
+        print(
+            'note: this CPU has no instructions for bf16, a step can take minutes; "auto" in the '
+            "place of true computes in float32"
+        )

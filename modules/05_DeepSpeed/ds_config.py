@@ -18,6 +18,11 @@ SECTIONS = {
     "optimizer": '{"type": "AdamW", "params": {"lr": "auto"}}',
     "scheduler": '{"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}',
 }
+# Other parts of a file that are objects, of which DeepSpeed would say "object has no attribute".
+OBJECTS = {
+    *("aio", "activation_checkpointing", "flops_profiler", "comms_logger", "tensorboard", "wandb"),
+    *("csv_monitor", "comet", "data_types", "checkpoint", "elasticity", "autotuning", "compile"),
+}
 MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}  # their texts are names of all kinds
 
 
@@ -53,7 +58,7 @@ class Config:
         if not file.is_file():
             fail(
                 f"there is no DeepSpeed configuration {shown(file)}: those here are "
-                "ds_config.json and configs/z0.json to z3.json of modules/05_DeepSpeed"
+                "ds_config.json and configs/*.json of modules/05_DeepSpeed"
             )
         try:
             text = file.read_text(encoding="utf-8")
@@ -85,7 +90,8 @@ class Config:
 
     def refuse_shapes(self) -> None:
         """Sections that are no objects, and booleans and numbers in quotation marks."""
-        for name, example in SECTIONS.items():
+        examples = SECTIONS | dict.fromkeys(OBJECTS, "{}")
+        for name, example in examples.items():
             value = self.values.get(name, {})
             if not isinstance(value, dict):
                 self.refuse(f"{name} is {json.dumps(value)}: write an object, such as {example}")
@@ -114,10 +120,13 @@ class Config:
             elif self.offloads(key, "optimizer"):
                 least = 1
             if self.stage < least:
-                self.refuse(
-                    f"zero_optimization.{key} has no effect at stage {self.stage}: take it out, "
-                    f'or write "stage": {least}'
-                )
+                self.refuse_without_effect(key, least)
+
+    def refuse_without_effect(self, key: str, least: int) -> None:
+        self.refuse(
+            f"zero_optimization.{key} has no effect at stage {self.stage}: take it out, or write "
+            f'"stage": {least}'
+        )
 
     def offloads(self, key: str, what: str) -> bool:
         """Whether this key of zero_optimization moves `what` (optimizer, param) off the device."""

@@ -3,6 +3,8 @@
     make train-z2     # likewise train-z0, train-z1, train-z3; train-z2-offload takes ds_config.json
     cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json
     make train-z3 ARGS="--save runs/05_DeepSpeed/z3"     # gathered from all processes
+    make train-z3-offload      # parameters and optimizer in host memory
+    make train-z3 ARGS="--lora-rank 8 --checkpointing"
 
 Look at: the table of bytes. It measures the tensors that the running engine holds in this process
 (parameters, gradients, optimizer states) beside the theory for this stage and number of processes.
@@ -14,15 +16,14 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import ds_check
 import ds_config
+import held
 import zero_states
 
 from lab import data, fail, machine, models, results, training
 from lab.profile import load_profile
-from lab.table import table
 
 
 def main() -> None:
@@ -37,6 +38,10 @@ def main() -> None:
     # Model and data
     models_by_stage = f"{profile.zero.model}; at stage 0 {profile.train.model}"
     training.add_data_flags(parser, profile.train, models_by_stage)
+    rank = "train a LoRA adapter of this rank on every linear layer (default: train all weights)"
+    parser.add_argument("--lora-rank", type=int, metavar="R", help=rank)
+    recompute = "keep the inputs of the layers only, and compute them again in the backward pass"
+    parser.add_argument("--checkpointing", action="store_true", help=recompute)
     # Steps
     training.add_step_flags(parser, profile.train, file_decides=True)
     # Inserted by the deepspeed launcher
@@ -54,6 +59,8 @@ def main() -> None:
             "make train-z2, or deepspeed --num_gpus=2 train.py ..."
         )
     training.refuse_impossible(args, profile.device)
+    if args.lora_rank is not None and args.lora_rank < 1:
+        fail(f"--lora-rank is {args.lora_rank}: give a whole number above 0")
     config = ds_config.Config(args.deepspeed)
     config.settle(args, profile.train, world)
     args.model = args.model or (profile.zero.model if config.stage else profile.train.model)
@@ -69,7 +76,8 @@ def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = models.model_folder(args.model)
-    seen_by_transformers = config.fill(args.steps, AutoConfig.from_pretrained(folder))
+    shape = AutoConfig.from_pretrained(folder)
+    seen_by_transformers = config.fill(args.steps, shape)
     ds_check.check(config)
     ds_check.refuse_type(config)
 
@@ -88,13 +96,17 @@ def main() -> None:
     # At stage 3 divided as it is loaded.
     dtype = getattr(torch, config.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
-    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        model = with_lora(model, args.lora_rank)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     with ds_check.refusals_as_sentences(config):
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=config.values
+            model=model, model_parameters=trained, config=config.values
         )
     del seen_by_transformers
-    stage = stage_that_runs(engine)
+    stage = held.stage_that_runs(engine)
 
     # -----------------------------------------------------------------------------
     # 3. Train: the engine counts the micro-steps, divides the loss by their number and steps after
@@ -107,7 +119,7 @@ def main() -> None:
     batches = endless(loader)
     losses = []
     seconds = []
-    gradients = Held(0, 0)  # the most that was held between a backward and its step
+    gradients = held.Held(0, 0)  # the most that was held between a backward and its step
     for step in range(args.steps):
         began = time.perf_counter()
         step_loss = torch.zeros((), device=engine.device)
@@ -115,7 +127,7 @@ def main() -> None:
             batch = next(batches).to(engine.device)  # [micro_batch, seq_len]
             loss = engine(input_ids=batch, labels=batch).loss
             engine.backward(loss)
-            now_held = gradients_held(engine)
+            now_held = held.gradients(engine)
             if now_held.everywhere > gradients.everywhere:
                 gradients = now_held
             engine.step()
@@ -129,19 +141,26 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 4. What this process holds, beside the theory
 
-    held = {"gradients": gradients} | states_held(engine)
-    bytes_held = {kind: held[kind].everywhere for kind in zero_states.MIXED}
-    offload = offloads(engine)
-    each = zero_states.of_deepspeed(stage, world, config.dtype, config.accumulate, offload)
-    expected = {kind: each[kind] * parameters for kind in each}
+    in_memory = {"gradients": gradients} | held.states(engine)
+    bytes_held = {kind: in_memory[kind].everywhere for kind in zero_states.MIXED}
+    offload = held.offloads(engine)
+    parameters = held.numbers(model.parameters())
+    updated = held.numbers(trained)
+    fp32_sums = held.adds_up_in_fp32(engine)
+    running = (stage, world, config.dtype, config.accumulate, offload, fp32_sums)
+    each = zero_states.of_deepspeed(*running)
+    # Adapted weights are frozen: no gradients of them, and no optimizer states.
+    counts = {"parameters": parameters, "gradients": updated, "optimizer": updated}
+    expected = {kind: each[kind] * counts[kind] for kind in each}
     adam = type(engine.basic_optimizer).__name__
     if rank == 0:
         wrapper = type(engine.optimizer).__name__
+        frozen = f"{updated:,} of them trained, " if args.lora_rank else ""
         print(
             f"\nZeRO stage {stage} ({wrapper} over {adam}), {world} processes, "
-            f"{parameters:,} parameters, {config.dtype}"
+            f"{parameters:,} parameters, {frozen}{config.dtype}"
         )
-        show_bytes(bytes_held, expected, parameters)
+        held.show(bytes_held, expected, parameters)
 
     # -----------------------------------------------------------------------------
     # 5. Save: under stage 3 every process holds a part of each tensor, so all of them gather, one
@@ -150,6 +169,8 @@ def main() -> None:
     if args.save:
         state = {}
         for name, weight in engine.module.named_parameters():
+            if not weight.requires_grad:
+                continue  # below an adapter, which is saved alone
             # Nothing happens to a whole parameter; at stage 3 it would be saved empty without.
             with deepspeed.zero.GatheredParameters(weight):
                 if rank == 0:
@@ -157,20 +178,24 @@ def main() -> None:
         if rank == 0:
             engine.module.save_pretrained(args.save, state_dict=state)
             AutoTokenizer.from_pretrained(folder).save_pretrained(args.save)
+    host_peak = torch.tensor([training.peak_memory_gib("cpu")], device=engine.device)
+    dist.all_reduce(host_peak)
     if rank == 0:
         step_tokens = config.step_blocks * args.seq_len
-        on_device = sum(part.on_device for part in held.values())
+        on_device = sum(part.on_device for part in in_memory.values())
         metrics = {
             "zero_stage": stage,
             "world_size": world,
             "losses": losses,
             "step_tok_count": step_tokens,
-            **gib_of_states(bytes_held, expected),
+            **held.gib(bytes_held, expected),
             "state_bytes_per_parameter_ratio": round(sum(bytes_held.values()) / parameters, 3),
             "state_on_device_gib": on_device / 2**30,
             "throughput_tok_per_s": training.tokens_per_s(step_tokens, seconds),
             "peak_memory_gib": round(training.peak_memory_gib(profile.device), 2),
+            "host_peak_gib": round(host_peak.item(), 2),
             "parameters_count": parameters,
+            "trained_count": updated,
             "optimizer": adam,
             "dtype": config.dtype,
         }
@@ -181,105 +206,23 @@ def main() -> None:
             "accumulate": config.accumulate,
             "deepspeed_config": config.values,
         }
-        results.finish(__file__, metrics, settings, f"z{stage}" + "-offload" * offload)
+        where = "-offload" * offload
+        adapter = "-lora" if args.lora_rank else ""
+        results.finish(__file__, metrics, settings, f"z{stage}{where}{adapter}")
     dist.destroy_process_group()
 
 
-# -----------------------------------------------------------------------------
-# Measuring. Buffers on the way (reduce bucket, copies for offload) are no states: peak memory has
-# them.
+def with_lora(model, rank: int):
+    """The model with an adapter on every linear layer but the output's; the rest is frozen.
 
+    Before the engine is made: at stage 3 that divides the adapter too. peft would hold it in fp32
+    beside 16-bit weights; DeepSpeed keeps an fp32 master copy of it anyway.
+    """
+    from peft import LoraConfig, get_peft_model
 
-class Held(NamedTuple):
-    """Bytes of tensors: all of them, and those on the device that computes."""
-
-    everywhere: int
-    on_device: int
-
-
-def bytes_of(tensors, device) -> Held:
-    """Each tensor counted once: tied weights are one."""
-    once = {t.data_ptr(): t for t in tensors if t is not None and t.numel()}.values()
-    return Held(
-        sum(tensor.nbytes for tensor in once),
-        sum(tensor.nbytes for tensor in once if tensor.device.type == device.type),
-    )
-
-
-def stage_that_runs(engine) -> int:
-    """The stage by the class of the optimizer: one does stages 1 and 2, one stage 3."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    zero = engine.optimizer
-    stage = 0
-    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        stage = 3
-    elif isinstance(zero, DeepSpeedZeroOptimizer):
-        stage = 2 if zero.partition_gradients else 1
-    configured = engine.zero_optimization_stage()
-    if stage != configured:
-        kind = type(zero).__name__
-        fail(f"configured for ZeRO stage {configured}, but the engine runs stage {stage} ({kind})")
-    return stage
-
-
-def offloads(engine) -> bool:
-    """Whether the optimizer's states are in host memory."""
-    zero = engine.optimizer
-    return getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
-
-
-def gradients_held(engine) -> Held:
-    """What is kept from backward to step, wherever the stage keeps it."""
-    zero = engine.optimizer
-    tensors = [weight.grad for weight in engine.module.parameters()]
-    offloaded = getattr(zero, "single_partition_of_fp32_groups", [])
-    tensors += [part.grad for part in offloaded]
-    for group in getattr(zero, "averaged_gradients", {}).values():
-        tensors += group or []
-    return bytes_of(tensors, engine.device)
-
-
-def states_held(engine) -> dict[str, Held]:
-    """Parameters, and the optimizer's states: master copy and moments."""
-    import torch
-
-    weights = []
-    for weight in engine.module.parameters():
-        weights.append(weight.data)  # empty at stage 3 ...
-        weights.append(getattr(weight, "ds_tensor", None))  # ... where this is the own part
-    moments = []
-    for master, state in engine.basic_optimizer.state.items():
-        moments += [tensor for tensor in (master, *state.values()) if torch.is_tensor(tensor)]
-    parameters = bytes_of(weights, engine.device)
-    # In fp32 without ZeRO the master copy is the weight itself: counted together, then taken off.
-    both = bytes_of([*weights, *moments], engine.device)
-    everywhere = both.everywhere - parameters.everywhere
-    optimizer = Held(everywhere, both.on_device - parameters.on_device)
-    return {"parameters": parameters, "optimizer": optimizer}
-
-
-def show_bytes(held: dict[str, int], expected: dict[str, float], parameters: int) -> None:
-    """The table of bytes, a row for each kind and one for their sum."""
-    held = held | {"sum": sum(held.values())}
-    expected = expected | {"sum": sum(expected.values())}
-    rows = [
-        [kind, f"{held[kind]:,}", f"{expected[kind]:,.0f}", f"{held[kind] / parameters:.2f}"]
-        for kind in held
-    ]
-    table(["bytes in this process", "measured", "theory", "per parameter"], rows)
-
-
-def gib_of_states(held: dict[str, int], expected: dict[str, float]) -> dict[str, float]:
-    """The same table for the record."""
-    sums = {"": sum(held.values()), "_theory": sum(expected.values())}
-    gib = {}
-    for kind in held:
-        name = kind.removesuffix("s")
-        gib[f"{name}_state_gib"] = held[kind] / 2**30
-        gib[f"{name}_state_theory_gib"] = expected[kind] / 2**30
-    return gib | {f"state{name}_gib": total / 2**30 for name, total in sums.items()}
+    kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, **kind)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def forget_shared_memory(rank: int) -> None:

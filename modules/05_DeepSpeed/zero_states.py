@@ -21,7 +21,12 @@ def of_paper(stage: int, processes: float, whole: dict[str, int]) -> dict[str, f
 
 
 def of_deepspeed(
-    stage: int, processes: int, dtype: str, accumulate: int, offload: bool
+    stage: int,
+    processes: int,
+    dtype: str,
+    accumulate: int,
+    offload: bool,
+    fp32_sums: bool = False,
 ) -> dict[str, float]:
     """The same as DeepSpeed 0.19 holds it between backward and step.
 
@@ -30,12 +35,15 @@ def of_deepspeed(
     It differs from the paper in three things. In fp32 the parameters could be their own master
     copy, but from stage 1 on DeepSpeed copies this process's part of them all the same. Stage 1
     keeps whole gradients only while they accumulate: after the last micro-step it too keeps its
-    part. An offloaded optimizer gets its part of the gradients in fp32.
+    part. An offloaded optimizer gets its part of the gradients in fp32. Where they add up in fp32
+    at stage 1 (`fp32_sums`), another class holds both kinds whole.
     """
     whole = dict(FP32 if dtype == "float32" else MIXED)
     if stage >= 1:
         whole["optimizer"] = MIXED["optimizer"]
     if offload:
         whole["gradients"] = FP32["gradients"]
-    divides_gradients = stage == 1 and accumulate == 1
+    if fp32_sums:
+        whole["gradients"] += FP32["gradients"]
+    divides_gradients = stage == 1 and accumulate == 1 and not fp32_sums
     return of_paper(2 if divides_gradients else stage, processes, whole)

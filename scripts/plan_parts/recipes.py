@@ -153,10 +153,12 @@ def moved(deepspeed: dict, part: str) -> bool:
 def divided(zero: dict) -> dict:
     """What DeepSpeed's zero_optimization says, as fields of `Training`."""
     offloaded = [part for part in ("optimizer", "param") if f"offload_{part}" in zero]
+    first = zero.get(f"offload_{offloaded[0]}", {}) if offloaded else {}
     return {
         "engine": "deepspeed",
         "zero": zero["stage"],
         "offload": "+".join(offloaded) or "none",
+        "pin_memory": first.get("pin_memory", True),
         "bucket": zero.get("reduce_bucket_size", BUCKET),
     }
 
@@ -165,11 +167,15 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
     """The stages that divide something train a larger model."""
     targets = {f"train-z{stage}": f"{DEEPSPEED}/configs/z{stage}.json" for stage in range(4)}
     targets["train-z2-offload"] = f"{DEEPSPEED}/ds_config.json"
+    targets["train-z3-offload"] = f"{DEEPSPEED}/configs/z3-offload.json"
+    small_host = f"{DEEPSPEED}/configs/z3-offload-64gb.json"
+    targets["train-z3-offload CONFIG=z3-offload-64gb"] = small_host
     written = []
     for target, file in targets.items():
         config = read(file)
         zero = config["zero_optimization"]
         options = divided(zero)
+        options["checkpointing"] = target.startswith("train-z3-")  # the Makefile says it there
         if config["gradient_accumulation_steps"] != "auto":
             options["accumulate"] = config["gradient_accumulation_steps"]
         model = profile["zero"]["model"] if zero["stage"] else None

@@ -16,7 +16,8 @@ class Engine:
 
     `stage` 0 to 3. `layers`: the modules that stage 3 gathers one by one (a decoder's blocks).
     `bucket_size`: numbers that stages 0 to 2 reduce together. `offload`: the optimizer's states lie
-    in the host's memory, and the host updates them.
+    in the host's memory, and the host updates them. `optimizer`: a class that works number by
+    number, as AdamW and SGD do.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Engine:
         accumulate: int = 1,
         bucket_size: int = 5_000_000,
         offload: bool = False,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
     ):
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO has stages 0 to 3, not {stage}")
@@ -45,7 +47,7 @@ class Engine:
         updated = list(model.parameters())
         if stage > 0:
             updated = [unit.master for unit in self.divided.units]
-        self.optimizer = torch.optim.AdamW(updated, lr=learning_rate, weight_decay=0.0)
+        self.optimizer = optimizer(updated, lr=learning_rate, weight_decay=0.0)
 
     def __call__(self, **batch):
         self.divided.last_micro_step = self.micro_step == self.accumulate - 1

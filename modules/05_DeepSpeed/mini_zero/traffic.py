@@ -16,6 +16,8 @@ COUNTED = {
     "all_reduce": (2, 0),
     "reduce_scatter_tensor": (1, 1),
     "all_gather_into_tensor": (1, 0),
+    "all_to_all_single": (1, 1),
+    "isend": (1, 0),
 }
 
 

@@ -1,0 +1,90 @@
+"""The records of modules 04's and 05's trainings, as the planner's model and `Training`."""
+
+from typing import NamedTuple
+
+from lab import models
+from lab.planner import speed, weights
+from lab.planner.config import Model, read
+from lab.planner.training import Training
+
+
+class Made(NamedTuple):
+    """How a record is made, and by which engine."""
+
+    command: str
+    engine: str
+    zero: int = 0
+
+
+ACCELERATE = "make train-accelerate"
+MADE = {
+    "04_Accelerate/01_train_ddp": Made("make train-ddp", "ddp"),
+    "04_Accelerate/02_train_accelerate": Made(ACCELERATE, "ddp"),
+    "04_Accelerate/02_train_accelerate-fsdp": Made(f"{ACCELERATE} CONFIG=fsdp", "fsdp"),
+    "04_Accelerate/02_train_accelerate-deepspeed": Made(
+        f"{ACCELERATE} CONFIG=deepspeed_zero2", "deepspeed", 2
+    ),
+    "05_DeepSpeed/train-z0": Made("make train-z0", "deepspeed", 0),
+    "05_DeepSpeed/train-z1": Made("make train-z1", "deepspeed", 1),
+    "05_DeepSpeed/train-z2": Made("make train-z2", "deepspeed", 2),
+    "05_DeepSpeed/train-z3": Made("make train-z3", "deepspeed", 3),
+    "05_DeepSpeed/train-z2-offload": Made("make train-z2-offload", "deepspeed", 2),
+    "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload", "deepspeed", 3),
+    "05_DeepSpeed/train-z3-nvme": Made("make train-z3-nvme", "deepspeed", 3),
+    "05_DeepSpeed/train-z3-lora": Made("make train-z3, LoRA", "deepspeed", 3),
+}
+
+
+def model_of(record: dict) -> Model:
+    """The model that it is named after, or else the one with as many parameters."""
+    configs = {
+        name: entry["config"] for name, entry in models.catalogue().items() if "config" in entry
+    }
+    for name, config in configs.items():
+        if name.removesuffix("-instruct") in record["config"]["model"]:
+            return read(config, name)
+    count = record["metrics"]["parameters_count"]
+    every = (read(config, name) for name, config in configs.items())
+    return next(model for model in every if weights.parameters(model) == count)
+
+
+def training_of(record: dict) -> Training:
+    """What was asked for in a record of MADE."""
+    made = MADE[record["script"]]
+    config = record["config"]
+    metrics = record["metrics"]
+    mixed = {"bf16": "bfloat16", "no": "float32"}.get(config.get("mixed_precision"))
+    rank = config.get("lora_rank")
+    zero3 = made.zero == 3
+    offload = "none"
+    if record["script"].endswith(("-offload", "-nvme")):
+        offload = "optimizer+param" if zero3 else "optimizer"
+    return Training(
+        gpus=metrics["world_size"],
+        engine=made.engine,
+        zero=made.zero,
+        dtype=metrics.get("dtype", mixed),
+        method="lora" if rank else "full",
+        lora_rank=rank or Training.lora_rank,
+        micro_batch=config["micro_batch"],
+        seq_len=config["seq_len"],
+        accumulate=config["accumulate"],
+        offload=offload,
+        offload_device="nvme" if record["script"].endswith("-nvme") else "cpu",
+    )
+
+
+def sent_bytes(record: dict) -> float:
+    """Bytes that each process sends in a step, over a ring.
+
+    DeepSpeed 0.19.8 sums whole buckets at stages 1 and 2 too, unless its configuration says
+    `use_multi_rank_bucket_allreduce: false`: an all-reduce where the paper has a reduce-scatter.
+    """
+    setup = training_of(record)
+    share = (setup.gpus - 1) / setup.gpus
+    total = 0.0
+    for kind, size, times in speed.train_messages(model_of(record), setup):
+        summed_whole = setup.zero in (1, 2) and kind == "reduce_scatter"
+        trips = 2 if kind == "all_reduce" or summed_whole else 1
+        total += trips * times * share * size
+    return total
