@@ -18,6 +18,7 @@ class Made(NamedTuple):
 
 ACCELERATE = "make train-accelerate"
 MADE = {
+    "04_Accelerate/01_train_ddp-one": Made("make train-one", "ddp"),
     "04_Accelerate/01_train_ddp": Made("make train-ddp", "ddp"),
     "04_Accelerate/02_train_accelerate": Made(ACCELERATE, "ddp"),
     "04_Accelerate/02_train_accelerate-fsdp": Made(f"{ACCELERATE} CONFIG=fsdp", "fsdp"),
@@ -31,7 +32,8 @@ MADE = {
     "05_DeepSpeed/train-z2-offload": Made("make train-z2-offload", "deepspeed", 2),
     "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload", "deepspeed", 3),
     "05_DeepSpeed/train-z3-nvme": Made("make train-z3-nvme", "deepspeed", 3),
-    "05_DeepSpeed/train-z3-lora": Made("make train-z3, LoRA", "deepspeed", 3),
+    "05_DeepSpeed/train-z2-lora": Made('make train-z2 ARGS="--lora-rank 8"', "deepspeed", 2),
+    "05_DeepSpeed/train-z3-lora": Made('make train-z3 ARGS="--lora-rank 8"', "deepspeed", 3),
 }
 
 
