@@ -30,10 +30,10 @@ MADE = {
     "05_DeepSpeed/train-z2": Made("make train-z2", "deepspeed", 2),
     "05_DeepSpeed/train-z3": Made("make train-z3", "deepspeed", 3),
     "05_DeepSpeed/train-z2-offload": Made("make train-z2-offload", "deepspeed", 2),
-    "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload", "deepspeed", 3),
+    "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload CONFIG=z3-offload-64gb", "deepspeed", 3),
     "05_DeepSpeed/train-z3-nvme": Made("make train-z3-nvme", "deepspeed", 3),
-    "05_DeepSpeed/train-z2-lora": Made('make train-z2 ARGS="--lora-rank 8"', "deepspeed", 2),
-    "05_DeepSpeed/train-z3-lora": Made('make train-z3 ARGS="--lora-rank 8"', "deepspeed", 3),
+    "05_DeepSpeed/train-z2-lora": Made("make train-z2, LoRA", "deepspeed", 2),
+    "05_DeepSpeed/train-z3-lora": Made("make train-z3, LoRA", "deepspeed", 3),
 }
 
 
