@@ -23,7 +23,9 @@ PROCESSES = ("--nproc-per-node", "--num_processes", "--num_gpus")
 def processes(command: list[str]) -> int:
     """How many processes the launcher will start, on a card each; 0 where it does not say."""
     for flag, value in zip(command, command[1:], strict=False):
-        if flag in PROCESSES and value.isdecimal():
+        if flag in PROCESSES:
+            if not value.isdecimal() or int(value) < 1:
+                fail(f"PROCESSES={value}: give a whole number above 0, or leave it out")
             return int(value)
     return 0
 

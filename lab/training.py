@@ -84,7 +84,7 @@ def refuse_impossible(args, device: str) -> None:
     given = vars(args)
     names = ("steps", "micro_batch", "accumulate", "learning_rate")
     numbers = [given[name] for name in names if given.get(name) is not None]
-    if min(numbers) <= 0 or args.seq_len < 2:
+    if not all(number > 0 for number in numbers) or args.seq_len < 2:  # NaN is not above 0
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names if name in given)
         fail(f"{flags} must be positive, --seq-len at least 2")
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"

@@ -38,7 +38,7 @@ import re
 from typing import NamedTuple
 
 import yaml
-from trainings import MADE, model_of, sent_bytes, training_of
+from trainings import MADE, command_of, model_of, sent_bytes, training_of
 
 from lab import ROOT, fail, shown
 from lab.planner import training
@@ -294,14 +294,14 @@ def costs(language: str) -> str:
         device = f"{len(gpus)} x {gpus[0]['name']}" if gpus else "CPU"
         lines += [f"`{machine}` ({device}):", ""]
         lines += ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-        for name, record in stored.items():
-            lines.append("| " + " | ".join(cost_cells(name, record)) + " |")
+        for record in stored.values():
+            lines.append("| " + " | ".join(cost_cells(record)) + " |")
         remarked = remarks(stored, language)
         lines += ["", *remarked, ""] if remarked else [""]
     return "\n".join(lines)
 
 
-def cost_cells(name: str, record: dict) -> list[str]:
+def cost_cells(record: dict) -> list[str]:
     """The row of a training, as COST_HEADS has it."""
     metrics = record["metrics"]
     model = model_of(record)
@@ -316,7 +316,7 @@ def cost_cells(name: str, record: dict) -> list[str]:
     values += [metrics["throughput_tok_per_s"], sent_bytes(record) / 1e9]
     batch = f"{setup.micro_batch} x {setup.seq_len}"
     cells = [ABSENT if value is None else number(value) for value in values]
-    return [f"`{MADE[name].command}`", model.name, batch, *cells]
+    return [f"`{command_of(record)}`", model.name, batch, *cells]
 
 
 # What speeds.py says of a line, in the language of the page.

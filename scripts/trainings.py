@@ -30,10 +30,9 @@ MADE = {
     "05_DeepSpeed/train-z2": Made("make train-z2", "deepspeed", 2),
     "05_DeepSpeed/train-z3": Made("make train-z3", "deepspeed", 3),
     "05_DeepSpeed/train-z2-offload": Made("make train-z2-offload", "deepspeed", 2),
-    "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload CONFIG=z3-offload-64gb", "deepspeed", 3),
-    "05_DeepSpeed/train-z3-nvme": Made("make train-z3-nvme", "deepspeed", 3),
-    "05_DeepSpeed/train-z2-lora": Made("make train-z2, LoRA", "deepspeed", 2),
-    "05_DeepSpeed/train-z3-lora": Made("make train-z3, LoRA", "deepspeed", 3),
+    "05_DeepSpeed/train-z3-offload": Made("make train-z3-offload", "deepspeed", 3),
+    "05_DeepSpeed/train-z2-lora": Made("make train-z2", "deepspeed", 2),
+    "05_DeepSpeed/train-z3-lora": Made("make train-z3", "deepspeed", 3),
 }
 
 
@@ -43,11 +42,23 @@ def model_of(record: dict) -> Model:
         name: entry["config"] for name, entry in models.catalogue().items() if "config" in entry
     }
     for name, config in configs.items():
-        if name.removesuffix("-instruct") in record["config"]["model"]:
+        if name.removesuffix("-instruct") in record["config"]["model"].lower():
             return read(config, name)
     count = record["metrics"]["parameters_count"]
     every = (read(config, name) for name, config in configs.items())
     return next(model for model in every if weights.parameters(model) == count)
+
+
+def command_of(record: dict) -> str:
+    """How to make a record of MADE again, but for its model and lengths."""
+    config = record["config"]
+    command = MADE[record["script"]].command
+    if config.get("deepspeed", "").endswith("z3-offload-64gb.json"):
+        command += " CONFIG=z3-offload-64gb"
+    if config.get("lora_rank"):
+        flags = f"--lora-rank {config['lora_rank']}" + " --checkpointing" * config["checkpointing"]
+        command += f' ARGS="{flags}"'
+    return command
 
 
 def training_of(record: dict) -> Training:
@@ -57,10 +68,9 @@ def training_of(record: dict) -> Training:
     metrics = record["metrics"]
     mixed = {"bf16": "bfloat16", "no": "float32"}.get(config.get("mixed_precision"))
     rank = config.get("lora_rank")
-    zero3 = made.zero == 3
-    offload = "none"
-    if record["script"].endswith(("-offload", "-nvme")):
-        offload = "optimizer+param" if zero3 else "optimizer"
+    zero = config.get("deepspeed_config", {}).get("zero_optimization", {})
+    offloaded = [part for part in ("optimizer", "param") if zero.get(f"offload_{part}")]
+    first = zero.get("offload_optimizer") or {}
     return Training(
         gpus=metrics["world_size"],
         engine=made.engine,
@@ -71,8 +81,9 @@ def training_of(record: dict) -> Training:
         micro_batch=config["micro_batch"],
         seq_len=config["seq_len"],
         accumulate=config["accumulate"],
-        offload=offload,
-        offload_device="nvme" if record["script"].endswith("-nvme") else "cpu",
+        offload="+".join(offloaded) or "none",
+        pin_memory=first.get("pin_memory", True),
+        checkpointing=config.get("checkpointing", False),
     )
 
 

@@ -269,7 +269,7 @@ def test_the_table_of_costs():
         for name, row in zip(names, rows, strict=True):
             metrics = tables.records(name)[machine]["metrics"]
             cells = [cell.strip() for cell in row.strip("|").split("|")]
-            assert cells[0] == f"`{tables.MADE[name].command}`"
+            assert cells[0].startswith(f"`{tables.MADE[name].command}")
             state = metrics.get("state_gib")
             assert cells[6] == (tables.number(state) if state else tables.ABSENT)
             assert cells[10] == tables.number(metrics["throughput_tok_per_s"])

@@ -110,7 +110,7 @@ def main() -> None:
     training.add_process_flag(parser)
     args = parser.parse_args()
     training.refuse_impossible(args, profile.device)
-    if args.rows < 1 or args.warmup < 0 or args.clip <= 0:
+    if args.rows < 1 or args.warmup < 0 or not args.clip > 0:
         fail("--rows and --clip must be positive, --warmup at least 0")
     if args.profile and args.steps < 2:
         fail("--profile leaves out the first step: --steps must be at least 2")
@@ -157,6 +157,8 @@ def main() -> None:
     judged = token_rows(tokenizer, args.held_out, args.seq_len, ROWS["validation"])
     made_of = f"{world} processes x {args.accumulate} micro-steps x {args.micro_batch}"
     step_rows = world * args.accumulate * args.micro_batch
+    if len(rows) < step_rows:
+        fail(f"one step needs {step_rows} rows ({made_of}), here are {len(rows)}: raise --rows")
     rows = training.whole_steps(rows, step_rows, args, made_of)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -203,7 +205,7 @@ def main() -> None:
         line = f"epoch {epoch + 1}   step {step:3}   loss {measured['loss']:.4f}"
         line += f"   rate {measured['rate']:.1e}   norm {measured['norm']:5.2f}"
         line += f"   {measured['seconds']:.2f} s"
-        if step % epoch_steps == 0 or step == args.steps:
+        if (step % epoch_steps == 0 and not args.profile) or step == args.steps:
             judgements[step] = validate(accelerator, model, validation)
             curves["validation_loss"] = judgements[step]
             line += f"   validation {judgements[step]:.4f}"

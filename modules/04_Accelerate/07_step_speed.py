@@ -189,7 +189,7 @@ def why_not(setting: Setting, device, dtype) -> str:
 
 
 def product_flop_per_s(size: int, device, dtype) -> float:
-    """What one large matrix product reaches: the best of five times ten."""
+    """What one large matrix product reaches: the best of six times ten in a row."""
     import torch
 
     a = torch.randn(size, size, device=device, dtype=dtype)

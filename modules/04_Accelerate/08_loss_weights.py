@@ -11,7 +11,7 @@ nothing is printed: it is another loss, in which a token of a short row counts f
 
 import argparse
 
-from lab import models, results, training
+from lab import fail, models, results, training
 from lab.profile import load_profile
 from lab.table import table
 
@@ -61,6 +61,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     count = world * args.accumulate * args.micro_batch
     rows = token_rows(tokenizer, args.data, args.seq_len, count)
+    if len(rows) < count:
+        fail(f"one step needs {count} rows, {args.data} has {len(rows)}: lower --micro-batch")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(accelerator.device)
 

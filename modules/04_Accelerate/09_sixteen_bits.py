@@ -151,7 +151,7 @@ def main() -> None:
     meaning = "micro-steps of a step: each loss is divided by so many"
     add(parser, "--accumulate", int, 16384, meaning)
     args = parser.parse_args()
-    if min(args.warm_up, args.steps, args.accumulate) < 1 or args.learning_rate <= 0:
+    if min(args.warm_up, args.steps, args.accumulate) < 1 or not args.learning_rate > 0:
         fail("--warm-up, --steps, --accumulate and --learning-rate must be positive")
     jobs.refuse_taken_cards()
     messages = [message["content"] for row in data.rows(args.data) for message in row["messages"]]

@@ -57,6 +57,8 @@ def main() -> None:
     if "native_ddp" not in args.only:
         fail("--only must name native_ddp: the others are compared with it")
     config = dict(models.config(args.model))
+    if not {"num_hidden_layers", "vocab_size"} <= config.keys():
+        fail(f"{args.model} is more than a language model: take one of text alone")
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
 
     import overhead_loops
@@ -90,7 +92,7 @@ def main() -> None:
     # 2. A turn: the same random model anew, wrapped by this loop, and a few steps
 
     def turn(name: str) -> tuple[list[float], float]:
-        """{losses, seconds of a step: the median} of `--steps` steps by this loop."""
+        """(losses, seconds of a step: the median) of `--steps` steps by this loop."""
         torch.manual_seed(0)
         dtype = torch.bfloat16 if bf16 and name == "deepspeed_0" else torch.float32
         with device:

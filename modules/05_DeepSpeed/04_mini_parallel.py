@@ -11,6 +11,7 @@ real (Qwen3, Qwen3-MoE); the text counts in steps of 1 to 8; everything is compu
 """
 
 import argparse
+import math
 import os
 from collections import Counter
 from functools import partial
@@ -235,10 +236,12 @@ def refuse(args, device: str) -> None:
     training.refuse_alone(world, max(2, args.min_world))
     if world not in (2, 4):
         fail(f"4 layers and 4 KV heads are not divided by {world}: take PROCESSES=2 or 4")
-    share = args.micro_batches * world // 2
-    if args.batch % max(share, world) or args.seq_len % world:
-        parts = f"--batch must be a multiple of {max(share, world)} (micro-batches x replicas)"
-        fail(f"{parts}, --seq-len of {world} (processes)")
+    whole = math.lcm(args.micro_batches * world // 2, world)
+    if args.batch % whole or args.seq_len % world:
+        fail(
+            f"--batch must be a multiple of {whole} (of the processes, and of micro-batches x "
+            f"replicas), --seq-len of {world} (processes)"
+        )
 
 
 # -----------------------------------------------------------------------------

@@ -63,6 +63,8 @@ def main() -> None:
     on_cpu = {"seq_len": 64, "micro_batch": 1} if profile.device == "cpu" else {}
     parser.set_defaults(model=profile.zero.model, steps=4, **on_cpu)
     args = parser.parse_args()
+    if args.save:
+        fail("nothing is kept here: leave --save out")
     training.refuse_impossible(args, profile.device)
     need_cards("zero-buckets", args.processes)
 
@@ -83,10 +85,9 @@ def main() -> None:
         command += ["--deepspeed", str(file), *case.flags, *flags_of(args)]
         print(f"== {name}: {json.dumps(case.keys)[1:-1]} {' '.join(case.flags)}", flush=True)
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        if done.returncode == 2:
-            fail(f"case {name} was refused (see above)")
-        if done.returncode in (130, 143):  # Ctrl+C, make stop
-            raise SystemExit(done.returncode)
+        if done.returncode in (2, 130, 143):  # refused, Ctrl+C, make stop: the others count
+            print(f"== {name} ended with exit code {done.returncode}, see above: the end")
+            break
         if done.returncode:
             print(f"== {name} ended with exit code {done.returncode}, see above: left out")
             continue
@@ -127,6 +128,7 @@ def settings(case: Case) -> dict:
 def flags_of(args) -> list[str]:
     """The flags that train.py takes too, as they were given here."""
     names = ("model", "data", "seq_len", "steps", "micro_batch", "accumulate", "learning_rate")
+    names = (*names, "seed")
     flags = []
     for name in names:
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

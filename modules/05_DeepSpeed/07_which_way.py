@@ -28,35 +28,44 @@ class Way(NamedTuple):
 
     name: str
     options: dict  # fields of Training
-    command: str
+    target: str  # of make
+    flags: str = ""  # in its ARGS, before model and sizes
 
 
 DEEPSPEED = {"engine": "deepspeed"}
+KEEPS = {"checkpointing": False}  # 04's scripts keep the activations
+RECOMPUTES = "--checkpointing "
 BOTH = "optimizer+param"
 WAYS = (
-    Way("one card", {"gpus": 1}, "make train-one"),
-    Way("DDP", {}, "make train-ddp"),
-    Way("ZeRO-2", DEEPSPEED | {"zero": 2}, "make train-z2"),
-    Way("ZeRO-3", DEEPSPEED | {"zero": 3}, "make train-z3"),
-    Way("FSDP2", {"engine": "fsdp"}, "make train-accelerate CONFIG=fsdp"),
-    Way("ZeRO-2 offload", DEEPSPEED | {"zero": 2, "offload": "optimizer"}, "make train-z2-offload"),
+    Way("one card", KEEPS | {"gpus": 1}, "train-one"),
+    Way("DDP", KEEPS, "train-ddp"),
+    Way("ZeRO-2", DEEPSPEED | {"zero": 2}, "train-z2", RECOMPUTES),
+    Way("ZeRO-3", DEEPSPEED | {"zero": 3}, "train-z3", RECOMPUTES),
+    Way("FSDP2", KEEPS | {"engine": "fsdp"}, "train-accelerate CONFIG=fsdp"),
+    Way(
+        "ZeRO-2 offload",
+        DEEPSPEED | {"zero": 2, "offload": "optimizer"},
+        "train-z2-offload",
+        RECOMPUTES,
+    ),
     Way(
         "ZeRO-3 offload, not pinned",
         DEEPSPEED | {"zero": 3, "offload": "optimizer", "pin_memory": False},
-        "make train-z3-offload CONFIG=z3-offload-64gb",
+        "train-z3-offload CONFIG=z3-offload-64gb",
     ),
     Way(
         "ZeRO-3 offload, parameters too",
         DEEPSPEED | {"zero": 3, "offload": BOTH},
-        "make train-z3-offload",
+        "train-z3-offload",
     ),
-    Way("LoRA, one card", {"gpus": 1, "method": "lora"}, "make lf-train"),
+    Way("LoRA, one card", {"gpus": 1, "method": "lora"}, "lf-train"),
     Way(
         "LoRA, ZeRO-3",
         DEEPSPEED | {"zero": 3, "method": "lora"},
-        'make train-z3 ARGS="--lora-rank 16 --checkpointing"',
+        "train-z3",
+        "--lora-rank 16 " + RECOMPUTES,
     ),
-    Way("QLoRA, one card", {"gpus": 1, "method": "qlora"}, "make lf-train (quantization_bit: 4)"),
+    Way("QLoRA, one card", {"gpus": 1, "method": "qlora"}, "lf-train"),
 )
 
 
@@ -78,7 +87,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1, help=batch)
     args = parser.parse_args()
     numbers = (args.gpus, args.gpu_memory_gib, args.host_gib, args.seq_len, args.micro_batch)
-    if not min(numbers) > 0:
+    if not all(number > 0 for number in numbers):  # NaN is not above 0
         fail("--gpus, --gpu-memory-gib, --host-gib, --seq-len, --micro-batch must be above 0")
 
     # -----------------------------------------------------------------------------
@@ -93,15 +102,17 @@ def main() -> None:
         checkpointing=True,
     )
 
+    ways = [way for way in WAYS if args.gpus > 1 or way.options.get("gpus") == 1]
+
     def plans(name: str) -> list[TrainPlan]:
         """What each way needs for this model."""
         model = config.read(models.config(name), name)
-        return [train(model, replace(asked, **way.options)) for way in WAYS]
+        return [train(model, replace(asked, **way.options)) for way in ways]
 
     rows = []
     metrics = {}
     chosen = None
-    for way, plan in zip(WAYS, plans(args.model), strict=True):
+    for way, plan in zip(ways, plans(args.model), strict=True):
         verdict = obstacle(plan, asked) or ("fits" if chosen else "this one")
         if plan.fits and not chosen:
             chosen = way
@@ -110,10 +121,10 @@ def main() -> None:
         metrics[f"{key(way)}_card_gib"] = round(on_card, 2)
         metrics[f"{key(way)}_host_gib"] = plan.host_gib
     title = f"{args.model} on {args.gpus} x {args.gpu_memory_gib:g} GiB, host {args.host_gib:g} GiB"
-    print(f"{title}, {args.micro_batch} x {args.seq_len} tokens a card, activations recomputed")
+    print(f"{title}, {args.micro_batch} x {args.seq_len} tokens a card")
     table(["", "GiB a card", "host", "verdict"], rows)
     if chosen:
-        print(f"\nthe first that fits: {chosen.name} ({chosen.command})")
+        print(f"\nthe first that fits: {chosen.name}: {command(chosen, args)}")
     else:
         print("\nnone of them fits: fewer tokens, a smaller model, more cards or a larger host")
 
@@ -121,9 +132,9 @@ def main() -> None:
     # 2. The picture: the same for six sizes
 
     sizes = {f"Qwen2.5-{size.upper()}": plans(f"qwen2.5-{size}-instruct") for size in SIZES}
-    results.picture(__file__, "which_way", draw(sizes, asked))
+    results.picture(__file__, "which_way", draw(sizes, ways, asked))
     for name, planned in sizes.items():
-        first = next((place for place, plan in enumerate(planned) if plan.fits), len(WAYS))
+        first = next((place for place, plan in enumerate(planned) if plan.fits), len(ways))
         metrics[f"{name.lower()}_first_way_count"] = first + 1
     results.finish(__file__, metrics | {"chosen": chosen.name if chosen else ""}, vars(args))
 
@@ -131,6 +142,14 @@ def main() -> None:
 def key(way: Way) -> str:
     """`lora_one_card`, as a metric begins."""
     return way.name.lower().replace(", ", "_").replace(" ", "_").replace("-", "")
+
+
+def command(way: Way, args) -> str:
+    """What to type for it. LLaMA-Factory's settings stand in a file: modules/06, readme."""
+    if way.target == "lf-train":
+        return "make lf-train"
+    sizes = f"--model {args.model} --seq-len {args.seq_len} --micro-batch {args.micro_batch}"
+    return f'make {way.target} ARGS="{way.flags}{sizes}"'
 
 
 def obstacle(plan: TrainPlan, asked: Training) -> str:
@@ -150,7 +169,7 @@ def largest(parts: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {parts[name]:.1f}" for name in names)
 
 
-def draw(sizes: dict[str, list[TrainPlan]], asked: Training):
+def draw(sizes: dict[str, list[TrainPlan]], ways: list[Way], asked: Training):
     """The figure: a row for each model, from way to way to the first that fits."""
     import matplotlib
 
@@ -165,16 +184,16 @@ def draw(sizes: dict[str, list[TrainPlan]], asked: Training):
         ax.plot([0, min(last, len(planned) - 1)], [row, row], color="0.6", zorder=0)
         for place, plan in enumerate(planned):
             box(ax, place, row, plan, asked, first=place == last, after=place > last)
-    ax.set_xticks(range(len(WAYS)), [way.name.replace(", ", "\n") for way in WAYS], fontsize=8)
+    ax.set_xticks(range(len(ways)), [way.name.replace(", ", "\n") for way in ways], fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.set_yticks([])
-    ax.set_xlim(-0.5, len(WAYS) - 0.5)
+    ax.set_xlim(-0.5, len(ways) - 0.5)
     ax.set_ylim(len(sizes) - 0.5, -0.6)
     ax.spines[:].set_visible(False)
     room = f"{asked.gpus} cards of {asked.gpu_memory_gib:g} GiB, {asked.host_memory_gib:g} of host"
     ax.set_xlabel(
-        f"{room}; {asked.micro_batch} x {asked.seq_len} tokens a card, activations recomputed\n"
+        f"{room}; {asked.micro_batch} x {asked.seq_len} tokens a card\n"
         "In a box: GiB a card, and of the host where that is above 20\n"
         "Red: the card is too small. Orange: the host is. Green: the first that fits"
     )

@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 
-from lab import data, models, results, training
+from lab import data, fail, models, results, training
 from lab.profile import load_profile
 from lab.table import table
 
@@ -39,6 +39,10 @@ def main() -> None:
     parser.set_defaults(steps=STEPS)
     training.add_process_flag(parser)
     args = parser.parse_args()
+    if args.rounds < 1:
+        fail("--rounds must be at least 1")
+    if args.save:
+        fail("nothing is kept here: leave --save out")
     training.refuse_impossible(args, profile.device)
 
     import torch
@@ -77,7 +81,7 @@ def main() -> None:
         return all_reduce(tensor, **options)
 
     def train(hook) -> tuple[list[float], list[float], float]:
-        """{losses, seconds of each step, bytes all-reduced a step} of a training."""
+        """(losses, seconds of each step, bytes all-reduced a step) of a training."""
         nonlocal sent
         torch.manual_seed(args.seed)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -101,6 +101,8 @@ def fit(kind: str, points: list[Point], n: int) -> Line:
     beta = (sum(b) * aa - sum(a) * ab) / determinant
     if alpha < 0:
         return Line(0.0, sum(b) / bb)
+    if beta < 0:  # longer messages took no longer: nothing but waiting was measured
+        return Line(sum(a) / aa, 0.0)
     return Line(alpha, beta)
 
 

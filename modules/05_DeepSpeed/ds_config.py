@@ -95,6 +95,11 @@ class Config:
             value = self.values.get(name, {})
             if not isinstance(value, dict):
                 self.refuse(f"{name} is {json.dumps(value)}: write an object, such as {example}")
+        for name in ("offload_optimizer", "offload_param"):
+            value = self.values.get("zero_optimization", {}).get(name, {})
+            if not isinstance(value, dict | None):
+                example = '{"device": "cpu"}'
+                self.refuse(f"{name} is {json.dumps(value)}: write an object, such as {example}")
         for name in ("optimizer", "scheduler"):
             if not isinstance(self.values.get(name, {}).get("params", {}), dict):
                 self.refuse(f"{name}.params must be an object, such as {{}}")

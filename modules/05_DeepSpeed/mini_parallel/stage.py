@@ -11,7 +11,9 @@ class Stage(nn.Module):
     def __init__(self, model: nn.Module, stage: int, stages: int):
         super().__init__()
         decoder = model.get_decoder()
-        each = len(decoder.layers) // stages
+        each, left = divmod(len(decoder.layers), stages)
+        if left:
+            raise ValueError(f"{len(decoder.layers)} layers are not divided by {stages} stages")
         begin = stage * each
         self.layers = decoder.layers[begin : begin + each]
         self.rotary_emb = decoder.rotary_emb

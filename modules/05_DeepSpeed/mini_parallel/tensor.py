@@ -99,6 +99,8 @@ class TensorParallel:
         self.module = model
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        if model.config.num_key_value_heads % self.world:
+            raise ValueError(f"the KV heads are not divided by {self.world} processes")
         for layer in model.get_decoder().layers:
             self.divide(layer.self_attn)
             self.divide(layer.mlp)
