@@ -265,7 +265,7 @@ def test_the_table_of_costs():
     for machine, table in zip(machines[::2], machines[1::2], strict=True):
         rows = re.findall(r"(?m)^\| `make .*\|$", table)
         names = [name for name in tables.MADE if machine in tables.records(name)]
-        assert len(rows) == len(names) >= 5
+        assert len(rows) == len(names) > 0
         for name, row in zip(names, rows, strict=True):
             metrics = tables.records(name)[machine]["metrics"]
             cells = [cell.strip() for cell in row.strip("|").split("|")]

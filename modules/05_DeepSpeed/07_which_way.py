@@ -33,6 +33,7 @@ class Way(NamedTuple):
 
 
 DEEPSPEED = {"engine": "deepspeed"}
+OFFLOADS = DEEPSPEED | {"offload": "optimizer"}
 KEEPS = {"checkpointing": False}  # 04's scripts keep the activations
 RECOMPUTES = "--checkpointing "
 BOTH = "optimizer+param"
@@ -42,15 +43,10 @@ WAYS = (
     Way("ZeRO-2", DEEPSPEED | {"zero": 2}, "train-z2", RECOMPUTES),
     Way("ZeRO-3", DEEPSPEED | {"zero": 3}, "train-z3", RECOMPUTES),
     Way("FSDP2", KEEPS | {"engine": "fsdp"}, "train-accelerate CONFIG=fsdp"),
-    Way(
-        "ZeRO-2 offload",
-        DEEPSPEED | {"zero": 2, "offload": "optimizer"},
-        "train-z2-offload",
-        RECOMPUTES,
-    ),
+    Way("ZeRO-2 offload", OFFLOADS | {"zero": 2}, "train-z2-offload", RECOMPUTES),
     Way(
         "ZeRO-3 offload, not pinned",
-        DEEPSPEED | {"zero": 3, "offload": "optimizer", "pin_memory": False},
+        OFFLOADS | {"zero": 3, "pin_memory": False},
         "train-z3-offload CONFIG=z3-offload-64gb",
     ),
     Way(
