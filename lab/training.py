@@ -37,8 +37,8 @@ def add_data_flags(parser, train, model_left_to: str = "") -> None:
     add_flag(parser, "--seq-len", int, train.seq_len, "tokens of a block of training text")
 
 
-def add_step_flags(parser, train, file_decides: bool = False) -> None:
-    """--steps, --micro-batch, --accumulate, --learning-rate, --seed, --save.
+def add_step_flags(parser, train, file_decides: bool = False, saves: bool = True) -> None:
+    """--steps, --micro-batch, --accumulate, --learning-rate, --seed, and --save if it `saves`.
 
     `file_decides`: a configuration file may fix the batch and the learning rate; these flags are
     None where they are not given.
@@ -53,7 +53,8 @@ def add_step_flags(parser, train, file_decides: bool = False) -> None:
     add_flag(parser, "--learning-rate", float, train.learning_rate, rate, file)
     add_flag(parser, "--seed", int, 0, "seed of whatever is random in the model, such as dropout")
     save = "folder in which to leave the trained model (default: it is not kept)"
-    parser.add_argument("--save", metavar="FOLDER", help=save)
+    if saves:
+        parser.add_argument("--save", metavar="FOLDER", help=save)
 
 
 def add_precision_flag(parser, train) -> None:
@@ -142,6 +143,19 @@ def keep_fsdp_on_cpu(device: str) -> None:
         from accelerate import DistributedType, PartialState
 
         PartialState().distributed_type = DistributedType.MULTI_GPU
+
+
+def forget_shared_memory(rank: int) -> None:
+    """Take the name away from the 66 MiB that each process has opened on a CPU.
+
+    DeepSpeed leaves them behind.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    meeting = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from lab.profile import FOLDER, detect, read_yaml
 TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
 # Work that is divided over two devices: two processes of a CPU, or two cards.
 DIVIDED = re.compile(
-    r"\b(mini-(tp|accelerate|zero|parallel)|vllm-tp|train-ddp|train-accelerate|train-z[0-3])\b"
-    r"|\b(real-loop|train-trainer|loss-weights|zero-buckets|lf-train-z2)\b"
-    r"|\b(accelerate-overhead|train-costs|train-compressed)\b"
+    r"\b(mini-(tp|accelerate|zero|parallel)|vllm-tp|train-ddp|train-accelerate|train-z[0-3]"
+    r"|real-loop|train-trainer|loss-weights|zero-buckets|lf-train-z2"
+    r"|accelerate-overhead|train-costs|train-compressed)\b"
     r"|\bdeepspeed --num_gpus\b"
 )
 

@@ -18,7 +18,6 @@ import gc
 import os
 import statistics
 import time
-from pathlib import Path
 
 from lab import fail, models, results, training
 from lab.profile import load_profile
@@ -157,7 +156,7 @@ def main() -> None:
         )
         results.finish(__file__, metrics, vars(args) | {"only": list(args.only)})
     if uses_deepspeed and device.type == "cpu":
-        forget_shared_memory(rank)
+        training.forget_shared_memory(rank)
     dist.destroy_process_group()
 
 
@@ -184,13 +183,6 @@ def show(
     metrics["native_spread_ratio"] = max(native) / min(native)
     table(["", "tokens/s", "of native DDP", "in the rounds", "losses differ by"], rows)
     return metrics
-
-
-def forget_shared_memory(rank: int) -> None:
-    """Take the name away from what DeepSpeed leaves behind on a CPU, as 05's train.py does."""
-    meeting = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ def main() -> None:
     processes = "processes, on a card each (default: %(default)s)"
     parser.add_argument("--processes", type=int, default=2, help=processes)
     training.add_data_flags(parser, profile.train)
-    training.add_step_flags(parser, profile.train)
+    training.add_step_flags(parser, profile.train, saves=False)
     on_cpu = {"seq_len": 64, "micro_batch": 1} if profile.device == "cpu" else {}
     parser.set_defaults(model=profile.zero.model, steps=4, **on_cpu)
     args = parser.parse_args()
-    if args.save:
-        fail("nothing is kept here: leave --save out")
     training.refuse_impossible(args, profile.device)
     need_cards("zero-buckets", args.processes)
 
@@ -76,6 +74,7 @@ def main() -> None:
     # Their records are none of a reader's own trainings, and no evidence.
     environment = os.environ | {"STORE": "", "RECORDS": str(folder / "records")}
     measured = {}
+    ended = 0
     for name in args.cases:
         case = CASES[name]
         file = folder / f"{name}.json"
@@ -86,7 +85,8 @@ def main() -> None:
         print(f"== {name}: {json.dumps(case.keys)[1:-1]} {' '.join(case.flags)}", flush=True)
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode in (2, 130, 143):  # refused, Ctrl+C, make stop: the others count
-            print(f"== {name} ended with exit code {done.returncode}, see above: the end")
+            ended = done.returncode
+            print(f"== {name} ended with exit code {ended}, see above: the end")
             break
         if done.returncode:
             print(f"== {name} ended with exit code {done.returncode}, see above: left out")
@@ -116,6 +116,7 @@ def main() -> None:
     print()
     table(["", "peak, GiB", "more than the first", "s a step", "losses differ by"], rows)
     results.finish(__file__, metrics, vars(args))
+    raise SystemExit(ended)
 
 
 def settings(case: Case) -> dict:
@@ -127,8 +128,16 @@ def settings(case: Case) -> dict:
 
 def flags_of(args) -> list[str]:
     """The flags that train.py takes too, as they were given here."""
-    names = ("model", "data", "seq_len", "steps", "micro_batch", "accumulate", "learning_rate")
-    names = (*names, "seed")
+    names = (
+        "model",
+        "data",
+        "seq_len",
+        "steps",
+        "micro_batch",
+        "accumulate",
+        "learning_rate",
+        "seed",
+    )
     flags = []
     for name in names:
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

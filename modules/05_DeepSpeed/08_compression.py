@@ -32,7 +32,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     training.add_data_flags(parser, profile.train)
-    training.add_step_flags(parser, profile.train)
+    training.add_step_flags(parser, profile.train, saves=False)
     training.add_precision_flag(parser, profile.train)
     rounds = "how often each of the three is trained (default: %(default)s)"
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=rounds)
@@ -41,8 +41,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         fail("--rounds must be at least 1")
-    if args.save:
-        fail("nothing is kept here: leave --save out")
     training.refuse_impossible(args, profile.device)
 
     import torch

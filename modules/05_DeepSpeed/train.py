@@ -38,8 +38,8 @@ def main() -> None:
     # Model and data
     models_by_stage = f"{profile.zero.model}; at stage 0 {profile.train.model}"
     training.add_data_flags(parser, profile.train, models_by_stage)
-    rank = "train a LoRA adapter of this rank on every linear layer (default: train all weights)"
-    parser.add_argument("--lora-rank", type=int, metavar="R", help=rank)
+    lora = "train a LoRA adapter of this rank on every linear layer (default: train all weights)"
+    parser.add_argument("--lora-rank", type=int, metavar="R", help=lora)
     recompute = "keep the inputs of the layers only, and compute them again in the backward pass"
     parser.add_argument("--checkpointing", action="store_true", help=recompute)
     # Steps
@@ -88,7 +88,7 @@ def main() -> None:
     made_of = f"{world} processes x {config.accumulate} micro-steps x {config.micro_batch}"
     blocks = training.whole_steps(blocks, config.step_blocks, args, made_of)
     deepspeed.init_distributed(dist_backend="nccl" if profile.device == "cuda" else "gloo")
-    forget_shared_memory(rank)
+    training.forget_shared_memory(rank)
     torch.manual_seed(args.seed)
     share = DistributedSampler(blocks, shuffle=False)
     loader = DataLoader(blocks, batch_size=config.micro_batch, sampler=share)
@@ -223,19 +223,6 @@ def with_lora(model, rank: int):
     kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, **kind)
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
-
-
-def forget_shared_memory(rank: int) -> None:
-    """Take the name away from the 66 MiB that each process has opened on a CPU.
-
-    DeepSpeed leaves them behind.
-    """
-    import torch.distributed as dist
-
-    dist.barrier()
-    meeting = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{meeting}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
