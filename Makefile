@@ -185,7 +185,7 @@ accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP
 # 05 DeepSpeed
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
-.PHONY: mini-parallel train-z3-offload zero-buckets which-way
+.PHONY: mini-parallel train-z3-offload train-z3-nvme zero-buckets which-way
 .PHONY: train-costs train-compressed
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
@@ -211,6 +211,9 @@ train-z2-offload: env ## ds_config.json: stage 2, the optimizer and its states i
 train-z3-offload: env ## stage 3 with host memory, a full 7B (CONFIG=z3-offload-64gb: a 3B)
 	@test -f modules/05_DeepSpeed/configs/$(or $(CONFIG),z3-offload).json || { echo "error: there is no CONFIG=$(CONFIG): choose z3-offload or z3-offload-64gb" >&2; exit 2; }
 	$(DEEPSPEED)configs/$(or $(CONFIG),z3-offload).json --checkpointing $(ARGS)
+
+train-z3-nvme: env ## the same, in files instead of host memory (ARGS="--nvme FOLDER")
+	$(DEEPSPEED)configs/z3-nvme.json --checkpointing $(ARGS)
 
 zero-buckets: env ## what bucket sizes, stage3_* keys, checkpointing cost (PROCESSES=2)
 	@$(PY) modules/05_DeepSpeed/06_buckets.py --processes $(or $(PROCESSES),2) $(ARGS)

@@ -208,7 +208,7 @@ def errors(use: str) -> list[Compared]:
     """Predicted and measured: `make calibrate` with that use (fit, test), or module 05's states."""
     if use == "states":
         files = sorted(ROOT.glob("results/*/05_DeepSpeed/train-z*.json"))
-        files = [file for file in files if not file.stem.endswith("-lora")]
+        files = [file for file in files if not file.stem.endswith(("-lora", "-nvme"))]
         return [states(file.stem, json.loads(file.read_text())) for file in files]
     rows = []
     cases = yaml.safe_load((ROOT / "configs/calibration.yaml").read_text(encoding="utf-8"))

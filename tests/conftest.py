@@ -39,6 +39,7 @@ PACKAGES = {
     "ip": "iproute2",
     "nginx": "nginx-light",
     "openssl": "openssl",
+    "libaio.h": "libaio-dev",  # a header, not a program
 }
 
 
@@ -58,7 +59,7 @@ def pytest_runtest_setup(item):
     if late and item.get_closest_marker("long"):
         pytest.skip("the time of this run is used up: run it by make test-long")
     for mark in item.iter_markers("needs"):
-        missing = [name for name in mark.args if not shutil.which(name, path=ENVIRONMENT["PATH"])]
+        missing = [name for name in mark.args if not installed(name)]
         if missing:
             packages = {PACKAGES[name] for name in missing}
             words = (
@@ -67,6 +68,12 @@ def pytest_runtest_setup(item):
             if os.environ.get("CI") == "true":
                 pytest.fail(words, pytrace=False)
             pytest.skip(words)
+
+
+def installed(name: str) -> bool:
+    """Whether a program, or a header, of this name is there."""
+    header = Path("/usr/include", name)
+    return bool(shutil.which(name, path=ENVIRONMENT["PATH"])) or header.is_file()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -46,6 +46,7 @@ FENCE = re.compile(
 BFLOAT16 = re.compile(r"train-mixed|ds_config\.json|train-z2-offload")
 # Targets that start a program of a Debian package.
 STARTED_BY = {"make monitor": "prometheus", "make two-nodes": "ip"}
+STARTED_BY["make train-z3-nvme"] = "libaio.h"
 
 
 @dataclass

@@ -289,6 +289,7 @@ def test_stop_ends_a_training(tiny_model):
 
 PROFILE = SimpleNamespace(dtype="float32", micro_batch=2, accumulate=1, learning_rate=1e-4)
 HIDDEN = 64
+SWAPPED = {"nvme_path": "runs/05_DeepSpeed/nvme", "buffer_size": 1e8}
 
 
 @pytest.fixture
@@ -353,6 +354,9 @@ def test_the_original_file_stands_in_the_module():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_key_is_read(judged, file):
     content = json.loads(file.read_text())
+    for part in content["zero_optimization"].values():  # as swap.py fills them
+        if isinstance(part, dict) and part["device"] == "nvme":
+            part |= {key: value for key, value in SWAPPED.items() if part.get(key) == "auto"}
     config = judged(content)
     if file.stem != "ds_config":
         assert config.stage == int(file.stem[1])

@@ -1,4 +1,4 @@
-"""DeepSpeed as people use it: offload to the host, checkpointing, LoRA, the sizes.
+"""DeepSpeed as people use it: offload to the host and to files, checkpointing, LoRA, the sizes.
 
 One launch of two processes trains in all ways, one after another.
 """
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -100,6 +101,23 @@ def test_offload_computes_the_same(trained, name):
     expected = [width * offloaded["parameters_count"] for width in DIVIDED]
     assert theory(offloaded) == pytest.approx(expected, rel=1e-9)
     assert states(offloaded) == pytest.approx(expected, rel=0.02)
+    assert offloaded["state_on_disk_gib"] == 0
+
+
+@pytest.mark.long  # compiles async_io
+@pytest.mark.needs("libaio.h")
+def test_nvme_swaps_to_files(tiny_model, tmp_path):
+    """Nearly all of it lies in files after a step: what a process holds in memory and in files
+    together is stage 3's part. Nothing of it stays.
+    """
+    in_files = ["z3-nvme", "--checkpointing", "--nvme", tmp_path]
+    results = in_turn(tiny_model, {"z3": ["z3"], "nvme": in_files})
+    swapped = results["nvme"]
+    same_losses(swapped, results["z3"], rel=2e-5)
+    expected = [width * swapped["parameters_count"] for width in DIVIDED]
+    assert states(swapped) == pytest.approx(expected, rel=0.02)
+    assert 0.9 < swapped["state_on_disk_gib"] / swapped["state_gib"] <= 1
+    assert not list(tmp_path.rglob("*.swp"))
 
 
 @pytest.fixture
@@ -118,14 +136,42 @@ def module(monkeypatch):
     return load
 
 
+def test_nvme_without_libaio(module, monkeypatch, capsys):
+    """By DeepSpeed's own test of it; the sentence names the package."""
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: False)
+    with pytest.raises(SystemExit) as refusal:
+        module("swap").refuse_without_libaio()
+    assert refusal.value.code == 2
+    assert "apt-get install -y libaio-dev" in capsys.readouterr().err
+
+
+def test_nvme_where_little_memory_may_be_locked(module, monkeypatch, capsys):
+    swap = module("swap")
+    monkeypatch.setattr(swap.resource, "getrlimit", lambda _: (2**13, 2**13))
+    monkeypatch.setattr(swap.ctypes, "CDLL", lambda _: SimpleNamespace(mlock=lambda *_: -1))
+    swap.refuse_locked(2**13)
+    with pytest.raises(SystemExit):
+        swap.refuse_locked(2**30)
+    assert "locks 1,024 MiB" in capsys.readouterr().err
+
+
 def two(*flags) -> str:
     """What one of two processes says, before it meets the other."""
     return refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)
 
 
-def test_refusals(tiny_model):
+def test_refusals(tiny_model, tmp_path):
     z3 = ["--deepspeed", MODULE / "configs/z3.json", "--model", tiny_model]
     assert "--lora-rank is 0: give a whole number above 0" in two(*z3, "--lora-rank", "0")
+    assert "--nvme moves nothing" in two(*z3, "--nvme", "somewhere")
+    content = json.loads((MODULE / "configs/z3-nvme.json").read_text())
+    del content["zero_optimization"]["stage3_max_reuse_distance"]
+    keeping = tmp_path / "keeping.json"
+    keeping.write_text(json.dumps(content))
+    words = two("--deepspeed", keeping, "--model", tiny_model)
+    assert 'needs "stage3_max_reuse_distance": 0' in words
     assert "choose z3-offload or z3-offload-64gb" in refused("make", "train-z3-offload", "CONFIG=x")
 
 

@@ -74,6 +74,10 @@ def gradients(engine) -> Held:
     for group in getattr(zero, "averaged_gradients", {}).values():
         tensors += group or []
     tensors += getattr(zero, "fp32_groups_gradients_flat", [])  # of BF16_Optimizer, beside its own
+    # Offloaded to files: what is too small for one stays in memory.
+    swapper = getattr(zero, "optimizer_swapper", None)
+    for part in swapper.swap_params_info.values() if swapper else ():
+        tensors += part.unswapped_gradients.values()
     return bytes_of(tensors, engine.device)
 
 

@@ -3,7 +3,7 @@
     make train-z2     # likewise train-z0, train-z1, train-z3; train-z2-offload takes ds_config.json
     cd modules/05_DeepSpeed && deepspeed --num_gpus=2 train.py --deepspeed ds_config.json
     make train-z3 ARGS="--save runs/05_DeepSpeed/z3"     # gathered from all processes
-    make train-z3-offload      # parameters and optimizer in host memory
+    make train-z3-offload      # parameters and optimizer in host memory; train-z3-nvme: in files
     make train-z3 ARGS="--lora-rank 8 --checkpointing"
 
 Look at: the table of bytes. It measures the tensors that the running engine holds in this process
@@ -20,6 +20,7 @@ from pathlib import Path
 import ds_check
 import ds_config
 import held
+import swap
 import zero_states
 
 from lab import data, fail, machine, models, results, training
@@ -35,6 +36,8 @@ def main() -> None:
     ours = Path(__file__).with_name("ds_config.json")
     file = "DeepSpeed's configuration (default: ds_config.json beside this script)"
     parser.add_argument("--deepspeed", type=Path, default=ours, metavar="FILE", help=file)
+    nvme = "folder of offload to nvme (default: the file's, else runs/05_DeepSpeed/nvme)"
+    parser.add_argument("--nvme", type=Path, metavar="FOLDER", help=nvme)
     # Model and data
     models_by_stage = f"{profile.zero.model}; at stage 0 {profile.train.model}"
     training.add_data_flags(parser, profile.train, models_by_stage)
@@ -77,6 +80,7 @@ def main() -> None:
 
     folder = models.model_folder(args.model)
     shape = AutoConfig.from_pretrained(folder)
+    files = swap.settle(config, args.nvme, shape, world)
     seen_by_transformers = config.fill(args.steps, shape)
     ds_check.check(config)
     ds_check.refuse_type(config)
@@ -142,7 +146,8 @@ def main() -> None:
     # 4. What this process holds, beside the theory
 
     in_memory = {"gradients": gradients} | held.states(engine)
-    bytes_held = {kind: in_memory[kind].everywhere for kind in zero_states.MIXED}
+    on_disk = swap.bytes_on_disk(files, rank, engine)
+    bytes_held = {kind: in_memory[kind].everywhere + on_disk[kind] for kind in zero_states.MIXED}
     offload = held.offloads(engine)
     parameters = held.numbers(model.parameters())
     updated = held.numbers(trained)
@@ -161,6 +166,8 @@ def main() -> None:
             f"{parameters:,} parameters, {frozen}{config.dtype}"
         )
         held.show(bytes_held, expected, parameters)
+        if files:
+            print(f"{sum(on_disk.values()):,} of them in files of {swap.PATTERN} below {files}")
 
     # -----------------------------------------------------------------------------
     # 5. Save: under stage 3 every process holds a part of each tensor, so all of them gather, one
@@ -191,6 +198,7 @@ def main() -> None:
             **held.gib(bytes_held, expected),
             "state_bytes_per_parameter_ratio": round(sum(bytes_held.values()) / parameters, 3),
             "state_on_device_gib": on_device / 2**30,
+            "state_on_disk_gib": sum(on_disk.values()) / 2**30,
             "throughput_tok_per_s": training.tokens_per_s(step_tokens, seconds),
             "peak_memory_gib": round(training.peak_memory_gib(profile.device), 2),
             "host_peak_gib": round(host_peak.item(), 2),
@@ -201,14 +209,16 @@ def main() -> None:
         }
         settings = vars(args) | {
             "deepspeed": str(args.deepspeed),
+            "nvme": str(files or ""),
             "learning_rate": config.learning_rate,
             "micro_batch": config.micro_batch,
             "accumulate": config.accumulate,
             "deepspeed_config": config.values,
         }
-        where = "-offload" * offload
+        where = "-nvme" if files else "-offload" * offload
         adapter = "-lora" if args.lora_rank else ""
         results.finish(__file__, metrics, settings, f"z{stage}{where}{adapter}")
+    swap.remove(files, rank)
     dist.destroy_process_group()
 
 

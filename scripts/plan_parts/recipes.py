@@ -158,6 +158,7 @@ def divided(zero: dict) -> dict:
         "engine": "deepspeed",
         "zero": zero["stage"],
         "offload": "+".join(offloaded) or "none",
+        "offload_device": first.get("device", "cpu"),
         "pin_memory": first.get("pin_memory", True),
         "bucket": zero.get("reduce_bucket_size", BUCKET),
     }
@@ -170,6 +171,7 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
     targets["train-z3-offload"] = f"{DEEPSPEED}/configs/z3-offload.json"
     small_host = f"{DEEPSPEED}/configs/z3-offload-64gb.json"
     targets["train-z3-offload CONFIG=z3-offload-64gb"] = small_host
+    targets["train-z3-nvme"] = f"{DEEPSPEED}/configs/z3-nvme.json"
     written = []
     for target, file in targets.items():
         config = read(file)
