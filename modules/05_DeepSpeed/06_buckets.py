@@ -67,42 +67,56 @@ def main() -> None:
     need_cards("zero-buckets", args.processes)
 
     # -----------------------------------------------------------------------------
-    # 1. A launch for each case
+    # 1. A launch for each case, stage after stage
 
     folder = RUNS / "05_DeepSpeed/buckets"
     folder.mkdir(parents=True, exist_ok=True)
+    ended = 0
+    measured_any = False
+    for stage in (2, 3):
+        measured = {}
+        for name in args.cases:
+            if CASES[name].stage != stage or ended:
+                continue
+            try:
+                measured[name] = trained(name, folder, args)
+            except subprocess.CalledProcessError as e:
+                if e.returncode in (2, 130, 143):  # refused, Ctrl+C, make stop: the others count
+                    ended = e.returncode
+                print(f"== {name} ended with exit code {e.returncode}, see above: left out")
+            except KeyboardInterrupt:
+                ended = 130
+        if measured:
+            measured_any = True
+            show(stage, measured, args)
+    if not measured_any and not ended:
+        fail("no case came to its end (see above): lower --micro-batch or --seq-len")
+    raise SystemExit(ended)
+
+
+def trained(name: str, folder: Path, args) -> dict:
+    """What train.py says at its end, with the file of this case."""
+    case = CASES[name]
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(settings(case), indent=2))
+    command = [sys.executable, "-m", "lab.launch", f"buckets-{name}", "deepspeed"]
+    command += ["--num_gpus", str(args.processes), str(HERE / "train.py")]
+    command += ["--deepspeed", str(file), *case.flags, *flags_of(args)]
+    print(f"== {name}: {json.dumps(case.keys)[1:-1]} {' '.join(case.flags)}", flush=True)
     # Their records are none of a reader's own trainings, and no evidence.
     environment = os.environ | {"STORE": "", "RECORDS": str(folder / "records")}
-    measured = {}
-    ended = 0
-    for name in args.cases:
-        case = CASES[name]
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(settings(case), indent=2))
-        command = [sys.executable, "-m", "lab.launch", f"buckets-{name}", "deepspeed"]
-        command += ["--num_gpus", str(args.processes), str(HERE / "train.py")]
-        command += ["--deepspeed", str(file), *case.flags, *flags_of(args)]
-        print(f"== {name}: {json.dumps(case.keys)[1:-1]} {' '.join(case.flags)}", flush=True)
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        if done.returncode in (2, 130, 143):  # refused, Ctrl+C, make stop: the others count
-            ended = done.returncode
-            print(f"== {name} ended with exit code {ended}, see above: the end")
-            break
-        if done.returncode:
-            print(f"== {name} ended with exit code {done.returncode}, see above: left out")
-            continue
-        measured[name] = json.loads(done.stdout.splitlines()[-1])
-    if not measured:
-        fail("no case came to its end (see above): lower --micro-batch or --seq-len")
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
-    # -----------------------------------------------------------------------------
-    # 2. Side by side
 
+def show(stage: int, measured: dict[str, dict], args) -> None:
+    """The cases of a stage beside its first, and their record."""
     rows = []
     metrics = {"world_size": args.processes}
-    firsts = {}  # stage: its first case
+    first = next(iter(measured.values()))
     for name, result in measured.items():
-        first = firsts.setdefault(CASES[name].stage, result)
         peak = result["peak_memory_gib"]
         step_s = result["step_tok_count"] / result["throughput_tok_per_s"]
         more = f"{peak - first['peak_memory_gib']:+.2f}"
@@ -115,8 +129,7 @@ def main() -> None:
         metrics[f"{key}_difference_ratio"] = float(f"{differs:.2g}")
     print()
     table(["", "peak, GiB", "more than the first", "s a step", "losses differ by"], rows)
-    results.finish(__file__, metrics, vars(args))
-    raise SystemExit(ended)
+    results.finish(__file__, metrics, vars(args), f"z{stage}")
 
 
 def settings(case: Case) -> dict:
