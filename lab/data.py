@@ -71,6 +71,12 @@ def blocks(tokenizer, name: str, length: int):
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
+def endless(loader):
+    """The batches of a loader, from the first again after the last."""
+    while True:
+        yield from loader
+
+
 TOPICS = [
     "a lighthouse",
     "two graphics cards",

@@ -34,7 +34,7 @@ TARGETS = [
     *("mini-accelerate", "real-loop", 'real-loop ARGS="--profile --steps 4"', "train-trainer"),
     *("loss-weights", "accelerate-overhead", "step-speed", "sixteen-bits"),
     *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
-    *("train-z3-offload", "train-z3-nvme", 'train-z3 ARGS="--lora-rank 8"'),
+    *("train-z3-offload", "train-z3-nvme", 'train-z3 ARGS="--lora-rank 8 --checkpointing"'),
     *("zero-buckets", "which-way"),
     *("train-compare", "zero-theory", 'mini-zero ARGS="--accumulate 2"'),
     *("mini-parallel", "mini-parallel PROCESSES=4"),  # the second needs four devices, or a CPU

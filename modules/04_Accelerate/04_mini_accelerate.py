@@ -24,7 +24,7 @@ def main() -> None:
     # Model and data
     training.add_data_flags(parser, profile.train)
     # Steps
-    training.add_step_flags(parser, profile.train)
+    training.add_step_flags(parser, profile.train, saves=False)
     training.add_precision_flag(parser, profile.train)
     parser.set_defaults(steps=STEPS)
     # Processes

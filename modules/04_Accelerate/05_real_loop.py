@@ -159,7 +159,7 @@ def main() -> None:
     step_rows = world * args.accumulate * args.micro_batch
     if len(rows) < step_rows:
         fail(f"one step needs {step_rows} rows ({made_of}), here are {len(rows)}: raise --rows")
-    rows = training.whole_steps(rows, step_rows, args, made_of)
+    rows = rows[: len(rows) // step_rows * step_rows]  # whole steps, as in 02
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if args.checkpointing:

@@ -28,6 +28,7 @@ KINDS = {  # name in the record: what the table says of it
 }
 BATCH = 4  # rows
 LENGTH = 64  # bytes of a row
+HELD_OUT = 4 * BATCH  # rows that none trains on
 
 
 def train(kind: str, model, batches, learning_rate: float, accumulate: int) -> dict:
@@ -128,14 +129,14 @@ def tiny_llama(device):
 
 
 def rows_of_bytes(text: bytes, steps: int, device):
-    """([steps, BATCH, LENGTH] bytes of the text, shuffled; 4 * BATCH rows that none trains on)."""
+    """([steps, BATCH, LENGTH] bytes of the text, shuffled; HELD_OUT rows that none trains on)."""
     import torch
 
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: len(text) // LENGTH * LENGTH]
     rows = rows.long().view(-1, LENGTH).to(device)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(device)]
-    held_out = rows[: 4 * BATCH]
-    rest = rows[4 * BATCH :].repeat(1 + steps * BATCH // len(rows[4 * BATCH :]), 1)
+    held_out = rows[:HELD_OUT]
+    rest = rows[HELD_OUT:].repeat(1 + steps * BATCH // len(rows[HELD_OUT:]), 1)
     return rest[: steps * BATCH].view(steps, BATCH, LENGTH), held_out
 
 
@@ -155,6 +156,10 @@ def main() -> None:
         fail("--warm-up, --steps, --accumulate and --learning-rate must be positive")
     jobs.refuse_taken_cards()
     messages = [message["content"] for row in data.rows(args.data) for message in row["messages"]]
+    text = "\n".join(messages).encode()
+    least = (HELD_OUT + 1) * LENGTH
+    if len(text) < least:
+        fail(f"{args.data} has {len(text)} bytes of text: take one of at least {least:,}")
 
     import torch
 
@@ -162,7 +167,6 @@ def main() -> None:
     # 3. One trained model, from which every kind goes on
 
     device = torch.device(profile.device)
-    text = "\n".join(messages).encode()
     batches, held_out = rows_of_bytes(text, args.warm_up + args.steps, device)
     begun = tiny_llama(device)
     train("fp32", begun, batches[: args.warm_up], 3e-3, 1)

@@ -26,6 +26,7 @@ from lab.table import table
 STEPS = 8
 WARM_UP = 3  # of them: DDP lays its buckets anew after the first one
 ROUNDS = 3
+# The keys of overhead_loops.LOOPS, here too: that file imports torch.
 NAMES = ("native_ddp", "accelerate", "accelerate_only_loss", "accelerate_own_loader")
 NAMES += ("accelerate_bucket_view", "native_ddp_again", "deepspeed_0", "deepspeed_0_autocast")
 

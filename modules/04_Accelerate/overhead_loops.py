@@ -5,13 +5,15 @@ and returns the mean loss of all processes, a float, so that the host has waited
 `end()` lets go of what the engine keeps of the model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+
+from lab import data
 
 
 class Setting(NamedTuple):
@@ -42,11 +44,6 @@ class OnlyLoss(torch.nn.Module):
         return {"loss": self.model(**batch)["loss"]}
 
 
-def endless(loader) -> Iterator[torch.Tensor]:
-    while True:
-        yield from loader
-
-
 def adamw(model: torch.nn.Module, setting: Setting) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.0)
 
@@ -66,7 +63,7 @@ def native(model: torch.nn.Module, setting: Setting) -> Loop:
     """As in 01_train_ddp.py."""
     optimizer = adamw(model, setting)
     model = DistributedDataParallel(model)
-    batches = endless(share_of(setting))
+    batches = data.endless(share_of(setting))
 
     def step() -> float:
         batch = next(batches).to(setting.device)
@@ -102,7 +99,7 @@ def accelerate(
     loader = share_of(setting)
     if not own_loader:
         loader = accelerator.prepare(DataLoader(setting.blocks, batch_size=setting.micro_batch))
-    batches = endless(loader)
+    batches = data.endless(loader)
 
     def step() -> float:
         batch = next(batches)
@@ -140,7 +137,7 @@ def deepspeed_0(model: torch.nn.Module, setting: Setting, autocast: bool = False
     }
     parameters = model.parameters()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
-    batches = endless(share_of(setting))
+    batches = data.endless(share_of(setting))
 
     def step() -> float:
         batch = next(batches).to(setting.device)

@@ -31,7 +31,7 @@ def main() -> None:
     offload = "let the host keep and update what stages 1 to 3 divide of the optimizer"
     parser.add_argument("--offload", action="store_true", help=offload)
     training.add_data_flags(parser, profile.train)
-    training.add_step_flags(parser, profile.train)
+    training.add_step_flags(parser, profile.train, saves=False)
     parser.set_defaults(steps=STEPS)
     training.add_process_flag(parser)
     args = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
             accumulate=args.accumulate,
             offload=args.offload and stage > 0,
         )
-        batches = endless(DataLoader(blocks, batch_size=args.micro_batch, sampler=share))
+        batches = data.endless(DataLoader(blocks, batch_size=args.micro_batch, sampler=share))
         losses = []
         held = dict.fromkeys(zero_states.FP32, 0)
         for step in range(args.steps):
@@ -167,11 +167,6 @@ def draw(metrics: dict, stages: list[int], world: int):
     ax.legend(loc="upper right", ncols=3)
     ax.set_ylim(0, 1.15 * max(below))
     return fig
-
-
-def endless(loader):
-    while True:
-        yield from loader
 
 
 if __name__ == "__main__":

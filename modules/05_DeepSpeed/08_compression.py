@@ -88,7 +88,7 @@ def main() -> None:
             model.register_comm_hook(dist.group.WORLD, hook)
         rate = args.learning_rate
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-        batches = endless(DataLoader(blocks, batch_size=args.micro_batch, sampler=share))
+        batches = data.endless(DataLoader(blocks, batch_size=args.micro_batch, sampler=share))
         bf16 = args.mixed_precision == "bf16"
         losses = []
         seconds = []
@@ -168,11 +168,6 @@ def show(
     columns = ["", "GB all-reduced a step", "ms a step", "speed", "last loss", "differs from plain"]
     table(columns, rows)
     results.finish(__file__, metrics, vars(args))
-
-
-def endless(loader):
-    while True:
-        yield from loader
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ SECTIONS = {
 OBJECTS = {
     *("aio", "activation_checkpointing", "flops_profiler", "comms_logger", "tensorboard", "wandb"),
     *("csv_monitor", "comet", "data_types", "checkpoint", "elasticity", "autotuning", "compile"),
+    *("torch_autocast", "tensor_parallel", "timers", "data_efficiency", "pipeline"),
+    *("hybrid_engine", "expert_parallel"),
 }
 MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}  # their texts are names of all kinds
 
@@ -62,7 +64,8 @@ class Config:
             )
         try:
             text = file.read_text(encoding="utf-8")
-            self.values = json.loads(text, object_pairs_hook=self.once_each)
+            pairs = {"object_pairs_hook": self.once_each, "parse_constant": self.no_number}
+            self.values = json.loads(text, **pairs)
         except json.JSONDecodeError as e:
             self.refuse(f"not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}")
         except UnicodeDecodeError:
@@ -84,6 +87,10 @@ class Config:
             if keys.count(key) > 1:
                 self.refuse(f"{key} stands there twice: take one out")
         return dict(pairs)
+
+    def no_number(self, name: str):
+        """NaN and Infinity, which Python reads and DeepSpeed takes."""
+        self.refuse(f"not valid JSON: {name} is no number of it; where null is meant, write null")
 
     # -----------------------------------------------------------------------------
     # Without DeepSpeed: what can be seen at once
@@ -118,6 +125,12 @@ class Config:
         """A stage that does not exist, and options that the stage does not read."""
         if type(self.stage) is not int or not 0 <= self.stage <= 3:
             self.refuse(f"zero_optimization.stage is {json.dumps(self.stage)}: write 0, 1, 2 or 3")
+        offload = self.zero.get("offload_optimizer") or {}
+        if self.stage in (1, 2) and offload.get("device") == "nvme":
+            self.refuse(
+                f"at stage {self.stage} DeepSpeed keeps in host memory what offload_optimizer "
+                'moves, whatever its device: write "device": "cpu", or "stage": 3'
+            )
         for key in self.zero:
             least = 0
             if key.startswith("stage3_") or key == "sub_group_size" or self.offloads(key, "param"):
