@@ -1,6 +1,7 @@
 """Costs: the alpha-beta model, gradients in bf16, Accelerate beside DDP, and their one table."""
 
 import ast
+import importlib
 import json
 import re
 
@@ -175,6 +176,15 @@ def test_accelerate_overhead(tiny_model):
     assert metrics["native_ddp_over_native_ratio"] == 1
     first, *_, last = metrics["losses"]["native_ddp"]
     assert first != last  # it trains
+
+
+def test_the_script_names_the_loops_that_there_are():
+    """It names them itself, since overhead_loops imports torch and a refusal must not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "modules/04_Accelerate"))
+        script = importlib.import_module("10_accelerate_overhead")
+        loops = importlib.import_module("overhead_loops")
+    assert list(script.NAMES) == list(loops.LOOPS)
 
 
 def test_accelerate_overhead_refuses():

@@ -401,6 +401,16 @@ def test_fp16_is_refused_where_the_cpu_lacks_it(judged, capsys):
 
 ADAM = {"type": "AdamW", "params": {"lr": "auto"}}
 ZERO2 = {"zero_optimization": {"stage": 2}}
+STAGE_3 = {"zero_hpz_partition_size": 2, "zero_quantized_weights": True}
+STAGE_3 |= {"zero_quantized_gradients": True, "memory_efficient_linear": False}
+NVME = {"device": "nvme"}
+PARAMS = [
+    ({"betas": [0.9]}, "betas is [0.9]: write two numbers"),
+    ({"betas": [0.9, 0.99, 0.999]}, "write two numbers"),
+    ({"weight_decay": -1}, "Invalid weight_decay"),
+    ({"amsgrad": True}, "FusedAdam has no amsgrad"),
+    ({"max_grad_norm": 1.0}, "is gradient_clipping to DeepSpeed"),
+]
 REFUSED = [
     # Keys
     ({"zero_optimisation": {"stage": 3}}, {}, "zero_optimisation: did you mean zero_optimization?"),
@@ -416,11 +426,31 @@ REFUSED = [
     ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, {}, "params.lr is the text"),
     ({"aio": 5}, {}, "aio is 5: write an object, such as {}"),
     # Keys of sections that DeepSpeed reads key by key, and of stage 3 by their other name
-    ({"aio": {"blocksize": 1}}, {}, "aio.blocksize: did you mean aio.block_size?"),
+    ({"aio": {"blocksize": 1}}, {}, "aio.blocksize: did you mean block_size?"),
     ({"aio": {"block_size": "auto"}}, {}, 'aio.block_size is "auto", which nobody fills'),
     ({"scheduler": {"type": "WarmupLR", "parms": {}}}, {}, "never reads scheduler.parms"),
     ({"zero_optimization": {"stage": 2, "max_live_parameters": 1}}, {}, "no effect at stage 2"),
     ({"optimizer": {"type": "Lamb", "params": {"momentum": 0.9}}}, {}, "FusedLamb does not take"),
+    ({"data_types": {"grad_accum_dtypes": "fp32"}}, {}, "did you mean grad_accum_dtype?"),
+    ({"torch_autocast": {"enable": True}}, {}, "torch_autocast.enable: did you mean enabled?"),
+    ({"flops_profiler": {"profile_steps": 5}}, {}, "did you mean profile_step?"),
+    ({"activation_checkpointing": {"profiles": True}}, {}, "did you mean profile?"),
+    ({"checkpoint": {"writer": {"typo": 1}}}, {}, "checkpoint.writer.typo: did you mean type?"),
+    ({"comms_logger": {"enable": True}}, {}, "comms_logger.enable: did you mean enabled?"),
+    # Types that DeepSpeed finds in a step, or never
+    ({"flops_profiler": {"profile_step": "five"}}, {}, 'profile_step is "five": write a number'),
+    ({"prescale_gradients": "off"}, {}, 'prescale_gradients is "off": write true or false'),
+    ({"wall_clock_breakdown": "yes"}, {}, 'wall_clock_breakdown is "yes": write true or false'),
+    ({"steps_per_print": "inf"}, {}, 'steps_per_print is "inf": write a number'),
+    ({"steps_per_print": 0}, {}, "steps_per_print is 0, by which DeepSpeed divides"),
+    ({"data_types": {"grad_accum_dtype": "fp8"}}, {}, 'grad_accum_dtype is "fp8": write bf16'),
+    ({"torch_autocast": True}, {}, "torch_autocast is true: write an object"),
+    ({"gradient_clipping": float("nan")}, {}, "not valid JSON: NaN is no number of it"),
+    ({"gradient_clipping": float("inf")}, {}, "not valid JSON: Infinity is no number of it"),
+    ({"gradient_clipping": -1}, {}, "gradient_clipping is -1: write a number"),
+    # What this environment or train.py cannot do
+    ({"comet": {"enabled": True}}, {}, "no Python package comet_ml here"),
+    ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel wants equal data"),
     # Values
     ({"zero_optimization": {"stage": 4}}, {}, "stage is 4: write 0, 1, 2 or 3"),
     ({"zero_optimization": {"stage": "auto"}}, {}, 'stage is "auto": write 0, 1, 2 or 3'),
@@ -433,6 +463,11 @@ REFUSED = [
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "at stage 2"),
     ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1e9}}, {}, '"stage": 3'),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "at stage 0"),
+    *(
+        ({"zero_optimization": {"stage": 2, key: value}}, {}, f"{key} has no effect at stage 2")
+        for key, value in STAGE_3.items()
+    ),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, {}, "keeps in host memory"),
     # Optimizer and scheduler
     ({"optimizer": {"type": "AdmaW"}}, {}, "optimizer.type AdmaW: did you mean AdamW?"),
     ({"optimizer": {"params": {}}}, {}, 'no type: write "type": "AdamW"'),
@@ -440,7 +475,15 @@ REFUSED = [
     ({"optimizer": {"type": "AdamW", "params": {"beta": 1}}}, {}, "unexpected keyword"),
     ({"optimizer": {"type": "AdamW", "params": {"betas": [2, 0.9]}}}, {}, "beta parameter"),
     ({"scheduler": {"type": "Warmup"}}, {}, "choose one of LRRangeTest"),
-    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, {}, "index out of range"),
+    *(
+        ({"optimizer": {"type": "AdamW", "params": params}}, {}, reason)
+        for params, reason in PARAMS
+    ),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cosine"}}},
+        {},
+        'no warmup_type "cosine"',
+    ),
     ({"scheduler": {"type": "WarmupDecayLR"}}, {}, "total_num_steps"),
     (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -10}}},
@@ -465,6 +508,28 @@ REFUSED = [
         "gradient_accumulation_steps is 4, the command line says 2",
     ),
 ]
+
+
+TAKEN = [
+    {"zero_optimization": {"stage": 2, "zero_quantized_weights": False}},
+    {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+    {"flops_profiler": {"enabled": True, "profile_step": 2, "output_file": None}},
+    {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    {"checkpoint": {"load_universal": True}, "steps_per_print": None, "_comment": "right"},
+    {"data_types": {"grad_accum_dtype": "fp32"}, "timers": {"throughput": {"enabled": False}}},
+]
+
+
+@pytest.mark.parametrize("content", TAKEN)
+def test_right_configurations_are_taken(judged, content):
+    values = judged(content).values
+    assert all(values[key] == content[key] for key in content)
+
+
+@pytest.mark.parametrize("section", ["activation_checkpointing", "compile", "data_efficiency"])
+def test_a_section_without_effect_is_noted(judged, capsys, section):
+    judged({section: {}})
+    assert f"note: {section} in DeepSpeed's file does nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, flags, reason", REFUSED)

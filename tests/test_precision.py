@@ -82,6 +82,15 @@ def test_bf16_weights_lose_updates_and_chance_brings_them_back(sixteen):
     assert sixteen["fp32_lost_ratio"] == 0
 
 
+def test_a_text_too_short_is_refused(tmp_path):
+    """Of two short rows nothing is left to train on; said before torch is there."""
+    roles = ("user", "assistant")
+    row = {"messages": [{"role": role, "content": "short"} for role in roles]}
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps([row, row]))
+    assert "take one of at least 1,088" in refused("python", SIXTEEN, "--data", file, PROFILE="cpu")
+
+
 def test_rounding_by_chance_keeps_the_mean(lesson):
     """Each time one of the two neighbours in bf16, on average the number itself."""
     by_chance = lesson("09_sixteen_bits").by_chance

@@ -198,9 +198,6 @@ def check_types(config) -> None:
             )
             if key.endswith("dtype") and not known:
                 config.refuse(f"{section}.{key} is {json.dumps(value)}: write bf16, fp16 or fp32")
-    autocast = config.values.get("torch_autocast", {})
-    if autocast.get("enabled") and not autocast.get("dtype"):
-        config.refuse('torch_autocast is enabled and names no type: write "dtype": "bf16"')
 
 
 def check_keys(config) -> None:
