@@ -204,6 +204,15 @@ def test_the_twin_offloads(tiny_model, twin):
         assert offloaded["losses"][f"stage {stage}"] == twin["losses"][f"stage {stage}"]
 
 
+@pytest.mark.parametrize(
+    "script", ["05_DeepSpeed/03_mini_zero.py", "04_Accelerate/04_mini_accelerate.py"]
+)
+def test_what_saves_nothing_takes_no_folder(script, tmp_path):
+    assert "unrecognized arguments: --save" in refused(
+        "python", f"modules/{script}", "--save", tmp_path
+    )
+
+
 def test_the_twin_refuses():
     assert "1 process is running" in refused("make", "mini-zero", "PROCESSES=1", **CPU)
 
@@ -404,6 +413,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 STAGE_3 = {"zero_hpz_partition_size": 2, "zero_quantized_weights": True}
 STAGE_3 |= {"zero_quantized_gradients": True, "memory_efficient_linear": False}
 NVME = {"device": "nvme"}
+SUPER = {"device": "cpu", "super_offload": True}
 PARAMS = [
     ({"betas": [0.9]}, "betas is [0.9]: write two numbers"),
     ({"betas": [0.9, 0.99, 0.999]}, "write two numbers"),
@@ -451,6 +461,13 @@ REFUSED = [
     # What this environment or train.py cannot do
     ({"comet": {"enabled": True}}, {}, "no Python package comet_ml here"),
     ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel wants equal data"),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        {},
+        "it needs a GPU, and nvcc",
+    ),
+    ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, {}, "is gone from DeepSpeed"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": SUPER}}, {}, "super_offload has no"),
     # Values
     ({"zero_optimization": {"stage": 4}}, {}, "stage is 4: write 0, 1, 2 or 3"),
     ({"zero_optimization": {"stage": "auto"}}, {}, 'stage is "auto": write 0, 1, 2 or 3'),

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,3 +313,26 @@ def test_interpreter_is_the_environment():
     assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), (
         "run the tests with make test, in the environment of the repository"
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_ends_a_script_quietly(unbuffered):
+    """`| head -1`: by SIGPIPE, as other programs end, also where the rest is printed at the end."""
+    script = f"import lab\nfor line in range({20_000 if unbuffered else 1}): print(line)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", script]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_a_broken_socket_is_still_an_error():
+    script = "import lab, os\nr, w = os.pipe(); os.close(r); os.write(w, b'x')"
+    done = run(sys.executable, "-c", script, check=1)
+    assert "BrokenPipeError" in done.stderr

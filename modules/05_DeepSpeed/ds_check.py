@@ -217,7 +217,7 @@ def check_keys(config) -> None:
 
 
 def check_machine(config) -> None:
-    """What this environment, or this number of processes, cannot do."""
+    """What this environment, or train.py, cannot do."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -231,10 +231,6 @@ def check_machine(config) -> None:
     quantized = [key for key in config.zero if "_quantized_" in key and config.zero[key]]
     if quantized and (on_cpu or cpp_extension.CUDA_HOME is None):
         config.refuse(f"{quantized[0]} compiles kernels of CUDA: it needs a GPU, and nvcc")
-    size = config.zero.get("zero_hpz_partition_size") or 1
-    world = config.step_blocks // (config.micro_batch * config.accumulate)
-    if world % min(size, world):
-        config.refuse(f"zero_hpz_partition_size is {size}, which does not divide {world} processes")
 
 
 def note_without_effect(config) -> None:
