@@ -149,6 +149,12 @@ def test_impossible_flags(flags, reason):
     assert reason in refused("python", LOOP, *flags)
 
 
+def test_too_few_rows(tiny_model):
+    flags = ["--model", tiny_model, "--rows", "3", "--micro-batch", "4", "--accumulate", "1"]
+    few = "one step needs 4 rows (1 processes x 1 micro-steps x 4), here are 3: raise --rows"
+    assert few in refused("python", LOOP, *flags, PROFILE="cpu")
+
+
 # -----------------------------------------------------------------------------
 # Packing: the attention's blocks, in the installed transformers
 
