@@ -26,7 +26,7 @@ MODULES = "transformers.models.llama.modeling_llama,accelerate,deepspeed"
 CONFIGS = sorted((MODULE / "configs").glob("*.yaml"))
 # A learning rate at which a step that forgot the other process's gradients would be seen in the
 # losses.
-FLAGS = ["--steps", "5", "--seq-len", "64", "--learning-rate", "0.003"]
+FLAGS = ["--steps", "4", "--seq-len", "32", "--learning-rate", "0.003"]
 
 
 def make(target: str, *flags) -> dict:
@@ -42,12 +42,15 @@ def weights(folder) -> dict:
     return load_file(Path(folder) / "model.safetensors")
 
 
-SAME = {  # name: (make target, its variables, (micro-batch, micro-steps), wrapper)
-    "ddp-accumulated": ("train-ddp", {}, (1, 2), "DistributedDataParallel"),
+# Four blocks a step; {name: (make target, its variables, (micro-batch, micro-steps), wrapper)}
+SAME = {
     "accelerate": ("train-accelerate", {}, (2, 1), "DistributedDataParallel"),
-    "accelerate-accumulated": ("train-accelerate", {}, (1, 2), "DistributedDataParallel"),
     "fsdp": ("train-accelerate", {"CONFIG": "fsdp"}, (1, 2), "FSDPLlamaForCausalLM"),
     "zero2": ("train-accelerate", {"CONFIG": "deepspeed_zero2"}, (1, 2), "DeepSpeedEngine"),
+}
+ACCUMULATED = {
+    "ddp accumulated": ("train-ddp", {}, (1, 2), "DistributedDataParallel"),
+    "accelerate accumulated": ("train-accelerate", {}, (1, 2), "DistributedDataParallel"),
 }
 
 
@@ -57,12 +60,12 @@ def saved(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("saved")
 
 
-def on_two(saved, flags: list) -> dict[str, list]:
-    """The commands of SAME's make targets, each with four blocks a step."""
+def on_two(trainings: dict, saved, flags: list) -> dict[str, list]:
+    """The commands of their make targets."""
     commands = {}
-    for name, (target, variables, (micro_batch, accumulate), _) in SAME.items():
+    for name, (target, variables, (micro_batch, accumulate), _) in trainings.items():
         batch = ["--micro-batch", micro_batch, "--accumulate", accumulate]
-        save = ["--save", saved / name]
+        save = ["--save", saved / name.split()[0]]
         commands[name] = recipe(target, *flags, *batch, *save, **variables)
     return commands
 
@@ -73,7 +76,7 @@ def trained(tiny_model, saved) -> dict[str, dict]:
     flags = ["--model", tiny_model, *FLAGS]
     whole = [*flags, "--micro-batch", "4"]
     accumulated = [*flags, "--micro-batch", "1", "--accumulate", "4"]
-    bf16 = ["--mixed-precision", "bf16"]
+    bf16 = ["--mixed-precision", "bf16", "--steps", "2"]
     nine_rows = ["--micro-batch", "3", "--steps", "1", "--learning-rate", "1e-9"]
     nine_rows += ["--model", tiny_model, "--seq-len", "64"]
     commands = {
@@ -82,11 +85,11 @@ def trained(tiny_model, saved) -> dict[str, dict]:
         "01_train_ddp bf16": [DDP, *whole, *bf16],
         "02_train_accelerate accumulated": [ACCELERATE, *accumulated],
         "02_train_accelerate bf16": [ACCELERATE, *whole, *bf16],
-        **on_two(saved, flags),
+        **on_two(SAME, saved, flags),
         "twin": recipe("mini-accelerate", *flags, "--micro-batch", 1, "--accumulate", 2),
         "nine rows": [TWIN, *nine_rows],
         "nine rows on two": recipe("mini-accelerate", *nine_rows),
-        "mixed": ["PROFILE=cpu", "python", MIXED, "--model", tiny_model, "--seq-len", 64],
+        "mixed": ["PROFILE=cpu", "python", MIXED, "--model", tiny_model, "--seq-len", 32],
     }
     return in_processes(MODULES, commands)
 
@@ -117,6 +120,14 @@ def test_two_processes_compute_what_one_does(trained, one, saved, name):
     """Four blocks a step on two processes, at once or accumulated."""
     assert trained[name]["wrapper"] == SAME[name][-1]
     same_training(trained[name], saved / name, one, saved)
+
+
+@pytest.mark.long
+def test_two_processes_accumulate(one, saved, tiny_model):
+    commands = on_two(ACCUMULATED, saved, ["--model", tiny_model, *FLAGS])
+    for name, ours in in_processes(MODULES, commands).items():
+        assert ours["wrapper"] == ACCUMULATED[name][-1]
+        same_training(ours, saved / name.split()[0], one, saved)
 
 
 def test_torchrun_computes_what_one_process_does(one, saved, tiny_model):
@@ -397,8 +408,9 @@ def test_mixed_precision(trained):
 def test_bf16_is_used(one, trained, script):
     """--mixed-precision bf16 changes the losses, a little."""
     losses = trained[f"{script} bf16"]["losses"]
-    assert losses == pytest.approx(one["losses"], rel=1e-2)
-    assert losses != pytest.approx(one["losses"], rel=1e-6)
+    expected = one["losses"][:2]
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses != pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
