@@ -198,7 +198,7 @@ def show(request: Request, answer: dict) -> None:
         print(f"  {cache_of_request(answer)}")
     print(f"  host memory             {answer['host_gib']:8.1f}{host_parts(answer)}")
     if "nvme_gib" in answer:
-        print(f"  NVMe (not measured)     {answer['nvme_gib']:8.1f}")
+        print(f"  files (NVMe)            {answer['nvme_gib']:8.1f}")
 
     # What is left, and what to know.
     if "max_micro_batch" in answer:

@@ -33,6 +33,7 @@ whose record has such a line is marked.
 """
 
 import argparse
+import dataclasses
 import json
 import re
 from typing import NamedTuple
@@ -41,7 +42,7 @@ import yaml
 from trainings import MADE, command_of, model_of, sent_bytes, training_of
 
 from lab import ROOT, fail, shown
-from lab.planner import training
+from lab.planner import speed, training
 
 BLOCK = re.compile(r"(<!-- table (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.S)
 ABSENT = "–"  # where a machine's record lacks the metric
@@ -269,11 +270,12 @@ def calibration(use: str, language: str) -> str:
 COST_HEADS = {
     "zh": (
         *("怎么跑", "模型", "micro-batch", "参数", "梯度", "优化器", "合计", "理论"),
-        *("其中在主机", "峰值", "tokens/s", "一步发送，GB（算式）"),
+        *("其中在主机", "峰值", "tokens/s", "占乘法的峰值", "一步发送，GB（算式）"),
     ),
     "en": (
         *("how to run it", "model", "micro-batch", "parameters", "gradients", "optimizer", "sum"),
-        *("theory", "of it on the host", "peak", "tokens/s", "sent a step, GB (by formula)"),
+        *("theory", "of it on the host", "peak", "tokens/s", "of the product's peak"),
+        "sent a step, GB (by formula)",
     ),
 }
 
@@ -313,10 +315,25 @@ def cost_cells(record: dict) -> list[str]:
     names = ("parameter_state_gib", "gradient_state_gib", "optimizer_state_gib", "state_gib")
     values = [metrics.get(name) for name in names]
     values += [metrics.get("state_theory_gib", planned), on_host, metrics["peak_memory_gib"]]
-    values += [metrics["throughput_tok_per_s"], sent_bytes(record) / 1e9]
+    values += [metrics["throughput_tok_per_s"], of_peak(record), sent_bytes(record) / 1e9]
     batch = f"{setup.micro_batch} x {setup.seq_len}"
     cells = [ABSENT if value is None else number(value) for value in values]
     return [f"`{command_of(record)}`", model.name, batch, *cells]
+
+
+def of_peak(record: dict) -> float | None:
+    """Share of what one large product reaches on this machine's cards, if that was measured.
+
+    Counted is what the model needs (speed.train_flop), not what checkpointing computes again.
+    """
+    roofline = records("scripts/calibrate-roofline").get(record["machine"]["name"])
+    if not roofline:
+        return None
+    setup = dataclasses.replace(training_of(record), checkpointing=False)
+    tokens = setup.accumulate * setup.tokens
+    a_token = speed.train_flop(model_of(record), setup) / tokens
+    peak = setup.gpus * roofline["metrics"]["matmul_tflop_per_s"] * 1e12
+    return a_token * record["metrics"]["throughput_tok_per_s"] / peak
 
 
 # What speeds.py says of a line, in the language of the page.

@@ -88,16 +88,11 @@ def training_of(record: dict) -> Training:
 
 
 def sent_bytes(record: dict) -> float:
-    """Bytes that each process sends in a step, over a ring.
-
-    DeepSpeed 0.19.8 sums whole buckets at stages 1 and 2 too, unless its configuration says
-    `use_multi_rank_bucket_allreduce: false`: an all-reduce where the paper has a reduce-scatter.
-    """
+    """Bytes that each process sends in a step, over a ring."""
     setup = training_of(record)
     share = (setup.gpus - 1) / setup.gpus
     total = 0.0
     for kind, size, times in speed.train_messages(model_of(record), setup):
-        summed_whole = setup.zero in (1, 2) and kind == "reduce_scatter"
-        trips = 2 if kind == "all_reduce" or summed_whole else 1
+        trips = 2 if kind == "all_reduce" else 1
         total += trips * times * share * size
     return total

@@ -90,7 +90,8 @@ def test_messages_are_those_that_mini_zero_counted(alpha_beta, smollm):
 def test_planner_sends_the_same(alpha_beta, smollm):
     """DDP, ZeRO-2 and ZeRO-3 by the planner: bytes of whole tensors, an all-reduce twice.
 
-    At stage 3 it gathers twice what is outside of the layers too.
+    At stage 2 DeepSpeed sums whole buckets, which sends the gradients once more; at stage 3 it
+    gathers twice what is outside of the layers too.
     """
     shape, model = smollm
     ways = alpha_beta.ways(shape)
@@ -105,8 +106,9 @@ def test_planner_sends_the_same(alpha_beta, smollm):
             (1 + (kind == "all_reduce")) * size * times
             for kind, size, times in speed.train_messages(model, setup)
         )
-        once_more = ACCUMULATE * shape.outside if zero == 3 else 0
-        assert planned == pytest.approx(4 * (alpha_beta.sent(ways[way]) + once_more))
+        once_more = {2: shape.parameters, 3: shape.outside}.get(zero, 0)
+        expected = alpha_beta.sent(ways[way]) + ACCUMULATE * once_more
+        assert planned == pytest.approx(4 * expected)
 
 
 def test_many_processes_wait_in_a_ring(alpha_beta, smollm):
@@ -282,6 +284,18 @@ def test_the_table_of_costs():
             state = metrics.get("state_gib")
             assert cells[6] == (tables.number(state) if state else tables.ABSENT)
             assert cells[10] == tables.number(metrics["throughput_tok_per_s"])
+            assert (cells[11] == tables.ABSENT) == (machine == "cpu-2c")
+
+
+def test_share_of_the_peak():
+    """6 FLOP for a weight and token of a 0.5B, and its attention, over one card's 792 TFLOP/s."""
+    tables = module("tables")
+    record = tables.records("04_Accelerate/01_train_ddp")["h100x2-cap24"]
+    speed = record["metrics"]["throughput_tok_per_s"]
+    peak = tables.records("scripts/calibrate-roofline")["h100x2-cap24"]["metrics"]
+    flop = 6 * 494e6 * speed / 2
+    share = flop / peak["matmul_tflop_per_s"] / 1e12
+    assert tables.of_peak(record) == pytest.approx(share, rel=0.05)
 
 
 def test_costs_of_a_7b_lora_are_its_adapters(alpha_beta):

@@ -117,6 +117,17 @@ def test_frozen_weights_under_offload_lie_on_the_host(train_answer):
     assert on_nvme["host_gib"] < 16
 
 
+def test_offload_to_files_as_measured(answer):
+    """A 1.5B on two H100s: the bytes of its files, and the host's peak."""
+    record = ROOT / "results/h100x2-cap24/05_DeepSpeed/train-z3-nvme.json"
+    measured = json.loads(record.read_text())["metrics"]
+    flags = "--gpus 2 --zero 3 --offload optimizer+param --offload-device nvme --checkpointing"
+    shape = "--micro-batch 2 --seq-len 512"
+    planned = answer(f"train --model qwen2.5-1.5b-instruct {flags} {shape}")
+    assert planned["nvme_gib"] == pytest.approx(2 * measured["state_on_disk_gib"], rel=0.01)
+    assert planned["host_gib"] == pytest.approx(measured["host_peak_gib"], rel=0.1)
+
+
 def allocated(verdict: dict) -> float:
     """GiB on a card that PyTorch's tensors take."""
     parts = verdict["per_gpu_gib"]

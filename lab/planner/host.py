@@ -20,7 +20,10 @@ from lab.planner.states import (
 )
 
 ZERO3_SUB_GROUP = 1e9  # numbers that ZeRO-3 updates at a time: sub_group_size
-NVME_BUFFERS = 5 * 1e8  # numbers on their way from NVMe: buffer_count x buffer_size
+# Numbers on their way from and to NVMe, in 16 bits and in fp32: buffer_count x buffer_size of
+# parameters, buffer_count x sub_group_size of optimizer states as configs/z3-nvme.json has it.
+NVME_BUFFERS = 5 * 1e8
+NVME_OPTIMIZER_BUFFERS = 4 * 2e7
 
 
 class Host(NamedTuple):
@@ -96,25 +99,48 @@ def host(model: Model, setup: Training) -> Host:
         return Host(processes | fsdp_host(model, setup), 0.0)
     if not setup.offloads:
         return Host(processes, 0.0)
-    staying, moving = deepspeed_host(model, setup)
     if setup.offload_device == "cpu":
-        return Host(processes | staying | moving, 0.0)
+        return Host(processes | deepspeed_host(model, setup), 0.0)
+    buffers = setup.gpus * 4 * NVME_OPTIMIZER_BUFFERS
     if setup.offloads_parameters:
-        buffers = setup.gpus * power_of_two(NVME_BUFFERS * setup.computed)
-        staying = staying | {"buffers": buffers}
-        moving = moving | {"frozen": frozen_bytes(model, setup) - scale_bytes(model, setup)}
-    return Host(processes | staying, sum(moving.values()))
+        buffers += setup.gpus * power_of_two(NVME_BUFFERS * setup.computed)
+    kept = {
+        "gradients": setup.computed * trained_parameters(model, setup),  # one buffer, 16 bits
+        "start": at_start(model, setup),
+        "buffers": buffers,
+    }
+    return Host(processes | kept, nvme_files(model, setup))
 
 
-def deepspeed_host(model: Model, setup: Training) -> tuple[dict[str, float], dict[str, float]]:
-    """What DeepSpeed's offloading keeps on the host, and what --offload-device nvme moves on.
+def nvme_files(model: Model, setup: Training) -> float:
+    """Bytes in files: fp32 gradients, master copy and two moments, and parameters if offloaded.
+
+    >>> both = "optimizer+param"
+    >>> setup = Training(engine="deepspeed", zero=3, offload=both, offload_device="nvme")
+    >>> round(nvme_files(QWEN_7B, setup) / GIB)  # 18 psi
+    128
+    """
+    trained = trained_parameters(model, setup)
+    size = 16 * trained
+    if setup.offloads_parameters:
+        size += setup.computed * trained
+        size += frozen_bytes(model, setup) - scale_bytes(model, setup)
+    return size
+
+
+def at_start(model: Model, setup: Training) -> float:
+    """Bytes of the trained weights that each process holds once while it starts."""
+    return setup.gpus * setup.computed * trained_parameters(model, setup)
+
+
+def deepspeed_host(model: Model, setup: Training) -> dict[str, float]:
+    """What DeepSpeed's offloading moves from the cards to the host.
 
     Each process pins its part of the master copy and of the fp32 gradients, and has two moments
-    that are not pinned; while it starts it also holds the trained weights once. Trained parameters
-    that are offloaded lie there twice, frozen ones once.
+    that are not pinned. Trained parameters that are offloaded lie there twice, frozen ones once.
 
-    >>> staying, moving = deepspeed_host(QWEN_7B, Training(zero=2, offload="optimizer"))
-    >>> round(moving["moments"] / 1e9, 1)  # 8 psi
+    >>> on_host = deepspeed_host(QWEN_7B, Training(zero=2, offload="optimizer"))
+    >>> round(on_host["moments"] / 1e9, 1)  # 8 psi
     60.9
     """
     trained = trained_parameters(model, setup)
@@ -122,14 +148,14 @@ def deepspeed_host(model: Model, setup: Training) -> tuple[dict[str, float], dic
     largest = 4 * ZERO3_SUB_GROUP if setup.zero == 3 else part
     master = setup.gpus * (pinned(part, largest) if setup.pin_memory else part)
     twice = 2 * setup.computed * trained if setup.offloads_parameters else 0
-    staying = {"gradients": master, "start": setup.gpus * setup.computed * trained}
-    moving = {
+    return {
+        "gradients": master,
+        "start": at_start(model, setup),
         "master_copy": master,
         "moments": 2 * setup.gpus * part,
         "parameters": twice,
         "frozen": frozen_on_host(model, setup),
     }
-    return staying, moving
 
 
 def fsdp_host(model: Model, setup: Training) -> dict[str, float]:
