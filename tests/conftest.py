@@ -3,9 +3,11 @@ server.
 """
 
 import functools
+import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,6 +151,27 @@ def refused(*command, **kwargs) -> str:
 
 def python(*command, **kwargs):
     return run(sys.executable, *command, **kwargs)
+
+
+def recipe(target: str, *flags, **variables) -> list[str]:
+    """The launcher's command that a make target runs."""
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    arguments = " ".join(map(str, flags))
+    lines = run("make", "-n", target, *settings, f"ARGS={arguments}", check=0).stdout.splitlines()
+    (line,) = [line for line in lines if "lab.launch" in line]
+    return shlex.split(line.partition(" lab.launch ")[2])[1:]
+
+
+def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str, dict]:
+    """{name: result} of commands whose processes are forked from one that imported the modules:
+    launchers' commands, or a script and its flags.
+    """
+    words = [[str(word) for word in command] for command in commands.values()]
+    words = [["python", *each] if each[0].endswith(".py") else each for each in words]
+    program = ROOT / "tests/programs/in_processes.py"
+    done = python(program, modules, json.dumps(words), check=0, **kwargs)
+    lines = map(json.loads, done.stdout.splitlines())
+    return dict(zip(commands, lines, strict=True))
 
 
 @functools.cache

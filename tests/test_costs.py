@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, RUNS, refused, run
+from conftest import ROOT, RUNS, in_processes, recipe, refused, run
 
 from lab import models
 from lab.planner import speed, weights
@@ -131,11 +131,26 @@ def test_many_processes_wait_in_a_ring(alpha_beta, smollm):
 # -----------------------------------------------------------------------------
 # The scripts, on two processes
 
+LOOPS = ("accelerate", "accelerate_only_loss", "accelerate_own_loader", "accelerate_bucket_view")
 
-def test_train_costs(tiny_model):
+
+@pytest.fixture(scope="module")
+def measured(tiny_model) -> dict[str, dict]:
+    """What each script's make target prints."""
+    short = ["--model", tiny_model, "--seq-len", 32]
+    four_steps = [*short, "--steps", 4, "--rounds", 1]
+    commands = {
+        "costs": recipe("train-costs", *short, "--accumulate", ACCUMULATE),
+        "bf16": recipe("train-compressed", *four_steps, "--learning-rate", "1e-3"),
+        "overhead": recipe("accelerate-overhead", *four_steps, "--only", "native_ddp", *LOOPS),
+    }
+    modules = "transformers.models.llama.modeling_llama,accelerate,matplotlib.pyplot"
+    return in_processes(modules, commands, **CPU)
+
+
+def test_train_costs(measured):
     """Messages are really sent; the line of a ring lies near them; both pictures are drawn."""
-    flags = f"--model {tiny_model} --seq-len 32 --accumulate {ACCUMULATE}"
-    metrics = result(run("make", "-s", "train-costs", f"ARGS={flags}", check=0, **CPU))
+    metrics = measured["costs"]
     assert metrics["ddp_sent_per_parameter_ratio"] == pytest.approx(2)
     assert metrics["zero_2_sent_per_parameter_ratio"] == pytest.approx(ACCUMULATE + 1)
     for kind in ("all_reduce", "reduce_scatter", "all_gather"):
@@ -153,10 +168,9 @@ def test_train_costs_refuses():
     assert "must be at least 1" in refused("make", "train-costs", flags, **CPU)
 
 
-def test_gradients_in_bf16(tiny_model):
+def test_gradients_in_bf16(measured, tiny_model):
     """Half the bytes, all of them counted; the float32 hook changes nothing, bf16 a little."""
-    flags = f"--model {tiny_model} --seq-len 32 --steps 4 --rounds 1 --learning-rate 1e-3"
-    metrics = result(run("make", "-s", "train-compressed", f"ARGS={flags}", check=0, **CPU))
+    metrics = measured["bf16"]
     parameters = weights.parameters(read(models.config(str(tiny_model))))
     assert metrics["bf16_bytes_ratio"] == 0.5
     assert metrics["float32_all_reduced_gb"] == pytest.approx(4e-9 * parameters)
@@ -164,14 +178,9 @@ def test_gradients_in_bf16(tiny_model):
     assert 0 < metrics["bf16_loss_difference_ratio"] < 1e-3
 
 
-LOOPS = ("accelerate", "accelerate_only_loss", "accelerate_own_loader", "accelerate_bucket_view")
-
-
-def test_accelerate_overhead(tiny_model):
+def test_accelerate_overhead(measured):
     """Whatever is taken out of Accelerate's loop, it computes what the native one does."""
-    flags = f"--model {tiny_model} --seq-len 32 --steps 4 --rounds 1 --only native_ddp "
-    flags += " ".join(LOOPS)
-    metrics = result(run("make", "-s", "accelerate-overhead", f"ARGS={flags}", check=0, **CPU))
+    metrics = measured["overhead"]
     for name in LOOPS:
         assert metrics[f"{name}_loss_difference_ratio"] < 1e-6
         assert metrics[f"{name}_over_native_ratio"] > 0

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, RECORDS, ROOT, python, refused, run
+from conftest import ENVIRONMENT, RECORDS, ROOT, in_processes, python, recipe, refused, run
 
 from lab import jobs, models
 from lab.planner import training, weights
@@ -29,6 +29,7 @@ STEPS = 5
 MICRO_BATCH = 2
 ACCUMULATE = 2
 LEARNING_RATE = "1e-3"
+SEQ_LEN = 32
 FORMS = json.loads(Path(__file__).with_name("deepspeed_forms.json").read_text())
 SMALL_FORM = "LLaMA-Factory ds_z3"
 # Bytes per parameter of (parameters, gradients, optimizer states) in each of 2 processes in fp32,
@@ -72,7 +73,7 @@ def trained(tiny_model, saved, tmp_path_factory) -> list[dict]:
     the end stage 3 again, which saves.
     """
     flags = ["--model", tiny_model, "--micro-batch", MICRO_BATCH, "--accumulate", ACCUMULATE]
-    flags += ["--learning-rate", LEARNING_RATE]
+    flags += ["--learning-rate", LEARNING_RATE, "--seq-len", SEQ_LEN]
     form = tmp_path_factory.mktemp("form") / "ds_config.json"
     form.write_text(json.dumps(FORMS[SMALL_FORM]))
     short = ["--model", tiny_model, "--steps", "2", "--seq-len", "8", "--micro-batch", "1"]
@@ -96,11 +97,22 @@ def stages(trained) -> dict[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model) -> list[float]:
-    """Losses of one process without DeepSpeed that sees the same blocks in every step."""
-    flags = ["--model", tiny_model, "--steps", STEPS, "--micro-batch", 2 * MICRO_BATCH]
-    flags += ["--accumulate", ACCUMULATE, "--learning-rate", LEARNING_RATE]
-    return result(python("modules/04_Accelerate/01_train_ddp.py", *flags, **CPU))["losses"]
+def without_deepspeed(tiny_model) -> dict[str, dict]:
+    """One process that sees the same blocks in every step; all stages of mini_zero in two."""
+    same = ["--model", tiny_model, "--steps", STEPS, "--accumulate", ACCUMULATE]
+    same += ["--learning-rate", LEARNING_RATE, "--seq-len", SEQ_LEN, "--micro-batch"]
+    alone = ROOT / "modules/04_Accelerate/01_train_ddp.py"
+    commands = {
+        "one process": [alone, *same, 2 * MICRO_BATCH],
+        "twin": recipe("mini-zero", *same, MICRO_BATCH),
+    }
+    return in_processes("transformers.models.llama.modeling_llama", commands, **CPU)
+
+
+@pytest.fixture
+def reference(without_deepspeed) -> list[float]:
+    """Losses of one process."""
+    return without_deepspeed["one process"]["losses"]
 
 
 @pytest.mark.parametrize("stage", BYTES)
@@ -156,12 +168,9 @@ def test_the_planner_predicts_these_bytes(stages, tiny_model, stage):
 # The twin: mini_zero
 
 
-@pytest.fixture(scope="module")
-def twin(tiny_model) -> dict:
-    """All four stages of mini_zero, with the settings of the trainings above."""
-    flags = f"--model {tiny_model} --steps {STEPS} --micro-batch {MICRO_BATCH}"
-    flags += f" --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE}"
-    return result(run("make", "-s", "mini-zero", f"ARGS={flags}", check=0, **CPU))
+@pytest.fixture
+def twin(without_deepspeed) -> dict:
+    return without_deepspeed["twin"]
 
 
 @pytest.mark.parametrize("stage", BYTES)
@@ -199,6 +208,7 @@ def test_the_twin_sends_what_the_paper_says(twin, tiny_model):
 def test_the_twin_offloads(tiny_model, twin):
     flags = f"--model {tiny_model} --steps {STEPS} --micro-batch {MICRO_BATCH} --stages 1 2 3"
     flags += f" --accumulate {ACCUMULATE} --learning-rate {LEARNING_RATE} --offload"
+    flags += f" --seq-len {SEQ_LEN}"
     offloaded = result(run("make", "-s", "mini-zero", f"ARGS={flags}", check=0, **CPU))
     for stage in (1, 2, 3):
         assert offloaded["losses"][f"stage {stage}"] == twin["losses"][f"stage {stage}"]
@@ -260,7 +270,7 @@ def test_a_stage_3_model_is_saved_whole(stages, saved, reference):
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
     sizes = [weight.numel() for weight in model.parameters()]
     assert all(sizes) and sum(sizes) == stages[3]["parameters_count"]
-    blocks = data.blocks(AutoTokenizer.from_pretrained(saved), "launch_en_train", 128)
+    blocks = data.blocks(AutoTokenizer.from_pretrained(saved), "launch_en_train", SEQ_LEN)
     per_step = 2 * MICRO_BATCH * ACCUMULATE
     batch = blocks[(STEPS - 1) * per_step : STEPS * per_step]
     with torch.no_grad():

@@ -2,20 +2,19 @@
 sends what the arithmetic says. By SGD too, which sees a gradient of the wrong length.
 """
 
-import json
 import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, python, refused
+from conftest import ROOT, in_processes, refused
 
 MODULE = ROOT / "modules/05_DeepSpeed"
 SCRIPT = MODULE / "04_mini_parallel.py"
 # By its path: the package imports torch, which the schedules do not need.
 schedule = SimpleNamespace(**runpy.run_path(str(MODULE / "mini_parallel/schedule.py")))
 CPU = {"PROFILE": "cpu"}
-ONE_THREAD = CPU | {"OMP_NUM_THREADS": "1"}  # each process, as torchrun has it
+QWEN3 = "transformers.models.qwen3.modeling_qwen3,transformers.models.qwen3_moe.modeling_qwen3_moe"
 TOLERANCE = 5e-6  # relative, float32
 STEPS = 4
 BATCH, SEQ, MICRO_BATCHES = 16, 32, 8
@@ -39,11 +38,14 @@ def runs() -> list[dict]:
     """All ways by AdamW in two processes and by SGD in four; mini_zero's stages by SGD in two."""
     sizes = SIZES.split()
     by_sgd = ["--optimizer", "sgd", "--learning-rate", "0.3"]
-    zero = ROOT / "tests/programs/zero_by_sgd.py"
-    commands = [[2, SCRIPT, *sizes], [4, SCRIPT, *sizes, *by_sgd], [2, zero]]
-    program = ROOT / "tests/programs/in_processes.py"
-    done = python(program, json.dumps(commands, default=str), check=0, **ONE_THREAD)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    two = ["torchrun", "--nproc-per-node", 2]
+    four = ["torchrun", "--nproc-per-node", 4]
+    commands = {
+        "2": [*two, SCRIPT, *sizes],
+        "4": [*four, SCRIPT, *sizes, *by_sgd],
+        "zero": [*two, ROOT / "tests/programs/zero_by_sgd.py"],
+    }
+    return list(in_processes(QWEN3, commands, **CPU).values())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, RUNS, python, refused, run
+from conftest import ROOT, RUNS, in_processes, python, recipe, refused
 
 MODULE = ROOT / "modules/04_Accelerate"
 LOOP = MODULE / "05_real_loop.py"
@@ -18,32 +18,29 @@ RATE = 3e-3
 FLAGS = ["--rows", "8", "--steps", "4", "--learning-rate", str(RATE), "--warmup", "2"]
 FLAGS += ["--seq-len", "160"]
 WHOLE = ["--micro-batch", "4"]
-
-
-def result(done) -> dict:
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def in_turn(*runs: list) -> list[dict]:
-    commands = [[str(word) for word in each] for each in runs]
-    done = python(PROGRAMS / "in_turn.py", json.dumps(commands), check=0)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def make(target: str, *flags) -> dict:
-    arguments = " ".join(map(str, flags))
-    return result(run("make", "-s", target, f"ARGS={arguments}", check=0))
+MODULES = "transformers.models.llama.modeling_llama,transformers.trainer,accelerate,deepspeed"
+TRAPS = ("ddp", "accelerate_traps")
+BEFORE = ["02_train_accelerate", "05_real_loop"]
 
 
 # -----------------------------------------------------------------------------
 # The loop
 
 
+def by_accelerate(config: str, program: str, *arguments) -> list:
+    """The command that launches one of tests/programs in two processes."""
+    file = MODULE / "configs" / f"{config}.yaml"
+    script = PROGRAMS / f"{program}.py"
+    return ["accelerate", "launch", "--config_file", file, script, *arguments]
+
+
 @pytest.fixture(scope="module")
 def loops(tiny_model) -> dict[str, dict]:
-    """The loop in one process, in several ways that must not matter, and a few that show."""
+    """The loop in one process, in several ways that must not matter, and a few that show; on two
+    processes; beside it all else that this file launches.
+    """
     flags = ["--model", tiny_model, *FLAGS]
-    runs = {
+    ways = {
         "whole": WHOLE,
         "accumulated": ["--micro-batch", "1", "--accumulate", "4"],
         "packed": [*WHOLE, "--pack"],
@@ -52,8 +49,23 @@ def loops(tiny_model) -> dict[str, dict]:
         "clipped": [*WHOLE, "--clip", "1e-6", "--steps", "2"],
         "profile": [*WHOLE, "--profile", "--steps", "2"],
     }
-    lines = in_turn(*([LOOP, *flags, *more] for more in runs.values()))
-    return dict(zip(runs, lines, strict=True))
+    commands = {name: [LOOP, *flags, *more] for name, more in ways.items()}
+    half = ["--micro-batch", "1", "--accumulate", "2"]
+    equal_blocks = ["--model", tiny_model, "--steps", "4", "--seq-len", "64"]
+    equal_blocks += ["--learning-rate", RATE]
+    unequal_rows = ["--model", tiny_model, "--seq-len", "160", "--micro-batch", "1"]
+    commands |= {
+        "two": recipe("real-loop", *flags, *half),
+        "weights": recipe("loss-weights", *unequal_rows),
+        "ddp": [MODULE / "01_train_ddp.py", *equal_blocks, "--micro-batch", "4"],
+        "trainer": recipe("train-trainer", *equal_blocks, *half),
+        # With the variable that a DeepSpeed YAML sets: four micro-steps.
+        "traps": ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", *by_accelerate(*TRAPS)],
+    }
+    for script in BEFORE:
+        program = PROGRAMS / "before_prepare.py"
+        commands[script] = [program, MODULE / f"{script}.py", "--model", tiny_model]
+    return in_processes(MODULES, commands)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -71,10 +83,9 @@ def test_how_it_is_computed_does_not_matter(loops, how):
     assert (loops[how]["filled_up_ratio"] == 0) == (how in ("packed", "accumulated"))
 
 
-def test_two_processes_compute_what_one_does(loops, tiny_model):
+def test_two_processes_compute_what_one_does(loops):
     """Also where both processes and micro-steps divide the rows, and validation's 9 do not fit."""
-    half = ["--micro-batch", "1", "--accumulate", "2"]
-    two = make("real-loop", "--model", tiny_model, *FLAGS, *half)
+    two = loops["two"]
     assert two["world_size"] == 2 and two["wrapper"] == "DistributedDataParallel"
     assert same(loops["whole"], two)
     assert two["learning_rates"] == loops["whole"]["learning_rates"]
@@ -133,8 +144,8 @@ def test_the_tracker_has_the_curves(loops):
 @pytest.mark.long
 def test_compiled(loops, tiny_model):
     flags = ["--model", tiny_model, *FLAGS, *WHOLE]
-    compiled = result(python(LOOP, *flags, "--compile", check=0))
-    assert same(loops["whole"], compiled)
+    done = python(LOOP, *flags, "--compile", check=0)
+    assert same(loops["whole"], json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(
@@ -210,10 +221,9 @@ def test_no_row_is_predicted_from_the_row_before(packing):
 # The loss of unequal rows
 
 
-def test_only_the_mean_over_all_tokens_is_right(tiny_model):
+def test_only_the_mean_over_all_tokens_is_right(loops):
     """Beside one process with one batch: the same but for rounding; the others are another loss."""
-    flags = ["--model", tiny_model, "--seq-len", "160", "--micro-batch", "1"]
-    weighted = make("loss-weights", *flags)
+    weighted = loops["weights"]
     assert weighted["shortest_row_tok_count"] < 0.8 * weighted["longest_row_tok_count"]
     for kind in ("loss", "gradient"):
         assert weighted[f"tokens_{kind}_difference_ratio"] < 1e-5
@@ -225,11 +235,10 @@ def test_only_the_mean_over_all_tokens_is_right(tiny_model):
 # The Trainer
 
 
-def test_the_trainer_computes_what_ddp_does(tiny_model):
+def test_the_trainer_computes_what_ddp_does(loops):
     """Two processes of two micro-steps: the losses of 01 in one process."""
-    flags = ["--model", tiny_model, "--steps", "4", "--seq-len", "64", "--learning-rate", RATE]
-    one = result(python(MODULE / "01_train_ddp.py", *flags, "--micro-batch", "4", check=0))
-    trained = make("train-trainer", *flags, "--micro-batch", "1", "--accumulate", "2")
+    one = loops["ddp"]
+    trained = loops["trainer"]
     assert trained["world_size"] == 2 and trained["wrapper"] == "DistributedDataParallel"
     assert trained["losses"] == pytest.approx(one["losses"], rel=5e-6)
     assert one["losses"][-1] < one["losses"][0] - 0.05
@@ -261,16 +270,10 @@ def test_the_trainer_counts_a_token_that_nothing_predicts():
 # Accelerate's traps
 
 
-def launched(config: str, program: str, *arguments, **env) -> dict:
-    launch = ["-m", "lab.launch", program, "accelerate", "launch", "--config_file"]
-    script = [MODULE / "configs" / f"{config}.yaml", PROGRAMS / f"{program}.py"]
-    return result(python(*launch, *script, *arguments, check=0, **env))
-
-
-@pytest.fixture(scope="module")
-def traps() -> dict:
-    """What two processes see, with the variable that a DeepSpeed YAML sets: four micro-steps."""
-    return launched("ddp", "accelerate_traps", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+@pytest.fixture
+def traps(loops) -> dict:
+    """What two processes see."""
+    return loops["traps"]
 
 
 def test_trap_the_launcher_overrides_the_code(traps, tmp_path):
@@ -350,17 +353,17 @@ def test_trap_a_tracker_that_is_not_installed(traps):
 # FSDP2: a model that one card cannot hold
 
 
-@pytest.mark.parametrize("script", ["02_train_accelerate", "05_real_loop"])
-def test_no_model_is_on_the_device_before_prepare(script, tiny_model):
+@pytest.mark.parametrize("script", BEFORE)
+def test_no_model_is_on_the_device_before_prepare(loops, script):
     """Under FSDP a card gets its part only: who moves the whole model there needs room for it."""
-    program = PROGRAMS / "before_prepare.py"
-    done = python(program, MODULE / f"{script}.py", "--model", tiny_model, check=0)
-    assert json.loads(done.stdout.splitlines()[-1]) == ["cpu"]
+    assert loops[script] == ["cpu"]
 
 
 @pytest.fixture(scope="module")
 def fsdp(tiny_model) -> dict:
-    return launched("fsdp", "fsdp_traps", tiny_model)
+    """By the launcher itself, which above had its processes forked."""
+    command = ["-m", "lab.launch", "fsdp_traps", *by_accelerate("fsdp", "fsdp_traps", tiny_model)]
+    return json.loads(python(*command, check=0).stdout.splitlines()[-1])
 
 
 def test_only_the_first_process_reads_the_weights(fsdp):

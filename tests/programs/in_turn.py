@@ -1,10 +1,10 @@
-"""Run scripts one after another in this process: torch and the model's classes are imported once.
+"""Under the deepspeed launcher: run scripts one after another in the same processes.
 
-    in_turn.py '[["SCRIPT", "ARGUMENT", ...], ...]'
+    deepspeed --num_gpus=2 in_turn.py '[["SCRIPT", "ARGUMENT", ...], ...]'
 
-Of each script it prints the last line of its output, its result; the first that fails ends it.
-Under the deepspeed launcher each process does so, the processes meet once for all scripts, and the
-first one prints.
+torch and the model's classes are imported once, the processes meet once for all scripts. Of each
+script the first process prints the last line of its output, its result; the first that fails ends
+it.
 """
 
 import contextlib
@@ -15,23 +15,13 @@ import os
 import runpy
 import sys
 
-
-def forget_accelerate() -> None:
-    """Its states are shared by the whole process: the next script chooses anew."""
-    if "accelerate" in sys.modules:
-        from accelerate import state
-
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
+import torch.distributed
 
 
 def main() -> None:
     *of_the_launcher, runs = sys.argv[1:]
-    if of_the_launcher:
-        import torch.distributed
-
-        leave = torch.distributed.destroy_process_group
-        torch.distributed.destroy_process_group = lambda: None
+    leave = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda: None
     environment = dict(os.environ)
     for script, *arguments in json.loads(runs):
         sys.argv = [script, *of_the_launcher, *arguments]
@@ -41,12 +31,10 @@ def main() -> None:
             runpy.run_path(script, run_name="__main__")
         for line in output.getvalue().splitlines()[-1:]:
             print(line, flush=True)
-        forget_accelerate()
         os.environ.clear()
         os.environ.update(environment)
-    if of_the_launcher:
-        gc.collect()  # engines before the process group
-        leave()
+    gc.collect()  # engines before the process group
+    leave()
 
 
 main()
