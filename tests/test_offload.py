@@ -157,6 +157,68 @@ def test_nvme_where_little_memory_may_be_locked(module, monkeypatch, capsys):
     assert "locks 1,024 MiB" in capsys.readouterr().err
 
 
+@pytest.fixture
+def settled(module, monkeypatch, tmp_path):
+    """settled(**other): swap.settle on z3-nvme.json, with other keys of its sections."""
+    swap = module("swap")
+    config = module("ds_config")
+    monkeypatch.setattr(swap, "refuse_without_libaio", lambda: None)
+    monkeypatch.setattr(swap, "refuse_full", lambda *_: None)
+
+    def settled(flag=None, **changed):
+        content = json.loads((MODULE / "configs/z3-nvme.json").read_text())
+        for key, value in changed.items():
+            content["zero_optimization"][key] |= value
+        file = tmp_path / "changed.json"
+        file.write_text(json.dumps(content))
+        shape = SimpleNamespace(vocab_size=1000, hidden_size=64)
+        args = SimpleNamespace(nvme=flag, lora_rank=None)
+        return swap.settle(config.Config(file), args, shape, rank=0, world=2)
+
+    return settled
+
+
+def test_nvme_in_the_file_and_on_the_command_line(settled, tmp_path, capsys):
+    """The same folder twice is no contradiction, and what a killed training left there goes; what
+    is no folder is refused.
+    """
+    folder = str(tmp_path / "files")
+    left = Path(folder, "zero_stage_3/optimizer/rank0/1.tensor.swp")
+    left.parent.mkdir(parents=True)
+    left.touch()
+    both = {"offload_optimizer": {"nvme_path": folder}, "offload_param": {"nvme_path": folder}}
+    assert settled(folder, **both) == Path(folder) and not left.exists()
+    both["offload_param"] = {"nvme_path": folder + "2"}
+    for flag, changed, reason in (
+        (None, both, "write one folder for both"),
+        (None, {"offload_param": {"nvme_path": 5}}, "nvme_path is 5: write the name of a folder"),
+        (folder, {"offload_optimizer": {"nvme_path": "elsewhere"}}, "change one of them"),
+    ):
+        with pytest.raises(SystemExit):
+            settled(flag, **changed)
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        settled("/proc")  # there, and not to be written to
+    assert "cannot offload to /proc" in capsys.readouterr().err
+
+
+def test_nvme_on_a_full_disk(module, monkeypatch, tiny_model, tmp_path, capsys):
+    """18 bytes for each of the 3 million parameters, in bf16."""
+    from transformers import AutoConfig
+
+    swap = module("swap")
+    config = SimpleNamespace(zero={"offload_param": {"device": "nvme"}}, dtype="bfloat16")
+    shape = AutoConfig.from_pretrained(tiny_model)
+    disk = SimpleNamespace(free=2**20)
+    monkeypatch.setattr(swap.shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(SystemExit):
+        swap.refuse_full(config, tmp_path, shape, lora=False)
+    assert "where 0.0 are free: give --nvme a folder" in capsys.readouterr().err
+    swap.refuse_full(SimpleNamespace(zero={}, dtype="bfloat16"), tmp_path, shape, lora=True)
+    disk.free = 2**30
+    swap.refuse_full(config, tmp_path, shape, lora=False)
+
+
 def two(*flags) -> str:
     """What one of two processes says, before it meets the other."""
     return refused("python", TRAIN, *flags, WORLD_SIZE="2", RANK="0", **CPU)

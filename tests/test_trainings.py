@@ -125,7 +125,7 @@ def test_offload_to_files_as_measured(answer):
     shape = "--micro-batch 2 --seq-len 512"
     planned = answer(f"train --model qwen2.5-1.5b-instruct {flags} {shape}")
     assert planned["nvme_gib"] == pytest.approx(2 * measured["state_on_disk_gib"], rel=0.01)
-    assert planned["host_gib"] == pytest.approx(measured["host_peak_gib"], rel=0.1)
+    assert planned["host_gib"] == pytest.approx(measured["host_peak_gib"], rel=0.15)
 
 
 def allocated(verdict: dict) -> float:

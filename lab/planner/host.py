@@ -20,10 +20,9 @@ from lab.planner.states import (
 )
 
 ZERO3_SUB_GROUP = 1e9  # numbers that ZeRO-3 updates at a time: sub_group_size
-# Numbers on their way from and to NVMe, in 16 bits and in fp32: buffer_count x buffer_size of
-# parameters, buffer_count x sub_group_size of optimizer states as configs/z3-nvme.json has it.
-NVME_BUFFERS = 5 * 1e8
-NVME_OPTIMIZER_BUFFERS = 4 * 2e7
+NVME_BUFFERS = 5  # buffer_count of offload_param: each holds the largest parameter's part
+NVME_OPTIMIZER_BUFFERS = 4  # buffer_count of offload_optimizer: each holds the largest group
+NVME_GROUP = 2e7  # numbers: sub_group_size of modules/05_DeepSpeed/configs/z3-nvme.json
 
 
 class Host(NamedTuple):
@@ -101,15 +100,32 @@ def host(model: Model, setup: Training) -> Host:
         return Host(processes, 0.0)
     if setup.offload_device == "cpu":
         return Host(processes | deepspeed_host(model, setup), 0.0)
-    buffers = setup.gpus * 4 * NVME_OPTIMIZER_BUFFERS
-    if setup.offloads_parameters:
-        buffers += setup.gpus * power_of_two(NVME_BUFFERS * setup.computed)
     kept = {
         "gradients": setup.computed * trained_parameters(model, setup),  # one buffer, 16 bits
         "start": at_start(model, setup),
-        "buffers": buffers,
+        "buffers": nvme_buffers(model, setup),
     }
     return Host(processes | kept, nvme_files(model, setup))
+
+
+def nvme_buffers(model: Model, setup: Training) -> float:
+    """Bytes, over all processes, through which files are read and written.
+
+    A group that is updated together is a whole parameter at least (stage3.py,
+    _create_fp16_sub_groups).
+
+    >>> both = "optimizer+param"
+    >>> setup = Training(engine="deepspeed", zero=3, offload=both, offload_device="nvme")
+    >>> round(nvme_buffers(QWEN_7B, setup) / GIB, 1)
+    13.2
+    """
+    largest = max(weight.each for weight in model.weights) / setup.gpus
+    part = trained_parameters(model, setup) / setup.gpus
+    group = min(part, max(NVME_GROUP, largest if setup.full else 0))
+    each = 4 * NVME_OPTIMIZER_BUFFERS * group
+    if setup.offloads_parameters:
+        each += setup.computed * NVME_BUFFERS * largest
+    return setup.gpus * each
 
 
 def nvme_files(model: Model, setup: Training) -> float:

@@ -284,6 +284,11 @@ def refusal(model: Model, setup: Training) -> str:
 def refused_offload(setup: Training) -> str:
     if setup.offload_device == "nvme" and not setup.offloads:
         return "--offload-device nvme moves nothing without --offload optimizer or optimizer+param"
+    if setup.offload_device == "nvme" and setup.zero in (1, 2):
+        return (
+            f"at stage {setup.zero} DeepSpeed keeps in host memory what is offloaded, whatever the "
+            "device: --offload-device nvme needs --zero 3"
+        )
     if setup.engine == "fsdp":
         if setup.offload == "optimizer":
             return (

@@ -6,54 +6,109 @@ is updated together (sub_group_size) three: master copy and moments; and gradien
 """
 
 import ctypes
+import math
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 from lab import RUNS, fail
 
 PATTERN = "*.tensor.swp"
 PACKAGE = "apt-get install -y libaio-dev"
+GIB = 2**30
+SECTIONS = ("offload_optimizer", "offload_param")
 
 
-def settle(config, folder: Path | None, shape, world: int) -> Path | None:
-    """The folder of the files; None where nothing is offloaded to nvme.
+def settle(config, args, shape, rank: int, world: int) -> Path | None:
+    """The folder of the files, emptied of a killed training's; None where nothing goes to nvme.
 
-    Fills nvme_path and buffer_size where the file leaves them "auto". `folder`: the command line's.
+    Fills nvme_path and buffer_size where the file leaves them "auto". `args`: nvme, lora_rank.
     `shape`: transformers' config of the model.
     """
-    sections = [config.zero.get(f"offload_{what}") for what in ("optimizer", "param")]
-    swapped = [part for part in sections if isinstance(part, dict) and part.get("device") == "nvme"]
+    parts = {name: config.zero.get(name) for name in SECTIONS}
+    swapped = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, dict) and part.get("device") == "nvme"
+    }
     if not swapped:
-        if folder:
+        if args.nvme is not None:
             config.refuse('--nvme moves nothing where no offload says "device": "nvme"')
         return None
-    buffers = sections[1]
-    if buffers in swapped and config.zero.get("stage3_max_reuse_distance", 1e9) != 0:
+    parameters = swapped.get("offload_param")
+    if parameters and config.zero.get("stage3_max_reuse_distance", 1e9) != 0:
         # What is read from a file keeps its buffer until it is released (DeepSpeed#3062).
         config.refuse(
             'offload_param to nvme needs "stage3_max_reuse_distance": 0, or the second step finds '
             "no free buffer (Not enough buffers 0 for swapping 1)"
         )
     refuse_without_libaio()
-    for part in swapped:
-        part["nvme_path"] = str(config.chosen(part, "nvme_path", folder) or default())
-    group = config.zero.get("sub_group_size", 1e9)
-    group = int(group) if isinstance(group, int | float) else 0  # another text: ds_check.py
-    if buffers in swapped and buffers.get("buffer_size", "auto") == "auto":
-        # A buffer must hold this process's part of the largest parameter, the embedding.
-        buffers["buffer_size"] = -(-shape.vocab_size * shape.hidden_size // world)
-    refuse_locked(4 * group)
-    path = Path(swapped[0]["nvme_path"])
+    for name, part in swapped.items():
+        part["nvme_path"] = config.chosen(part, "nvme_path", args.nvme) or default()
+        if not isinstance(part["nvme_path"], str):
+            config.refuse(f"{name}.nvme_path is {part['nvme_path']}: write the name of a folder")
+    paths = {part["nvme_path"] for part in swapped.values()}
+    if len(paths) > 1:
+        config.refuse(f"nvme_path is {' and '.join(sorted(paths))}: write one folder for both")
+    largest = -(-shape.vocab_size * shape.hidden_size // world)  # the embedding's part
+    if parameters and parameters.get("buffer_size", "auto") == "auto":
+        parameters["buffer_size"] = largest
+    refuse_locked(locked(config, swapped, largest))
+    path = Path(paths.pop())
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
         fail(f"cannot offload to {path}: {e.strerror}")
+    remove(path, rank)
+    refuse_full(config, path, shape, bool(args.lora_rank))
     return path
 
 
-def default() -> Path:
-    return RUNS / "05_DeepSpeed/nvme"
+def locked(config, swapped: dict, largest: int) -> int:
+    """Bytes of the buffers that a process locks; `largest`: numbers of its largest parameter.
+
+    The optimizer has four (buffer_count) of its largest group, which is a whole parameter at least
+    (deepspeed/runtime/zero/stage3.py, _create_fp16_sub_groups).
+    """
+    size = 0
+    if "offload_optimizer" in swapped:
+        group = config.zero.get("sub_group_size", 1e9)
+        usual = isinstance(group, int | float) and math.isfinite(group)  # others: ds_check.py
+        count = swapped["offload_optimizer"].get("buffer_count", 4)
+        size += 4 * count * max(largest, int(group) if usual else 0)
+    if "offload_param" in swapped:
+        part = swapped["offload_param"]
+        size += 2 * part.get("buffer_count", 5) * int(part["buffer_size"])
+    return size
+
+
+def refuse_full(config, folder: Path, shape, lora: bool) -> None:
+    """Where the disk has no room for the files: DeepSpeed's writes would not say so.
+
+    Written are, for each trained parameter, master copy, two moments and the gradient in fp32, and
+    all parameters if they are offloaded too.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    numbers = sum(weight.numel() for weight in model.parameters())
+    need = 0 if lora else 16 * numbers
+    if (config.zero.get("offload_param") or {}).get("device") == "nvme":
+        need += (4 if config.dtype == "float32" else 2) * numbers
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        fail(
+            f"offload to nvme writes {need / GIB:,.1f} GiB below {folder}, where {free / GIB:,.1f} "
+            "are free: give --nvme a folder on another disk"
+        )
+
+
+def default() -> str:
+    return str(RUNS / "05_DeepSpeed/nvme")
 
 
 def refuse_without_libaio() -> None:
@@ -100,7 +155,10 @@ def bytes_on_disk(folder: Path | None, rank: int, engine) -> dict[str, int]:
 
 
 def remove(folder: Path | None, rank: int) -> None:
-    """This process's files: DeepSpeed leaves them, and they are nothing without it."""
+    """This process's files: DeepSpeed leaves them, and they are nothing without it.
+
+    Those of a training that was killed too, when the next one begins.
+    """
     if folder:
         for part in folder.glob(f"zero_stage_3/*/rank{rank}"):
             shutil.rmtree(part)

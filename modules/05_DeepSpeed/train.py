@@ -37,7 +37,7 @@ def main() -> None:
     file = "DeepSpeed's configuration (default: ds_config.json beside this script)"
     parser.add_argument("--deepspeed", type=Path, default=ours, metavar="FILE", help=file)
     nvme = "folder of offload to nvme (default: the file's, else runs/05_DeepSpeed/nvme)"
-    parser.add_argument("--nvme", type=Path, metavar="FOLDER", help=nvme)
+    parser.add_argument("--nvme", metavar="FOLDER", help=nvme)
     # Model and data
     models_by_stage = f"{profile.zero.model}; at stage 0 {profile.train.model}"
     training.add_data_flags(parser, profile.train, models_by_stage)
@@ -80,7 +80,7 @@ def main() -> None:
 
     folder = models.model_folder(args.model)
     shape = AutoConfig.from_pretrained(folder)
-    files = swap.settle(config, args.nvme, shape, world)
+    files = swap.settle(config, args, shape, rank, world)
     seen_by_transformers = config.fill(args.steps, shape)
     ds_check.check(config)
     ds_check.refuse_type(config)
