@@ -78,6 +78,15 @@ def portable(text: str) -> str:
     return OUTSIDE.sub(short, text)
 
 
+def portable_values(values):
+    """The same lists and dictionaries, with every text in them portable."""
+    if isinstance(values, dict):
+        return {key: portable_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [portable_values(value) for value in values]
+    return portable(values) if isinstance(values, str) else values
+
+
 def environment() -> dict[str, str]:
     """The variables that the engines of this process see."""
     kept = {}
@@ -165,9 +174,7 @@ def picture(script: str, name: str, figure) -> None:
 
 def record_of(name: str, metrics: dict, config: dict) -> dict:
     """The record as it is stored: the numbers, and all that they depend on."""
-    settings = {
-        key: portable(value) if isinstance(value, str) else value for key, value in config.items()
-    }
+    settings = portable_values(config)
     record = {
         "script": name,
         "command": portable(command()),

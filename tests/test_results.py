@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, refused, run
 
-from lab import machine
+from lab import machine, results
 
 RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
 PLAIN = {  # numbers without a unit
@@ -347,3 +347,10 @@ def test_claims_mark_records_that_differ(tables, readme):
         numbers = re.findall(rf"`{name}`: (.*?)(?=<br>| \|)", block[2])
         assert numbers
         assert any("†" in number for number in numbers) == (name != "cpu-2c")
+
+
+def test_no_folder_of_the_machine_in_nested_settings():
+    """As DeepSpeed's configuration, which is recorded whole, names the folder of its files."""
+    nested = {"zero": {"paths": [f"{ROOT}/runs/nvme", "/data/private/x"], "stage": 3}}
+    portable = results.portable_values(nested)
+    assert portable == {"zero": {"paths": ["runs/nvme", ".../x"], "stage": 3}}
