@@ -143,14 +143,14 @@ vllm-picture: env ## send the running vision-language model a picture (ARGS="--i
 # 04 Accelerate
 
 .PHONY: train-one train-ddp train-accelerate train-mixed mini-accelerate real-loop train-trainer
-.PHONY: loss-weights step-speed sixteen-bits accelerate-overhead
+.PHONY: loss-weights step-speed sixteen-bits accelerate-overhead train-faults
 LAUNCH = @$(PY) -m lab.launch $@ .venv/bin/accelerate launch \
 	--config_file modules/04_Accelerate/configs/ddp.yaml --num_processes $(or $(PROCESSES),2)
 
 train-one: env ## the yardstick: one process, as many tokens a step as two processes
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
-train-ddp: env ## data parallel training by native DDP, launched by torchrun (PROCESSES=2)
+train-ddp: env ## data parallel training by native DDP, by torchrun (PROCESSES=2, RESTARTS=n)
 	@$(PY) -m lab.launch train-ddp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) $(if $(RESTARTS),--max-restarts $(RESTARTS)) modules/04_Accelerate/01_train_ddp.py --min-world 2 $(ARGS)
 
 train-accelerate: env ## the same by Accelerate (CONFIG=ddp|fsdp|deepspeed_zero2, PROCESSES=2)
@@ -180,6 +180,9 @@ loss-weights: env ## unequal rows: the mean of means against the mean over token
 
 accelerate-overhead: env ## what Accelerate and DeepSpeed-0 cost over native DDP, in one run
 	@$(PY) -m lab.launch accelerate-overhead .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/10_accelerate_overhead.py --min-world 2 $(ARGS)
+
+train-faults: env ## one training through every fault: killed, full disk ..., what is lost
+	@$(PY) modules/04_Accelerate/11_faults.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 05 DeepSpeed

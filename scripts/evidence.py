@@ -32,7 +32,7 @@ TARGETS = [
     *("train-one", "train-ddp", "train-accelerate"),
     *("train-accelerate CONFIG=fsdp", "train-accelerate CONFIG=deepspeed_zero2", "train-mixed"),
     *("mini-accelerate", "real-loop", 'real-loop ARGS="--profile --steps 4"', "train-trainer"),
-    *("loss-weights", "accelerate-overhead", "step-speed", "sixteen-bits"),
+    *("loss-weights", "accelerate-overhead", "step-speed", "sixteen-bits", "train-faults"),
     *("train-z0", "train-z1", "train-z2", "train-z3", "train-z2-offload"),
     *("train-z3-offload", "train-z3-nvme", 'train-z3 ARGS="--lora-rank 8 --checkpointing"'),
     *("zero-buckets", "which-way"),

@@ -72,6 +72,7 @@ LESSON = {
     "04_Accelerate/08_loss_weights.py": r"accelerator\.backward\(",
     "04_Accelerate/09_sixteen_bits.py": r"scaler\.scale\(",
     "04_Accelerate/10_accelerate_overhead.py": r"overhead_loops\.LOOPS\[",
+    "04_Accelerate/11_faults.py": r"workers\(\)\[1\]\.kill\(",
     "05_DeepSpeed/01_state_bytes.py": r"of_paper\(",
     "05_DeepSpeed/02_compare.py": r"difference = max\(",
     "05_DeepSpeed/03_mini_zero.py": r"engine\.backward\(",

@@ -23,7 +23,7 @@ TASK = re.compile(r"- \[([ xX])\] (.*?)[：？]`([^`]+)`")
 DIVIDED = re.compile(
     r"\b(mini-(tp|accelerate|zero|parallel)|vllm-tp|train-ddp|train-accelerate|train-z[0-3]"
     r"|real-loop|train-trainer|loss-weights|zero-buckets|lf-train-z2"
-    r"|accelerate-overhead|train-costs|train-compressed)\b"
+    r"|accelerate-overhead|train-costs|train-compressed|train-faults)\b"
     r"|\bdeepspeed --num_gpus\b"
 )
 

@@ -24,6 +24,9 @@ measured ones.
 Between `<!-- costs -->` and `<!-- /costs -->` stands a table for each machine, with a row for each
 of its records of modules 04's and 05's trainings (scripts/trainings.py): memory, speed, traffic.
 
+Between `<!-- faults -->` and `<!-- /faults -->` stands what `make train-faults` broke and what came
+of it, a table for each machine.
+
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
 its measured column from records.
 
@@ -280,6 +283,37 @@ COST_HEADS = {
 }
 
 
+FAULT_HEADS = {
+    "zh": (
+        "弄坏了什么",
+        "退出码",
+        "多久之后结束",
+        "留下的进程",
+        "完好的一步",
+        "重算的步数",
+        "丢了什么",
+    ),
+    "en": ("broken", "exit code", "ended after", "left", "whole step", "computed again", "lost"),
+}
+
+
+def faults(language: str) -> str:
+    """What was broken in a training, and what came of it; lost: what the losses at the end say."""
+    nothing = {"zh": "没有", "en": "nothing"}[language]
+    lines = []
+    for machine, record in sorted(records("04_Accelerate/11_faults").items()):
+        metrics = record["metrics"]
+        lost = nothing if metrics["largest_difference"] == 0 else "?"
+        lines += [f"`{machine}`:", "", "| " + " | ".join(FAULT_HEADS[language]) + " |"]
+        lines.append("|---|" + "---:|" * 5 + "---|")
+        for row in metrics["faults"]:
+            cells = [row["broken"], row["code"], f"{row['seconds']:.1f} s"]
+            cells += [row["left"], row["whole"], row["again"], lost]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines += ["", *remarks({machine: record}, language)]
+    return "\n".join(lines) + "\n"
+
+
 def costs(language: str) -> str:
     """What every training of modules 04 and 05 costs a process, a table for each machine.
 
@@ -408,6 +442,7 @@ MARKERS = {
     "calibration": calibration,
     "claims": lambda word, _: claims(word),
     "costs": lambda _, language: costs(language),
+    "faults": lambda _, language: faults(language),
     "expected": lambda _, language: expected(language),
     "published": lambda _, language: published(language),
     "speeds": lambda word, _: predicted_times(word),

@@ -3,6 +3,7 @@
 All engines' processes are forked from one that has imported them; the faults are test_faults.py's.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SEQ_LEN = 16
 BATCH = {1: (4, 3), 2: (3, 2), 3: (2, 2)}
 # {name: (make target, its variables, the numbers of processes that go on with a state of two)}
 ENGINES = {
-    "ddp": ("train-ddp", {}, (2, 3)),
+    "ddp": ("train-ddp", {}, (2,)),
     "accelerate": ("train-accelerate", {}, (2, 1)),
     "fsdp": ("train-accelerate", {"CONFIG": "fsdp"}, (2, 1, 3)),
     "z2": ("train-z2", {}, (2, 3)),
@@ -126,3 +127,17 @@ def test_a_stage_3_state_becomes_a_plain_model(runs, states, tiny_model):
     with torch.no_grad():
         loss = model(input_ids=batch, labels=batch).loss.item()
     assert loss == pytest.approx(runs["z3 whole"]["losses"][HALF], rel=2e-6)
+
+
+def test_the_loop_to_carry_away_goes_on(tiny_model, states):
+    """Its schedule and the order in which an epoch shuffles its rows, from the middle of one."""
+    state = states / "real_loop"
+    flags = ["--model", tiny_model, "--steps", 5, "--seq-len", 32, "--rows", 12, "--warmup", 2]
+    flags += ["--learning-rate", "1e-3", "--save-every", 2, "--keep", 3, "--checkpoints", state]
+    whole = in_processes(MODULES, {"whole": recipe("real-loop", *flags)}, **CPU)["whole"]
+    assert whole["epoch_steps_count"] == 3
+    shutil.rmtree(state / "step-5")
+    shutil.rmtree(state / "step-4")
+    resumed = in_processes(MODULES, {"on": recipe("real-loop", *flags, "--resume")}, **CPU)["on"]
+    for name in ("losses", "learning_rates", "gradient_norms", "validation_losses"):
+        assert resumed[name] == whole[name]

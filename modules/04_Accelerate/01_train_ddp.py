@@ -17,7 +17,6 @@ losses is the mean over all tokens.
 
 import argparse
 import contextlib
-import itertools
 import os
 import time
 
@@ -90,23 +89,26 @@ def main() -> None:
     run = checkpoints.identity(
         args, blocks, step_blocks, mixed_precision=args.mixed_precision, engine="native DDP"
     )
-    losses = []
-    begun = checkpoints.last(args, run)
-    if begun:
-        state = torch.load(begun / "state.pt", map_location="cpu", weights_only=True)
-        model.module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        checkpoints.load_random_state(begun, rank)
-        losses = checkpoints.read(begun)["losses"]
-
-    # -----------------------------------------------------------------------------
-    # 4. Train: gradients travel between the processes only in the last micro-step of a step
 
     def endless(loader):
         while True:
             yield from loader
 
-    batches = itertools.islice(endless(loader), len(losses) * args.accumulate, None)
+    batches = endless(loader)
+    losses = []
+    begun = checkpoints.last(args, run)
+    if begun:
+        losses = checkpoints.read(begun)["losses"]
+        for _ in range(len(losses) * args.accumulate):
+            next(batches)  # what was trained on before
+        state = torch.load(begun / "state.pt", map_location="cpu", weights_only=True)
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        checkpoints.load_random_state(begun, rank)  # last: the loader draws from them too
+
+    # -----------------------------------------------------------------------------
+    # 4. Train: gradients travel between the processes only in the last micro-step of a step
+
     seconds = []
     ending = checkpoints.Ending(args)
     for step in range(len(losses) + 1, args.steps + 1):

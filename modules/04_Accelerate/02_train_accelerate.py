@@ -15,7 +15,6 @@ do there. With configs/fsdp.yaml the same file trains a model that is sharded.
 """
 
 import argparse
-import itertools
 import time
 
 import sharded
@@ -89,26 +88,29 @@ def main() -> None:
     run = checkpoints.identity(
         args, blocks, step_blocks, mixed_precision=args.mixed_precision, engine=wrapper
     )
-    losses = []
-    begun = checkpoints.last(args, run)
-    fsdp = wrapper.startswith("FSDP")
-    if begun and fsdp:
-        sharded.load(model, optimizer, begun)
-        checkpoints.load_random_state(begun, rank)
-    elif begun:
-        accelerator.load_state(begun)
-        accelerator.step = 0  # of micro-steps; another number of processes does others
-    if begun:
-        losses = checkpoints.read(begun)["losses"]
-
-    # -----------------------------------------------------------------------------
-    # 4. Train: gradients travel between the processes only in the last micro-step of a step
 
     def endless(loader):
         while True:
             yield from loader
 
-    batches = itertools.islice(endless(loader), len(losses) * args.accumulate, None)
+    batches = endless(loader)
+    losses = []
+    fsdp = wrapper.startswith("FSDP")
+    begun = checkpoints.last(args, run)
+    if begun:
+        losses = checkpoints.read(begun)["losses"]
+        for _ in range(len(losses) * args.accumulate):
+            next(batches)  # what was trained on before
+    if begun and fsdp:
+        sharded.load(model, optimizer, begun)
+        checkpoints.load_random_state(begun, rank)
+    elif begun:
+        accelerator.load_state(begun)  # the random numbers too
+        accelerator.step = 0  # of micro-steps; another number of processes does others
+
+    # -----------------------------------------------------------------------------
+    # 4. Train: gradients travel between the processes only in the last micro-step of a step
+
     seconds = []
     ending = checkpoints.Ending(args)
     for step in range(len(losses) + 1, args.steps + 1):

@@ -13,11 +13,12 @@ falls; and the losses with --pack, or in one process with --micro-batch 4: they 
 """
 
 import argparse
+import collections
 import itertools
 import math
 import time
 
-from lab import RUNS, fail, models, results, training
+from lab import RUNS, checkpoints, fail, models, results, training
 from lab.profile import load_profile
 
 ROWS = {"train": 32, "validation": 9}  # conversations; few, so that several epochs are seen
@@ -106,8 +107,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
-    # Processes
+    # Processes, and states to go on from
     training.add_process_flag(parser)
+    checkpoints.add_flags(parser, RUNS / "04_Accelerate" / "states_real_loop")
     args = parser.parse_args()
     training.refuse_impossible(args, profile.device)
     if args.rows < 1 or args.warmup < 0 or not args.clip > 0:
@@ -191,9 +193,23 @@ def main() -> None:
 
     clock = StepTime(args.profile, accelerator.device, args.steps)
     epoch_steps = len(rows) // step_rows
-    judgements = {0: validate(accelerator, model, validation)}
-    history = []
-    for epoch, micro_batches in itertools.islice(endless_steps(), args.steps):
+    names = ("steps", "warmup", "decay", "clip", "pack", "mixed_precision")
+    same = {name: getattr(args, name) for name in names}  # what the losses depend on
+    run = checkpoints.identity(args, torch.cat(rows), step_rows, **same)
+    accelerator.register_for_checkpointing(scheduler)  # which prepare has not seen
+    begun = checkpoints.last(args, run)
+    steps = endless_steps()
+    if begun:
+        history = checkpoints.read(begun)["history"]
+        judgements = dict(checkpoints.read(begun)["judgements"])
+        collections.deque(itertools.islice(steps, len(history)), maxlen=0)  # read, not computed
+        accelerator.load_state(begun)
+        accelerator.step = 0
+    else:
+        history = []
+        judgements = {0: validate(accelerator, model, validation)}
+    ending = checkpoints.Ending(args)
+    for epoch, micro_batches in itertools.islice(steps, args.steps - len(history)):
         began = time.perf_counter()
         parts = (model, optimizer, scheduler, micro_batches, args.clip, clock)
         measured = train_step(accelerator, *parts)
@@ -212,6 +228,13 @@ def main() -> None:
         accelerator.log(curves, step=step)
         if rank == 0:
             print(line, flush=True)
+        if checkpoints.due(args, step, ending.heard(accelerator.device)):
+            state = {"history": history, "judgements": list(judgements.items())}
+            with checkpoints.written(args, step, run | state) as partial:
+                accelerator.save_state(partial)
+        if ending.signal:
+            accelerator.end_training()  # the tracker writes what it holds
+        ending.leave(step)
 
     # -----------------------------------------------------------------------------
     # 4. What is kept

@@ -46,7 +46,8 @@ def main() -> None:
     if args.kills < 1:
         fail("--kills must be at least 1")
 
-    import faulty  # the file beside this script
+    import faulty  # the files beside this script
+    from fault_curves import draw
     from faulty import Training
 
     model = (
@@ -69,11 +70,13 @@ def main() -> None:
     flags = [*undisturbed, "--save-every", SAVE_EVERY]
     dice = random.Random(args.seed)
     rows = []
+    laps = []  # of every start: its (step, loss)
 
     def broken(what: str, ended: faulty.Ended) -> None:
         """A row of the table, and a line now."""
         again = ended.step - ended.whole
         rows.append({"broken": what, "again": again, **ended._asdict()})
+        rows[-1]["seconds"] = round(ended.seconds, 1)
         print(
             f"{what}: exit code {ended.code} after {ended.seconds:.1f} s: {ended.line}", flush=True
         )
@@ -81,6 +84,7 @@ def main() -> None:
     def start(saved: int = 2, **options) -> Training:
         """The training, gone on with, some states after its beginning."""
         trained = Training(flags, STATES, **options)
+        laps.append(trained.points)
         for _ in range(saved):
             trained.until(r"saved step")
         return trained
@@ -196,10 +200,12 @@ def main() -> None:
         "step_count": steps,
         "losses": losses,
         "interrupted_losses": interrupted,
+        "laps": laps,
         "largest_difference": worst,
         "longest_end_s": max(row["seconds"] for row in rows),
         "left_count": sum(row["left"] for row in rows),
     }
+    results.picture(__file__, "faults", draw(losses, laps))
     results.finish(__file__, metrics, vars(args))
 
 

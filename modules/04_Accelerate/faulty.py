@@ -42,17 +42,22 @@ class Training:
         )
         self.step = 0
         self.lines: list[str] = []
+        self.points: list[tuple[int, float]] = []  # (step, loss) as they came
 
     def until(self, pattern: str) -> str:
         """The next line that matches."""
         for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            if step := re.match(r"step +(\d+)/", line):
-                self.step = int(step[1])
+            self.hear(line)
             if re.match(pattern, line):
                 return line.rstrip()
         last_lines = "\n".join(self.lines[-20:])
         fail(f"the training ended before it said {pattern!r}; its last lines:\n{last_lines}")
+
+    def hear(self, line: str) -> None:
+        self.lines.append(line.rstrip())
+        if step := re.match(r"step +(\d+)/.* loss +([\d.]+)", line):
+            self.step = int(step[1])
+            self.points.append((self.step, float(step[2])))
 
     def job(self) -> dict:
         return jobs.running()[JOB]
@@ -70,15 +75,14 @@ class Training:
         """Wait for the end; `since`: when the fault happened, by time.monotonic."""
         members = jobs.members(self.job()) if JOB in jobs.running() else []
         for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            if step := re.match(r"step +(\d+)/", line):
-                self.step = int(step[1])
+            self.hear(line)
         code = self.process.wait()
         seconds = time.monotonic() - since
         left = [each for each in members if each.is_running() and each.status() != "zombie"]
         states = reversed(checkpoints.steps_in(self.states))
         whole = [n for n in states if not checkpoints.damage(self.states / f"step-{n}")]
-        return Ended(code, seconds, self.lines[-1], len(left), self.step, (whole or [0])[0])
+        last = (whole or [0])[0]
+        return Ended(code, seconds, self.lines[-1], len(left), max(self.step, last), last)
 
 
 def small_model(like: str) -> Path:

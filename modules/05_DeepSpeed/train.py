@@ -14,7 +14,6 @@ stage: ZeRO changes where numbers are kept, not what is computed.
 """
 
 import argparse
-import itertools
 import os
 import time
 from pathlib import Path
@@ -128,21 +127,23 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 3. What a training goes on from: every process reads and writes its part
 
+    def endless(loader):
+        while True:
+            yield from loader
+
+    batches = endless(loader)
     losses = []
     if begun:
-        engine.load_checkpoint(begun, tag="states", load_module_strict=not args.lora_rank)
-        checkpoints.load_random_state(begun, rank)
         losses = checkpoints.read(begun)["losses"]
+        for _ in range(len(losses) * config.accumulate):
+            next(batches)  # what was trained on before
+        engine.load_checkpoint(begun, tag="states", load_module_strict=not args.lora_rank)
+        checkpoints.load_random_state(begun, rank)  # last: the loader draws from them too
 
     # -----------------------------------------------------------------------------
     # 4. Train: the engine counts the micro-steps, divides the loss by their number and steps after
     # the last one
 
-    def endless(loader):
-        while True:
-            yield from loader
-
-    batches = itertools.islice(endless(loader), len(losses) * config.accumulate, None)
     seconds = []
     ending = checkpoints.Ending(args)
     step_tokens = config.step_blocks * args.seq_len
