@@ -367,18 +367,18 @@ def test_the_stage_is_read_without_running_code(tmp_path):
     read = runpy.run_path(str(MODULE / "outcome.py"))["read"]
     checkpoint = tmp_path / "checkpoint-4/global_step4"
     checkpoint.mkdir(parents=True)
-    history = {"global_step": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
+    history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(history))
     (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
-    assert read(tmp_path, 0.0)[-2:] == (0, 0)
+    assert read(tmp_path)[-2:] == (0, 0)
     for rank in (0, 1):
         (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
-    assert read(tmp_path, 0.0) == ([2.0, 1.0], 4, 3.0, 2, 2)
+    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2)
     torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        read(tmp_path, 0.0)
+        read(tmp_path)
 
 
 # -----------------------------------------------------------------------------
