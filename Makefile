@@ -239,8 +239,10 @@ train-compressed: env ## gradients sent in bf16: bytes, time and losses beside p
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory
 
-# RESUME=1: from the last whole checkpoint; FRESH=1: an unfinished training is removed first
-BEGIN = $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
+# RESUME=1: from the last whole checkpoint (auto: from the start where there is none);
+# FRESH=1: an unfinished training is removed first
+RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
+BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
 .PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
 lf-train: env ## LoRA fine-tuning in one process (ARGS="learning_rate=1e-3"; RESUME=1 goes on)
