@@ -142,7 +142,8 @@ def adapter_folder(path: str) -> Path:
     """The folder, if training has finished in it."""
     folder = ROOT / path
     if not all((folder / name).is_file() for name in ("adapter_config.json", "config.yaml")):
-        fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first")
+        begun = ", RESUME=1 goes on with what has begun" * unfinished.inside(folder).is_dir()
+        fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first{begun}")
     return folder
 
 

@@ -83,9 +83,9 @@ def begin(output: Path, run: dict, args, name: str) -> Path | None:
         fail(f"lf-{name} is running already: end it with 'make stop' first")
     folder = inside(output)
     resume = args.resume or args.resume_or_begin
-    whole, broken = (
-        (None, {}) if args.fresh else checkpoints.last_whole(folder, identity_in(folder))
-    )
+    whole, broken = None, {}
+    if not args.fresh:
+        whole, broken = checkpoints.last_whole(folder, identity_in(folder))
     if whole and not resume:
         fail(
             f"{shown(folder)} holds an unfinished training, saved at step "
