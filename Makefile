@@ -245,7 +245,7 @@ RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
 .PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
-lf-train: env ## LoRA fine-tuning in one process (ARGS="learning_rate=1e-3"; RESUME=1 goes on)
+lf-train: env ## LoRA fine-tuning in one process (ARGS="lora_rank=8": any setting; RESUME=1)
 	@$(PY) modules/06_LLaMA-Factory/01_train.py $(BEGIN) $(ARGS)
 
 lf-train-z2: env ## the same with DeepSpeed ZeRO-2 in several processes

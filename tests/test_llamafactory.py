@@ -527,9 +527,6 @@ def test_sigterm_saves_and_sigkill_loses_little(tiny_model, tmp_path, module06):
         done = ended(process)
         assert done.returncode == 143
         (saved,) = re.findall(r"checkpoint-(\d+) is whole: RESUME=1 goes on", last_words(done))
-        next_step = int(saved) + 1
-        (first,) = [log["loss"] for log in logged(unfinished) if log["current_steps"] == next_step]
-
         assert "holds an unfinished training" in refused("python", TRAIN, *flags)
         other = ["--resume", *flags, "seed=1", "max_samples=32"]
         sentence = refused("python", TRAIN, *other)
@@ -545,14 +542,16 @@ def test_sigterm_saves_and_sigkill_loses_little(tiny_model, tmp_path, module06):
         (kept,) = re.findall(r"checkpoint-(\d+) is whole: RESUME=1 goes on", last_words(done))
         logs = logged(unfinished)
         assert logs[-1]["current_steps"] - int(kept) <= 4 and int(kept) > int(saved)
-        assert [log["loss"] for log in logs if log["current_steps"] == next_step] == [first] * 2
+        # Where the signal came before the step's end, the first run too went on to its end.
+        next_step = [log["loss"] for log in logs if log["current_steps"] == int(saved) + 1]
+        assert len(set(next_step)) == 1
         assert not ours()
     finally:
         process.kill()
 
 
 RUN_OF_ONE = {"processes": 1, "finetuning_type": "lora"}
-RUN_OF_TWO = RUN_OF_ONE | {"processes": 2, "deepspeed": {}}
+RUN_OF_TWO = RUN_OF_ONE | {"processes": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
 def shorten(file):

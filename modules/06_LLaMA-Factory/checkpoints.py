@@ -42,7 +42,7 @@ def lacking(checkpoint: Path, run: dict) -> str:
     if (checkpoint / SENTINEL).is_file():
         return "the training ended while it was saved"
     names = ["trainer_state.json", *weights(checkpoint, run), *random_states(run["processes"])]
-    if run.get("deepspeed"):
+    if run.get("deepspeed") is not None:
         step = f"global_step{step_of(checkpoint)}"
         states = range(run["processes"])
         names += [f"{step}/*_rank_{rank}_mp_rank_00_optim_states.pt" for rank in states]
