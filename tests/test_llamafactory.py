@@ -69,6 +69,18 @@ def ours() -> list[str]:
     return [name for name in jobs.running() if name.startswith("lf-")]
 
 
+@pytest.fixture
+def module06(monkeypatch):
+    """Its helper files, imported as its scripts import them."""
+    names = ("checkpoints", "unfinished", "factory", "outcome", "checks")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(MODULE))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        del sys.modules[name]
+
+
 # Of a training that a model without content feels: 8 steps
 SHORT = ("template=chatml", "max_samples=64", "logging_steps=1", "learning_rate=0.02")
 
@@ -239,8 +251,8 @@ def test_template_of_qwen(small_model):
 @pytest.mark.parametrize(
     "template, expected", [(QWEN, QWEN_SYSTEM), (NO_SYSTEM, ""), (NOT_CHATML, None)]
 )
-def test_own_system_message(tmp_path, small_model, template, expected):
-    find = runpy.run_path(str(MODULE / "factory.py"))["own_system_message"]
+def test_own_system_message(tmp_path, small_model, module06, template, expected):
+    find = module06.factory.own_system_message
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert find(tmp_path) == expected
     assert find(small_model) == SYSTEM
@@ -366,13 +378,13 @@ def test_zero2_that_is_not_active_is_refused(tiny_model, tmp_path):
     assert (tmp_path / "x/adapter_model.safetensors").is_file()
 
 
-def test_the_stage_is_read_without_running_code(tmp_path):
+def test_the_stage_is_read_without_running_code(tmp_path, module06):
     """Two processes and stage 2 from DeepSpeed's files; a file with more than data is refused."""
     import pickle
 
     import torch
 
-    read = runpy.run_path(str(MODULE / "outcome.py"))["read"]
+    read = module06.outcome.read
     checkpoint = tmp_path / "checkpoint-4/global_step4"
     checkpoint.mkdir(parents=True)
     history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
@@ -391,18 +403,6 @@ def test_the_stage_is_read_without_running_code(tmp_path):
 
 # -----------------------------------------------------------------------------
 # Interrupted and resumed
-
-
-@pytest.fixture
-def module06(monkeypatch):
-    """Its helper files, imported as its scripts import them."""
-    names = ("checkpoints", "unfinished", "factory", "outcome", "checks")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(MODULE))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        del sys.modules[name]
 
 
 def left_at_step_4(finished, folder):
