@@ -425,6 +425,16 @@ def weights(folder, name="adapter_model.safetensors") -> bytes:
     return (folder / name).read_bytes()
 
 
+def logged(folder) -> list[dict]:
+    """What the engine has logged of each step, a resumed training's after the first one's."""
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    return [log for log in map(json.loads, lines) if "loss" in log]
+
+
+def steps_trained(folder) -> list[int]:
+    return [log["current_steps"] for log in logged(folder)]
+
+
 def mounted(folder, script: str, **kwargs):
     """Run the shell script where `folder` is a file system of its own, of 6 MiB."""
     mount = f"mount -t tmpfs -o size=6m tmpfs {folder} && "
@@ -450,6 +460,8 @@ def test_a_full_disk_and_the_rest_of_the_training(adapter, tiny_model, tmp_path)
     assert "checkpoint-8 is not whole and passed over: " in done.stdout
     assert result(done)["losses"] == adapter[1]["losses"]
     assert weights(tmp_path / "tiny") == weights(adapter[0])
+    steps = steps_trained(tmp_path / "tiny")
+    assert steps[-4:] == [5, 6, 7, 8] and steps.count(4) == 1
     assert not (tmp_path / "tiny/unfinished").exists()
 
 
@@ -463,6 +475,7 @@ def test_full_fine_tuning_goes_on_exactly(tiny_model, tmp_path):
     second = run(*command[:2], "RESUME=1", f"{command[2]}{rest}", check=0)
     assert f"goes on from {rest}/unfinished/checkpoint-4" in second.stdout
     assert result(second)["losses"] == result(first)["losses"]
+    assert steps_trained(rest) == [5, 6, 7, 8]
     assert weights(rest, "model.safetensors") == weights(whole, "model.safetensors")
 
 
@@ -482,6 +495,7 @@ def test_zero2_goes_on_exactly_beside_an_older_training(
     assert (trained["zero_stage"], trained["world_size"]) == (2, 2)
     assert trained["losses"] == zero2_adapter[1]["losses"]
     assert weights(folder) == weights(zero2_adapter[0])
+    assert steps_trained(folder) == [5, 6, 7, 8]
 
 
 def start_training(*flags):
@@ -499,12 +513,6 @@ def start_training(*flags):
         if "'loss'" in line:
             break
     return process
-
-
-def logged(folder) -> list[dict]:
-    """What the engine has logged of each step, a resumed training's after the first one's."""
-    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
-    return [log for log in map(json.loads, lines) if "loss" in log]
 
 
 def ended(process):
