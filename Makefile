@@ -242,12 +242,17 @@ train-compressed: env ## gradients sent in bf16: bytes, time and losses beside p
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory
 
+# RESUME=1: from the last whole checkpoint (auto: from the start where there is none);
+# FRESH=1: an unfinished training is removed first
+RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
+BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
+
 .PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
-lf-train: env ## LoRA fine-tuning in one process (ARGS="learning_rate=1e-3": any setting)
-	@$(PY) modules/06_LLaMA-Factory/01_train.py $(ARGS)
+lf-train: env ## LoRA fine-tuning in one process (ARGS="lora_rank=8": any setting; RESUME=1)
+	@$(PY) modules/06_LLaMA-Factory/01_train.py $(BEGIN) $(ARGS)
 
 lf-train-z2: env ## the same with DeepSpeed ZeRO-2 in several processes
-	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(ARGS)
+	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(BEGIN) $(ARGS)
 
 lf-score: env ## held-out requests before and after, exact match (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)

@@ -140,6 +140,9 @@ def main() -> None:
             ".venv/bin/activate, or conda activate videofen)"
         )
     finally:
+        # A second signal must not cut this short: the command may be saving what it has done.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         end(name)
     if ended_by:
         code = 128 + ended_by

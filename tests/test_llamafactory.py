@@ -4,6 +4,7 @@ All with one short training of a tiny model: what a reader's own training teache
 judged in test_claims.py, by the score that `make quickstart` has measured.
 """
 
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import workers
 import yaml
 from conftest import ENVIRONMENT, PATIENCE, ROOT, python, refused, run
 
@@ -65,6 +67,18 @@ def result(done) -> dict:
 
 def ours() -> list[str]:
     return [name for name in jobs.running() if name.startswith("lf-")]
+
+
+@pytest.fixture
+def module06(monkeypatch):
+    """Its helper files, imported as its scripts import them."""
+    names = ("checkpoints", "unfinished", "factory", "outcome", "checks")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(MODULE))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        del sys.modules[name]
 
 
 # Of a training that a model without content feels: 8 steps
@@ -237,8 +251,8 @@ def test_template_of_qwen(small_model):
 @pytest.mark.parametrize(
     "template, expected", [(QWEN, QWEN_SYSTEM), (NO_SYSTEM, ""), (NOT_CHATML, None)]
 )
-def test_own_system_message(tmp_path, small_model, template, expected):
-    find = runpy.run_path(str(MODULE / "factory.py"))["own_system_message"]
+def test_own_system_message(tmp_path, small_model, module06, template, expected):
+    find = module06.factory.own_system_message
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert find(tmp_path) == expected
     assert find(small_model) == SYSTEM
@@ -321,14 +335,20 @@ def test_only_exact_answers_count(adapter, monkeypatch):
     assert (score["row_count"], score["wrong_count"]) == (8, 2)
 
 
-def test_zero2_is_active_and_learns_the_same(adapter, tiny_model, tmp_path):
+@pytest.fixture(scope="module")
+def zero2_adapter(tiny_model, tmp_path_factory):
+    """The same by ZeRO-2 in two processes: (folder, result)."""
+    folder = tmp_path_factory.mktemp("zero2") / "z2"
+    settings = [*SHORT, f"output_dir={folder}"]
+    done = run("make", "lf-train-z2", f"ARGS=--model {tiny_model} {' '.join(settings)}", check=0)
+    return folder, result(done)
+
+
+def test_zero2_is_active_and_learns_the_same(adapter, zero2_adapter):
     """DeepSpeed's checkpoint says stage 2 of 2 processes; half of the rows in each gives the losses
     of one process.
     """
-    folder = tmp_path / "z2"
-    settings = [*SHORT, f"output_dir={folder}"]
-    done = run("make", "lf-train-z2", f"ARGS=--model {tiny_model} {' '.join(settings)}", check=0)
-    trained = result(done)
+    folder, trained = zero2_adapter
     assert (trained["zero_stage"], trained["world_size"]) == (2, 2)
     assert trained["losses"] == pytest.approx(adapter[1]["losses"], rel=1e-3)
     assert (folder / "adapter_model.safetensors").is_file()
@@ -358,27 +378,294 @@ def test_zero2_that_is_not_active_is_refused(tiny_model, tmp_path):
     assert (tmp_path / "x/adapter_model.safetensors").is_file()
 
 
-def test_the_stage_is_read_without_running_code(tmp_path):
+def test_the_stage_is_read_without_running_code(tmp_path, module06):
     """Two processes and stage 2 from DeepSpeed's files; a file with more than data is refused."""
     import pickle
 
     import torch
 
-    read = runpy.run_path(str(MODULE / "outcome.py"))["read"]
+    read = module06.outcome.read
     checkpoint = tmp_path / "checkpoint-4/global_step4"
     checkpoint.mkdir(parents=True)
-    history = {"global_step": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
+    history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(history))
     (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
-    assert read(tmp_path, 0.0)[-2:] == (0, 0)
+    assert read(tmp_path)[-2:] == (0, 0)
     for rank in (0, 1):
         (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
-    assert read(tmp_path, 0.0) == ([2.0, 1.0], 4, 3.0, 2, 2)
+    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2)
     torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        read(tmp_path, 0.0)
+        read(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Interrupted and resumed
+
+
+def left_at_step_4(finished, folder):
+    """What a training of the same settings, ended after its first checkpoint, leaves."""
+    unfinished = folder / "unfinished"
+    unfinished.mkdir(parents=True)
+    shutil.copytree(finished / "checkpoint-4", unfinished / "checkpoint-4")
+    shutil.copy(finished / "run.json", unfinished)
+    return unfinished
+
+
+def last_words(done) -> str:
+    """The one sentence of a training that was ended or has failed."""
+    (line,) = [line for line in done.stderr.splitlines() if re.match("error: |ended from", line)]
+    assert "Traceback" not in done.stderr + done.stdout
+    return line
+
+
+def weights(folder, name="adapter_model.safetensors") -> bytes:
+    return (folder / name).read_bytes()
+
+
+def logged(folder) -> list[dict]:
+    """What the engine has logged of each step, a resumed training's after the first one's."""
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    return [log for log in map(json.loads, lines) if "loss" in log]
+
+
+def steps_trained(folder) -> list[int]:
+    return [log["current_steps"] for log in logged(folder)]
+
+
+def mounted(folder, script: str, **kwargs):
+    """Run the shell script where `folder` is a file system of its own, of 6 MiB."""
+    mount = f"mount -t tmpfs -o size=6m tmpfs {folder} && "
+    return run("unshare", "--mount", "--map-root-user", "bash", "-c", mount + script, **kwargs)
+
+
+@pytest.mark.skipif(not workers.can_be_alone(), reason="no namespaces can be made here")
+def test_a_full_disk_and_the_rest_of_the_training(adapter, tiny_model, tmp_path):
+    """The second checkpoint finds no room: one sentence, the first is whole. With room, RESUME=1
+    gives the losses and the adapter of the training that was not interrupted, bit for bit.
+    """
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = f"ARGS=--model {tiny_model} {' '.join(SHORT)} output_dir={disk}/tiny"
+    script = (
+        f"make lf-train '{train}' && exit 1; grow() {{ mount -o remount,size=64m {disk}; }}; grow; "
+        f"make lf-train RESUME=1 '{train}' && cp -r {disk}/tiny {tmp_path}"
+    )
+    done = mounted(disk, script, check=0)
+    sentence = last_words(done)
+    assert "no room was left on the disk" in sentence
+    assert "unfinished/checkpoint-4 is whole: RESUME=1 goes on from it" in sentence
+    assert "checkpoint-8 is not whole and passed over: " in done.stdout
+    assert result(done)["losses"] == adapter[1]["losses"]
+    assert weights(tmp_path / "tiny") == weights(adapter[0])
+    steps = steps_trained(tmp_path / "tiny")
+    assert steps[-4:] == [5, 6, 7, 8] and steps.count(4) == 1
+    assert not (tmp_path / "tiny/unfinished").exists()
+
+
+def test_full_fine_tuning_goes_on_exactly(tiny_model, tmp_path):
+    """All weights instead of an adapter."""
+    settings = ["finetuning_type=full", *SHORT]
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    command = ["make", "lf-train", f"ARGS=--model {tiny_model} {' '.join(settings)} output_dir="]
+    first = run(*command[:2], f"{command[2]}{whole}", check=0)
+    left_at_step_4(whole, rest)
+    second = run(*command[:2], "RESUME=1", f"{command[2]}{rest}", check=0)
+    assert f"goes on from {rest}/unfinished/checkpoint-4" in second.stdout
+    assert result(second)["losses"] == result(first)["losses"]
+    assert steps_trained(rest) == [5, 6, 7, 8]
+    assert weights(rest, "model.safetensors") == weights(whole, "model.safetensors")
+
+
+def test_zero2_goes_on_exactly_beside_an_older_training(
+    adapter, zero2_adapter, tiny_model, tmp_path
+):
+    """A finished training of one process lies in the folder, of a date to come: neither its
+    checkpoint nor its date is taken for the new one's.
+    """
+    folder = tmp_path / "z2"
+    shutil.copytree(adapter[0], folder)
+    for file in (folder / "checkpoint-8").iterdir():
+        os.utime(file, (2**32, 2**32))
+    left_at_step_4(zero2_adapter[0], folder)
+    flags = f"ARGS=--model {tiny_model} {' '.join(SHORT)} output_dir={folder}"
+    trained = result(run("make", "lf-train-z2", "RESUME=1", flags, check=0))
+    assert (trained["zero_stage"], trained["world_size"]) == (2, 2)
+    assert trained["losses"] == zero2_adapter[1]["losses"]
+    assert weights(folder) == weights(zero2_adapter[0])
+    assert steps_trained(folder) == [5, 6, 7, 8]
+
+
+def start_training(*flags):
+    """The script in the background, which has printed a loss."""
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *map(str, flags)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    return process
+
+
+def ended(process):
+    out, err = process.communicate(timeout=PATIENCE)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def test_sigterm_saves_and_sigkill_loses_little(tiny_model, tmp_path, module06):
+    """SIGTERM: the engine saves and ends, and RESUME=1 computes the next step as the first run had.
+
+    SIGKILL of the engine: one sentence, and a checkpoint at most 4 steps old.
+    """
+    folder = tmp_path / "x"
+    unfinished = folder / "unfinished"
+    settings = [*SHORT, f"output_dir={folder}", "num_train_epochs=500"]
+    flags = ["--model", tiny_model, *settings]
+    process = start_training(*flags)
+    try:
+        os.killpg(process.pid, signal.SIGTERM)  # to the script and to lab.launch at once
+        done = ended(process)
+        assert done.returncode == 143
+        (saved,) = re.findall(r"checkpoint-(\d+) is whole: RESUME=1 goes on", last_words(done))
+        assert "holds an unfinished training" in refused("python", TRAIN, *flags)
+        other = ["--resume", *flags, "seed=1", "max_samples=32"]
+        sentence = refused("python", TRAIN, *other)
+        assert "seed was 42 and is 1" in sentence and "max_samples was 64 and is 32" in sentence
+
+        process = start_training("--resume", *flags)
+        engine = psutil.Process(jobs.running()["lf-x"]["pid"])
+        while logged(unfinished)[-1]["current_steps"] < int(saved) + 6:
+            time.sleep(0.05)
+        engine.kill()
+        done = ended(process)
+        assert done.returncode == 2 and "was killed" in last_words(done)
+        (kept,) = re.findall(r"checkpoint-(\d+) is whole: RESUME=1 goes on", last_words(done))
+        logs = logged(unfinished)
+        assert logs[-1]["current_steps"] - int(kept) <= 4 and int(kept) > int(saved)
+        # Where the signal came before the step's end, the first run too went on to its end.
+        next_step = [log["loss"] for log in logs if log["current_steps"] == int(saved) + 1]
+        assert len(set(next_step)) == 1
+        assert not ours()
+    finally:
+        process.kill()
+
+
+RUN_OF_ONE = {"processes": 1, "finetuning_type": "lora"}
+RUN_OF_TWO = RUN_OF_ONE | {"processes": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
+
+
+def shorten(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def other_step(file):
+    file.write_text(file.read_text().replace('"global_step": 8', '"global_step": 12'))
+
+
+@pytest.mark.parametrize(
+    "processes, name, damage, reason",
+    [
+        (1, "adapter_model.safetensors", shorten, "cannot be read"),
+        (1, "adapter_config.json", os.remove, "is missing"),
+        (1, "optimizer.pt", shorten, "is cut short"),
+        (1, "optimizer.pt", flip, "has damaged bytes"),
+        (1, "scheduler.pt", os.remove, "is missing"),
+        (1, "rng_state.pth", os.remove, "is missing"),
+        (1, "trainer_state.json", shorten, "is cut short"),
+        (1, "trainer_state.json", other_step, "is of step 12"),
+        (2, "rng_state_1.pth", os.remove, "is missing"),
+        (2, "latest", lambda file: file.write_text("global_step4"), "names global_step4"),
+        (2, "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt", os.remove, "is missing"),
+        (2, "global_step8/mp_rank_00_model_states.pt", shorten, "is cut short"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(
+    adapter, zero2_adapter, tmp_path, module06, processes, name, damage, reason
+):
+    """Each kind of damage has its name, and the checkpoint before is the last whole one."""
+    folder = tmp_path / "training"
+    shutil.copytree((adapter if processes == 1 else zero2_adapter)[0], folder)
+    identity = RUN_OF_ONE if processes == 1 else RUN_OF_TWO
+    assert module06.checkpoints.last_whole(folder, identity) == (folder / "checkpoint-8", {})
+    damage(folder / "checkpoint-8" / name)
+    whole, broken = module06.checkpoints.last_whole(folder, identity)
+    assert whole == folder / "checkpoint-4"
+    assert reason in broken[folder / "checkpoint-8"]
+
+
+def test_a_clock_that_jumps_back_costs_no_checkpoint(tmp_path, module06):
+    """transformers keeps the folders of the latest date; dated by their steps, the newest stays."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    for step, date in ((8, 2**32), (12, 2**32 + 9), (100, 2**31)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step == 100:  # saved after the jump
+            module06.checkpoints.date_by_step(tmp_path)
+        os.utime(tmp_path / f"checkpoint-{step}", (date, date))
+    rotate_checkpoints(str(tmp_path), 2, use_mtime=True)
+    assert [path.name for path in module06.checkpoints.numbered(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-12",
+    ]
+
+
+def begins(unfinished, output, run, **flags):
+    args = {"resume": False, "resume_or_begin": False, "fresh": False} | flags
+    return unfinished.begin(output, run, SimpleNamespace(**args), "no-such-job")
+
+
+def test_only_the_unfinished_training_of_the_same_run_goes_on(adapter, tmp_path, capsys, module06):
+    """Beside a finished one with a higher step; refused by name otherwise; FRESH=1 removes it."""
+    unfinished = module06.unfinished
+    shutil.copytree(adapter[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-8").rename(tmp_path / "checkpoint-20")
+    run = json.loads((tmp_path / "run.json").read_text())
+    with pytest.raises(SystemExit):
+        begins(unfinished, tmp_path, run, resume=True)
+    assert "nothing to resume" in capsys.readouterr().err
+    assert begins(unfinished, tmp_path, run, resume_or_begin=True) is None
+    shutil.rmtree(tmp_path / "unfinished")
+    left = left_at_step_4(adapter[0], tmp_path)
+    assert begins(unfinished, tmp_path, run, resume=True) == left / "checkpoint-4"
+    rows = "rows of launch_en_train"
+    for name, value in {"processes": 2, "model_name_or_path": "other", rows: "0" * 8}.items():
+        with pytest.raises(SystemExit):
+            begins(unfinished, tmp_path, run | {name: value}, resume_or_begin=True)
+        assert f"{name} was {json.dumps(run[name])} and is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        begins(unfinished, tmp_path, run)
+    assert "RESUME=1 goes on from it, FRESH=1 removes it" in capsys.readouterr().err
+    assert begins(unfinished, tmp_path, run, fresh=True) is None
+    assert [file.name for file in left.iterdir()] == ["run.json"]
+    assert (tmp_path / "config.yaml").is_file() and (tmp_path / "checkpoint-20").is_dir()
+
+
+def test_the_rows_belong_to_the_run(tmp_path, module06):
+    """The same settings over another text of the same file: another checksum."""
+    from omegaconf import OmegaConf
+
+    shutil.copytree(MODULE / "data", tmp_path, dirs_exist_ok=True)
+    settings = OmegaConf.create({"dataset": "launch_en_train", "dataset_dir": str(tmp_path)})
+    before = module06.unfinished.identity(settings, 1)
+    file = tmp_path / "launch_en_train.json"
+    file.write_text(file.read_text().replace("GPU", "card"))
+    after = module06.unfinished.identity(settings, 1)
+    (difference,) = module06.unfinished.differences(before, after)
+    assert difference.startswith("rows of launch_en_train was ")
 
 
 # -----------------------------------------------------------------------------
@@ -609,29 +896,9 @@ def test_a_refusal_by_the_engine_is_one_sentence_and_keeps_what_was_trained(adap
 )
 def test_interrupted_training_leaves_nothing(tiny_model, tmp_path, how):
     """Two training processes, ended in the middle by each of the three ways."""
-    command = [
-        sys.executable,
-        TRAIN,
-        "--zero2",
-        "--model",
-        tiny_model,
-        f"output_dir={tmp_path / 'x'}",
-        "num_train_epochs=500",
-        "logging_steps=1",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    settings = (f"output_dir={tmp_path / 'x'}", "num_train_epochs=500", "logging_steps=1")
+    process = start_training("--zero2", "--model", tiny_model, *settings)
     try:
-        for line in process.stdout:
-            if "'loss'" in line:
-                break
         leader = psutil.Process(jobs.running()["lf-x"]["pid"])
         members = [leader, *leader.children(recursive=True)]
         launched = [p for p in members if "launcher.py" in " ".join(p.cmdline())]

@@ -4,6 +4,7 @@
     make lf-train-z2                            # DeepSpeed ZeRO-2 in the profile's processes
     make lf-train ARGS="lora_rank=8 seed=1"     # any setting of LLaMA-Factory, by its own name
     make lf-train-z2 ARGS="deepspeed=null"      # plain DDP; deepspeed=FILE: another ZeRO stage
+    make lf-train RESUME=1                      # go on with an unfinished one; FRESH=1 removes it
     python modules/06_LLaMA-Factory/01_train.py --dry-run    # only print settings and command
 
 It writes the whole settings as YAML, then adapter, logs and plot under runs/06_LLaMA-Factory/.
@@ -21,6 +22,7 @@ from pathlib import Path
 import checks
 import factory
 import outcome
+import unfinished
 
 from lab import ROOT, fail, jobs, models, results, shown
 from lab.profile import load_profile
@@ -50,9 +52,8 @@ def main() -> None:
         default=profile.finetune.processes,
         help="number of processes with --zero2 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings and the command, and exit"
-    )
+    unfinished.add_flags(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only print settings and command")
     args = parser.parse_args()
 
     from omegaconf import OmegaConf
@@ -68,6 +69,7 @@ def main() -> None:
         "model_name_or_path": listed.get("hub", args.model),
         "template": listed.get("template"),  # None: derived from the model's own
         "output_dir": shown(factory.FOLDER / Path(written.output_dir).name),
+        "enable_jit_checkpoint": not args.zero2,  # of two processes each would save by itself
     }
     if args.zero2:
         here["ddp_backend"] = "nccl" if profile.device == "cuda" else "gloo"  # NCCL is for GPUs
@@ -93,30 +95,38 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 3. LLaMA-Factory's own command
 
+    output = ROOT / settings.output_dir
+    settings.output_dir = shown(unfinished.inside(output))
     print(OmegaConf.to_yaml(settings), flush=True)
-    config = factory.FOLDER / f"{Path(settings.output_dir).name}.yaml"
     environment = {}
     if args.zero2:
         environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(args.processes)}
     elif profile.device == "cuda":  # of two cards it would use both
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+    config = factory.FOLDER / f"{output.name}.yaml"
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:
         return results.note(results.name_of(__file__))
+    run = unfinished.identity(settings, args.processes if args.zero2 else 1)
+    resumed = unfinished.begin(output, run, args, config.stem)
+    if resumed:
+        settings.resume_from_checkpoint = shown(resumed)
+        settings.overwrite_output_dir = False  # trainer_log.jsonl goes on
     factory.write(settings, config.stem, f"{source.name} and profile {profile.name}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
-    began = time.time()
-    factory.run(config.stem, command)
-    wall_s = time.time() - began
+    began = time.monotonic()
+    factory.run(config.stem, command, unfinished.inside(output))
+    wall_s = time.monotonic() - began
 
     # -----------------------------------------------------------------------------
     # 4. What came of it, from the files that the engines wrote
 
-    output = ROOT / settings.output_dir
+    trained = outcome.read(unfinished.inside(output))
+    unfinished.refuse_early_end(output, trained, settings)
     # Merging, chat and API go by this file: they must say what training said.
-    (output / "config.yaml").write_text(OmegaConf.to_yaml(settings))
-    trained = outcome.read(output, began)
+    settings.output_dir = shown(output)
+    unfinished.finish(output, OmegaConf.to_yaml(settings))
     print(
         f"{trained.steps} steps in {trained.seconds:.0f} s, "
         f"loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}, "
@@ -140,7 +150,8 @@ def main() -> None:
     for path in ("model_name_or_path", "output_dir"):
         del used[path]
     launched = f"zero{trained.zero_stage}" if trained.zero_stage else "ddp"
-    results.finish(__file__, metrics, used, launched if args.zero2 else "")
+    variant = [launched] * args.zero2 + ["resumed"] * bool(resumed)  # its seconds are of the rest
+    results.finish(__file__, metrics, used, "-".join(variant))
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def greedy_answers(model, tokenizer, requests: list[str], batch_size: int, most:
 
 
 def train_first() -> None:
-    """Run 01_train.py to its end; end with its exit code where it fails."""
+    """Run 01_train.py to its end, or go on with it; end with its exit code where it fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
-    process = subprocess.Popen([sys.executable, str(HERE / "01_train.py")])
+    process = subprocess.Popen([sys.executable, str(HERE / "01_train.py"), "--resume-or-begin"])
     try:
         code = process.wait()
     finally:

@@ -96,7 +96,11 @@ def main() -> None:
     ready = f"{address}/v1/models" if api else f"{address}/"
     try:
         seconds = jobs.wait_healthy(
-            name, process, ready, log, cause=lambda: factory.last_exception(log)
+            name,
+            process,
+            ready,
+            log,
+            cause=lambda: factory.last_exception(log.read_text(errors="replace")),
         )
     except KeyboardInterrupt:
         raise SystemExit(130) from None

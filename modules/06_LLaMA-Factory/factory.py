@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import checkpoints
+import unfinished
 
 from lab import ROOT, RUNS, fail, shown
 
@@ -61,37 +65,63 @@ def show(lines, log) -> None:
             print(f"  {text[:150]}", flush=True)
 
 
-def run(name: str, command: list[str]) -> None:
+def run(name: str, command: list[str], training: Path | None = None) -> None:
     """Run the command to its end as a job; its whole output goes to runs/.../NAME.log.
 
     Exit code 2 with the engine's own reason where it fails. Ctrl+C and SIGTERM leave no process.
+    `training` is the folder that a training writes to: what is left there is said too.
     """
     log = FOLDER / f"{name}.log"
     job = [sys.executable, "-m", "lab.launch", f"lf-{name}", *command]
     process = subprocess.Popen(job, text=True, stderr=subprocess.PIPE, errors="replace")
+    code = 0
     try:
         with log.open("w", encoding="utf-8") as file:
-            show(process.stderr, file)
+            show(watched(process.stderr, training), file)
         code = process.wait()
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        if end.code != 143:  # a refusal, which has been said
+            raise
+        code = 143
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
         process.terminate()  # lab.launch then ends every process of the job
         process.wait()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = f"(whole log: {shown(log)})"
+    left = unfinished.way_on(training) if training and code else ""
     if code in (130, 143):
-        print(f"ended from outside, by Ctrl+C or make stop {whole}", file=sys.stderr)
+        print(f"ended from outside, by Ctrl+C or make stop{left} {whole}", file=sys.stderr)
         raise SystemExit(code)
-    if code == 137:
-        fail(
-            "LLaMA-Factory was killed, most likely because the memory was full: "
-            f"take a smaller batch or model {whole}"
-        )
     if code:
-        fail(f"LLaMA-Factory stopped: {last_exception(log)} {whole}")
+        fail(f"{reason(code, log.read_text(errors='replace'))}{left} {whole}")
 
 
-def last_exception(log: Path) -> str:
+def watched(lines, training: Path | None):
+    """The same lines; at each, the checkpoints are dated by their steps."""
+    for line in lines:
+        if training:
+            checkpoints.date_by_step(training)
+        yield line
+
+
+def reason(code: int, log: str) -> str:
+    """Why the engine ended with this exit code, in a reader's words or in its own."""
+    if code == 137 or re.search(r"Signal 9 \(SIGKILL\)", log):  # torchrun's, of a process
+        return (
+            "LLaMA-Factory was killed, most likely because the memory was full: "
+            "take a smaller batch or model"
+        )
+    if re.search(r"No space left on device|PytorchStreamWriter failed|unexpected pos", log):
+        return "LLaMA-Factory stopped: no room was left on the disk, make some"
+    return f"LLaMA-Factory stopped: {last_exception(log)}"
+
+
+def last_exception(log: str) -> str:
     """The message of the last exception in the engine's log, else its last line."""
-    text = log.read_text(errors="replace").strip() or "it wrote nothing"
+    text = log.strip() or "it wrote nothing"
     messages = re.findall(r"(?m)^(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception): (.+)$", text)
     # torchrun repeats that a process failed, after the process has said why.
     own = [message for message in messages if "returned non-zero exit status" not in message]
@@ -112,7 +142,8 @@ def adapter_folder(path: str) -> Path:
     """The folder, if training has finished in it."""
     folder = ROOT / path
     if not all((folder / name).is_file() for name in ("adapter_config.json", "config.yaml")):
-        fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first")
+        begun = ", RESUME=1 goes on with what has begun" * unfinished.inside(folder).is_dir()
+        fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first{begun}")
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 class Outcome(NamedTuple):
     losses: list[float]  # of every `logging_steps` steps
     steps: int
+    planned_steps: int  # more than `steps`: it ended early
     seconds: float  # of the training itself, without loading
     processes: int
     zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
@@ -26,19 +27,20 @@ def zero_stage(checkpoint: Path) -> int:
     return int(state["ds_config"].get("zero_optimization", {}).get("stage", 0))
 
 
-def read(output: Path, began: float) -> Outcome:
-    """The outcome of the training that wrote to `output` since the time `began`."""
+def read(output: Path) -> Outcome:
+    """The outcome of the training that wrote to `output`, and of no other one."""
     history = json.loads((output / "trainer_state.json").read_text())
     final = json.loads((output / "all_results.json").read_text())
     losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
     checkpoint = output / f"checkpoint-{history['global_step']}"
-    written = [file.name for file in checkpoint.rglob("*.pt*") if file.stat().st_mtime >= began]
+    written = [file.name for file in checkpoint.rglob("*.pt*")]
     # A running DeepSpeed leaves one of each process, which no other engine does.
     shards = [name for name in written if name.endswith("_optim_states.pt")]
     random_states = [name for name in written if name.startswith("rng_state")]
     return Outcome(
         losses or [final["train_loss"]],
         steps=history["global_step"],
+        planned_steps=history["max_steps"],
         seconds=final["train_runtime"],
         processes=len(shards or random_states),
         zero_stage=zero_stage(checkpoint) if shards else 0,
