@@ -121,8 +121,9 @@ def main() -> None:
     def end_it(number, _) -> None:
         """Pass it on, and go on reading: a training that is told to end saves its state first."""
         nonlocal ended_by
-        ended_by = ended_by or number
-        threading.Thread(target=end, args=[name], daemon=True).start()
+        if not ended_by:  # a second one would cut the saving short
+            ended_by = number
+            threading.Thread(target=end, args=[name], daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_it)
@@ -140,7 +141,6 @@ def main() -> None:
             ".venv/bin/activate, or conda activate videofen)"
         )
     finally:
-        # A second signal must not cut this short: the command may be saving what it has done.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         end(name)
@@ -150,8 +150,7 @@ def main() -> None:
     elif output.refusal and code != 0:
         fail(output.refusal)
     elif code != 0:
-        why = output.reason()
-        print(f"error: {name} failed: {why}{output.saved}", file=sys.stderr)
+        print(f"{name} failed: {output.reason()}{output.saved}", file=sys.stderr)
     print(output.result, end="", flush=True)
     raise SystemExit(code if code >= 0 else 128 - code)
 
