@@ -73,6 +73,24 @@ def add_process_flag(parser) -> None:
     parser.add_argument("--min-world", type=int, default=1, metavar="N", help=least)
 
 
+def flags_of(args) -> list[str]:
+    """The flags of a training as they were given here, for the scripts that all take them."""
+    names = (
+        "model",
+        "data",
+        "seq_len",
+        "steps",
+        "micro_batch",
+        "accumulate",
+        "learning_rate",
+        "seed",
+    )
+    flags = []
+    for name in names:
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return flags
+
+
 # -----------------------------------------------------------------------------
 # Refusals: exit code 2, one sentence
 
