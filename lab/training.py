@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lab import fail, jobs, machine, models
+from lab import checkpoints, fail, jobs, machine, models
 
 # What torchrun sets for each process that it starts, for a script that nobody launched.
 ONE_PROCESS = {
@@ -91,6 +91,12 @@ def flags_of(args) -> list[str]:
     return flags
 
 
+def add_timeout_flag(parser) -> None:
+    """--timeout, after which a process gives up the others."""
+    patience = "seconds in which the other processes must answer, a save included"
+    add_flag(parser, "--timeout", int, 600, patience)
+
+
 # -----------------------------------------------------------------------------
 # Refusals: exit code 2, one sentence
 
@@ -101,7 +107,7 @@ def refuse_impossible(args, device: str) -> None:
     --save's folder is made now, not when the training is done.
     """
     given = vars(args)
-    names = ("steps", "micro_batch", "accumulate", "learning_rate")
+    names = ("steps", "micro_batch", "accumulate", "learning_rate", "timeout")
     numbers = [given[name] for name in names if given.get(name) is not None]
     if not all(number > 0 for number in numbers) or args.seq_len < 2:  # NaN is not above 0
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names if name in given)
@@ -114,6 +120,8 @@ def refuse_impossible(args, device: str) -> None:
             f"PROCESSES={cards}, or with the launcher's own flag"
         )
     jobs.refuse_taken_cards()
+    if "checkpoints" in given:
+        checkpoints.refuse_impossible(args)
     if not given.get("save"):
         return
     try:
@@ -198,7 +206,31 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def timeout(args):
+    """--timeout as a process group takes it: a machine that vanished says nothing any more."""
+    import datetime
+
+    return datetime.timedelta(seconds=args.timeout)
+
+
 def tokens_per_s(step_tokens: int, seconds: list[float]) -> float:
     """Throughput over the steps after the first, which warms up."""
     steady = seconds[1:] or seconds
     return round(step_tokens * len(steady) / sum(steady), 1)
+
+
+def show_step(args, losses: list[float], seconds: list[float], step_tokens: int, device: str):
+    """A line for the step just done: a bar, its loss and seconds, speed, memory, what is left.
+
+    `seconds`: of the steps of this process; after a resume there are fewer of them than losses.
+    """
+    step = len(losses)
+    steady = seconds[1:] or seconds
+    left = sum(steady) / len(steady) * (args.steps - step)
+    bar = "█" * (10 * step // args.steps)
+    print(
+        f"step {step:3}/{args.steps} {bar:░<10}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s   "
+        f"{step_tokens / seconds[-1]:,.0f} tok/s   {peak_memory_gib(device):.2f} GiB   "
+        f"{left:.0f} s left",
+        flush=True,
+    )

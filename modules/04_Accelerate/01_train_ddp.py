@@ -3,6 +3,7 @@
     make train-ddp                                                 # two processes, by torchrun
     python modules/04_Accelerate/01_train_ddp.py                   # one process, the same script
     python modules/04_Accelerate/01_train_ddp.py --micro-batch 4   # it sees what two see with 2
+    make train-ddp ARGS="--save-every 4"                           # then --resume goes on
     diff modules/04_Accelerate/01_train_ddp.py modules/04_Accelerate/02_train_accelerate.py
 
 The last command shows the lesson of this stage. Every process holds the whole model and computes
@@ -16,10 +17,11 @@ losses is the mean over all tokens.
 
 import argparse
 import contextlib
+import itertools
 import os
 import time
 
-from lab import data, models, results, training
+from lab import RUNS, checkpoints, data, models, results, training
 from lab.profile import load_profile
 
 
@@ -35,6 +37,9 @@ def main() -> None:
     training.add_precision_flag(parser, profile.train)
     # Processes
     training.add_process_flag(parser)
+    training.add_timeout_flag(parser)
+    # States to go on from
+    checkpoints.add_flags(parser, RUNS / "04_Accelerate" / "states_ddp")
     args = parser.parse_args()
     training.refuse_impossible(args, profile.device)
 
@@ -52,7 +57,8 @@ def main() -> None:
     world = int(os.environ["WORLD_SIZE"])
     device = torch.device(profile.device, int(os.environ["LOCAL_RANK"]))
     torch.get_device_module(device).set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=training.timeout(args))
     training.refuse_alone(world, args.min_world)
     if args.mixed_precision == "bf16":
         training.refuse_without_bf16(device, "run with --mixed-precision no")
@@ -79,16 +85,31 @@ def main() -> None:
         print(f"{world} x {device.type}, {wrapper}, {step_tokens} tokens a step")
 
     # -----------------------------------------------------------------------------
-    # 3. Train: gradients travel between the processes only in the last micro-step of a step
+    # 3. What a training goes on from: weights, optimizer, random numbers, the place in the data
+
+    run = checkpoints.identity(
+        args, blocks, step_blocks, mixed_precision=args.mixed_precision, engine="native DDP"
+    )
+    losses = []
+    begun = checkpoints.last(args, run)
+    if begun:
+        state = torch.load(begun / "state.pt", map_location="cpu", weights_only=True)
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        checkpoints.load_random_state(begun, rank)
+        losses = checkpoints.read(begun)["losses"]
+
+    # -----------------------------------------------------------------------------
+    # 4. Train: gradients travel between the processes only in the last micro-step of a step
 
     def endless(loader):
         while True:
             yield from loader
 
-    batches = endless(loader)
-    losses = []
+    batches = itertools.islice(endless(loader), len(losses) * args.accumulate, None)
     seconds = []
-    for step in range(args.steps):
+    ending = checkpoints.Ending(args)
+    for step in range(len(losses) + 1, args.steps + 1):
         began = time.perf_counter()
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accumulate):
@@ -107,10 +128,18 @@ def main() -> None:
         losses.append(round(step_loss.item() / world, 6))
         seconds.append(time.perf_counter() - began)
         if rank == 0:
-            print(f"step {step + 1:3}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s", flush=True)
+            training.show_step(args, losses, seconds, step_tokens, device.type)
+        if checkpoints.due(args, step, ending.heard(device)):
+            with checkpoints.written(args, step, run | {"losses": losses}) as partial:
+                if rank == 0:  # all processes have the same
+                    state = {"model": model.module.state_dict()}
+                    state["optimizer"] = optimizer.state_dict()
+                    torch.save(state, partial / "state.pt")
+                checkpoints.save_random_state(partial, rank)
+        ending.leave(step)
 
     # -----------------------------------------------------------------------------
-    # 4. Only one process writes
+    # 5. Only one process writes
 
     if args.save and rank == 0:
         model.module.save_pretrained(args.save)

@@ -15,9 +15,10 @@ do there. With configs/fsdp.yaml the same file trains a model that is sharded.
 """
 
 import argparse
+import itertools
 import time
 
-from lab import data, models, results, training
+from lab import RUNS, checkpoints, data, models, results, training
 from lab.profile import load_profile
 
 
@@ -33,11 +34,14 @@ def main() -> None:
     training.add_precision_flag(parser, profile.train)
     # Processes
     training.add_process_flag(parser)
+    training.add_timeout_flag(parser)
+    # States to go on from
+    checkpoints.add_flags(parser, RUNS / "04_Accelerate" / "states_accelerate")
     args = parser.parse_args()
     training.refuse_impossible(args, profile.device)
 
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +50,9 @@ def main() -> None:
 
     training.keep_fsdp_on_cpu(profile.device)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision
+        gradient_accumulation_steps=args.accumulate,
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=training.timeout(args))],
     )
     rank = accelerator.process_index
     world = accelerator.num_processes
@@ -76,16 +82,28 @@ def main() -> None:
         print(f"{world} x {device.type}, {wrapper}, {step_tokens} tokens a step")
 
     # -----------------------------------------------------------------------------
-    # 3. Train: gradients travel between the processes only in the last micro-step of a step
+    # 3. What a training goes on from: weights, optimizer, random numbers, the place in the data
+
+    run = checkpoints.identity(
+        args, blocks, step_blocks, mixed_precision=args.mixed_precision, engine=wrapper
+    )
+    losses = []
+    begun = checkpoints.last(args, run)
+    if begun:
+        accelerator.load_state(begun)
+        losses = checkpoints.read(begun)["losses"]
+
+    # -----------------------------------------------------------------------------
+    # 4. Train: gradients travel between the processes only in the last micro-step of a step
 
     def endless(loader):
         while True:
             yield from loader
 
-    batches = endless(loader)
-    losses = []
+    batches = itertools.islice(endless(loader), len(losses) * args.accumulate, None)
     seconds = []
-    for step in range(args.steps):
+    ending = checkpoints.Ending(args)
+    for step in range(len(losses) + 1, args.steps + 1):
         began = time.perf_counter()
         step_loss = torch.zeros((), device=device)
         for _ in range(args.accumulate):
@@ -101,10 +119,14 @@ def main() -> None:
         losses.append(round(step_loss.item(), 6))
         seconds.append(time.perf_counter() - began)
         if rank == 0:
-            print(f"step {step + 1:3}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s", flush=True)
+            training.show_step(args, losses, seconds, step_tokens, device.type)
+        if checkpoints.due(args, step, ending.heard(device)):
+            with checkpoints.written(args, step, run | {"losses": losses}) as partial:
+                accelerator.save_state(partial)
+        ending.leave(step)
 
     # -----------------------------------------------------------------------------
-    # 4. Only one process writes
+    # 5. Only one process writes
 
     # By all processes: what is sharded is gathered here.
     weights = accelerator.get_state_dict(model) if args.save else None

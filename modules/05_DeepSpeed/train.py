@@ -5,6 +5,7 @@
     make train-z3 ARGS="--save runs/05_DeepSpeed/z3"     # gathered from all processes
     make train-z3-offload      # parameters and optimizer in host memory; train-z3-nvme: in files
     make train-z3 ARGS="--lora-rank 8 --checkpointing"
+    make train-z3 ARGS="--save-every 4"                  # then --resume, with any PROCESSES=N
 
 Look at: the table of bytes. It measures the tensors that the running engine holds in this process
 (parameters, gradients, optimizer states) beside the theory for this stage and number of processes.
@@ -13,6 +14,7 @@ stage: ZeRO changes where numbers are kept, not what is computed.
 """
 
 import argparse
+import itertools
 import os
 import time
 from pathlib import Path
@@ -21,9 +23,10 @@ import ds_check
 import ds_config
 import held
 import swap
+import universal
 import zero_states
 
-from lab import data, fail, machine, models, results, training
+from lab import RUNS, checkpoints, data, fail, machine, models, results, training
 from lab.profile import load_profile
 
 
@@ -47,6 +50,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help=recompute)
     # Steps
     training.add_step_flags(parser, profile.train, file_decides=True)
+    # Processes, and states to go on from
+    training.add_timeout_flag(parser)
+    checkpoints.add_flags(parser, RUNS / "05_DeepSpeed" / "states")
     # Inserted by the deepspeed launcher
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -56,7 +62,7 @@ def main() -> None:
 
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world < 2:
+    if world < 2 and not args.resume:
         fail(
             f"ZeRO divides states over the processes and needs at least 2, here is {world}: "
             "make train-z2, or deepspeed --num_gpus=2 train.py ..."
@@ -91,7 +97,8 @@ def main() -> None:
     blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
     made_of = f"{world} processes x {config.accumulate} micro-steps x {config.micro_batch}"
     blocks = training.whole_steps(blocks, config.step_blocks, args, made_of)
-    deepspeed.init_distributed(dist_backend="nccl" if profile.device == "cuda" else "gloo")
+    backend = "nccl" if profile.device == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=training.timeout(args))
     training.forget_shared_memory(rank)
     torch.manual_seed(args.seed)
     share = DistributedSampler(blocks, shuffle=False)
@@ -105,6 +112,12 @@ def main() -> None:
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    kind = {"dtype": config.dtype, "zero_stage": config.stage, "lora_rank": args.lora_rank}
+    run = checkpoints.identity(args, blocks, config.step_blocks, engine="DeepSpeed", **kind)
+    run["learning_rate"] = config.learning_rate
+    begun = checkpoints.last(args, run)
+    if begun and checkpoints.read(begun)["processes"] != world:
+        begun = universal.converted(begun, config, rank)
     with ds_check.refusals_as_sentences(config):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=trained, config=config.values
@@ -113,18 +126,28 @@ def main() -> None:
     stage = held.stage_that_runs(engine)
 
     # -----------------------------------------------------------------------------
-    # 3. Train: the engine counts the micro-steps, divides the loss by their number and steps after
+    # 3. What a training goes on from: every process reads and writes its part
+
+    losses = []
+    if begun:
+        engine.load_checkpoint(begun, tag="states", load_module_strict=not args.lora_rank)
+        checkpoints.load_random_state(begun, rank)
+        losses = checkpoints.read(begun)["losses"]
+
+    # -----------------------------------------------------------------------------
+    # 4. Train: the engine counts the micro-steps, divides the loss by their number and steps after
     # the last one
 
     def endless(loader):
         while True:
             yield from loader
 
-    batches = endless(loader)
-    losses = []
+    batches = itertools.islice(endless(loader), len(losses) * config.accumulate, None)
     seconds = []
+    ending = checkpoints.Ending(args)
+    step_tokens = config.step_blocks * args.seq_len
     gradients = held.Held(0, 0)  # the most that was held between a backward and its step
-    for step in range(args.steps):
+    for step in range(len(losses) + 1, args.steps + 1):
         began = time.perf_counter()
         step_loss = torch.zeros((), device=engine.device)
         for _ in range(config.accumulate):
@@ -140,10 +163,18 @@ def main() -> None:
         losses.append(round(step_loss.item() / world, 6))
         seconds.append(time.perf_counter() - began)
         if rank == 0:
-            print(f"step {step + 1:3}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s", flush=True)
+            training.show_step(args, losses, seconds, step_tokens, profile.device)
+        if checkpoints.due(args, step, ending.heard(engine.device)):
+            with checkpoints.written(
+                args, step, run | {"processes": world, "losses": losses}
+            ) as partial:
+                frozen = {"exclude_frozen_parameters": bool(args.lora_rank)}
+                engine.save_checkpoint(partial, tag="states", **frozen)
+                checkpoints.save_random_state(partial, rank)
+        ending.leave(step)
 
     # -----------------------------------------------------------------------------
-    # 4. What this process holds, beside the theory
+    # 5. What this process holds, beside the theory
 
     in_memory = {"gradients": gradients} | held.states(engine)
     on_disk = swap.bytes_on_disk(files, rank, engine)
@@ -170,7 +201,7 @@ def main() -> None:
             print(f"{sum(on_disk.values()):,} of them in files of {swap.PATTERN} below {files}")
 
     # -----------------------------------------------------------------------------
-    # 5. Save: under stage 3 every process holds a part of each tensor, so all of them gather, one
+    # 6. Save: under stage 3 every process holds a part of each tensor, so all of them gather, one
     # tensor at a time, and one writes
 
     if args.save:
@@ -188,7 +219,6 @@ def main() -> None:
     host_peak = torch.tensor([training.peak_memory_gib("cpu")], device=engine.device)
     dist.all_reduce(host_peak)
     if rank == 0:
-        step_tokens = config.step_blocks * args.seq_len
         on_device = sum(part.on_device for part in in_memory.values())
         metrics = {
             "zero_stage": stage,

@@ -1,0 +1,37 @@
+"""A ZeRO state for another number of processes: DeepSpeed's universal checkpoint.
+
+The files of a ZeRO state are pieces for one number of processes. A universal checkpoint has a file
+for each tensor and kind (weights in fp32, both moments); whoever loads it takes its piece of each.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lab import checkpoints, fail, shown
+
+
+def converted(state: Path, config, rank: int) -> Path:
+    """The folder `state`.universal, made by DeepSpeed's own command; its files as in `state`.
+
+    `config` is told to load such a one.
+    """
+    folder = state.with_name(f"{state.name}.universal")
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder"]
+        command += [shown(state / "states"), "--output_folder", shown(folder / "states")]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        if config.stage < 3:
+            command.append("--inject_missing_state")
+        print(f"of another number of processes: {shlex.join(['python', *command])}", flush=True)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = done.stderr.strip().rpartition("\n")[2]
+            fail(f"{shown(state)} could not be converted for another number of processes: {reason}")
+        shutil.copy(state / checkpoints.RUN, folder)
+    checkpoints.meet()
+    config.values["checkpoint"] = {"load_universal": True}
+    return folder
