@@ -115,9 +115,7 @@ def main() -> None:
     good = True
     for launcher, config in configs:
         one = trained(launcher, config, 1, args, profile)
-        one.refuse_failed()
         two = trained(launcher, config, 2, args, profile)
-        two.refuse_failed()
         pairs = list(zip(one.losses(), two.losses(), strict=True))
         differs = max(abs(loss - other) / other for other, loss in pairs)
         left = one.left + two.left
@@ -181,6 +179,7 @@ def trained(launcher: str, config: str, nodes: int, args, profile, fault=None):
         commands.append(line)
     run = machines.Training(name)
     run.run(commands, args.timeout + ALLOWANCE_S, fault)
+    run.refuse_failed()
     return run
 
 
@@ -202,6 +201,8 @@ def vanish(configs, args, profile) -> int:
     good = True
     for launcher, config in configs:
         run = trained(launcher, config, 2, args, profile, fault)
+        if not run.fault_s:
+            fail(f"{run.name} ended before step {fault.step}: {run.ending(0)}")
         for rank in (0, 1) if args.cut else (0,):
             print(f"  {run.ending(rank)}")
             ended_s = run.ended_s[rank] - run.fault_s

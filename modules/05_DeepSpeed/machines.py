@@ -19,7 +19,7 @@ import psutil
 from lab import ROOT, RUNS, cable, fail, jobs, shown
 
 FOLDER = RUNS / "05_DeepSpeed/two_machines"
-STEP = re.compile(r"step +\d+ +loss|\{'loss'")  # what process 0 prints after each step
+STEP = re.compile(r"step +\d+\b.* loss |\{'loss'")  # what process 0 prints after each step
 REASON = re.compile(r"(?:\[rank\d+\]: *)?(?:[\w.]*(?:Error|Exception)|error): (?:\[\S+\] )?(.+)")
 
 
@@ -84,6 +84,8 @@ class Training:
             for rank, process in enumerate(self.processes):
                 if rank not in self.ended_s and process.poll() is not None:
                     self.ended_s[rank] = now
+                    if rank == 0 and not self.killed and jobs.asked_to_end(cable.NODES[0]):
+                        raise SystemExit(143)  # make stop
             failed_s = [self.ended_s[rank] for rank in self.ended_s if self.codes()[rank]]
             trouble_s = self.fault_s or min(failed_s, default=now)
             if now - trouble_s > patience_s and not self.killed:
@@ -106,7 +108,12 @@ class Training:
         return f"{cable.NODES[rank]} ended{after}, {how}: {cause(log)} (see {shown(log)})"
 
     def refuse_failed(self) -> None:
-        """Exit code 2 where a machine failed, with the reason of the one that failed first."""
+        """Exit code 2 where a machine failed, with the reason of the one that failed first.
+
+        A machine that was made to vanish is no failure, once it has.
+        """
+        if self.fault_s:
+            return
         failed = [rank for rank, code in enumerate(self.codes()) if code]
         if failed:
             fail(f"{self.name}: {self.ending(min(failed, key=self.ended_s.get))}")
