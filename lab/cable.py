@@ -71,6 +71,11 @@ def cut() -> None:
     subprocess.run(["ip", "-n", "node1", "link", "set", CABLE, "down"], check=True)
 
 
+def mend() -> None:
+    """Bring the cable up again; its addresses have stayed."""
+    subprocess.run(["ip", "-n", "node1", "link", "set", CABLE, "up"], check=True)
+
+
 class Traffic(NamedTuple):
     """What passed the cable, seen from machine 0, and when."""
 

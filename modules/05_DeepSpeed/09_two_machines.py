@@ -162,10 +162,9 @@ def trained(launcher: str, config: str, nodes: int, args, profile, fault=None):
     """The training, ended: its commands are printed before, and what ended it is in its logs."""
     name = f"{launcher}-{config}-{nodes}"
     given = argparse.Namespace(**(vars(args) | {"model": os.environ[MOVED]}))
+    given.timeout = args.timeout if fault else 600  # seconds, the scripts' own default
     interface = cable.CABLE if nodes == 2 else "lo"
-    flags = training.flags_of(given)
-    if fault:
-        flags += ["--timeout", str(args.timeout)]
+    flags = [*training.flags_of(given), "--timeout", str(given.timeout)]
     if launcher == "llamafactory":
         flags = [machines.written_for_llamafactory(name, given, profile)]
     commands = []
@@ -201,6 +200,7 @@ def vanish(configs, args, profile) -> int:
     good = True
     for launcher, config in configs:
         run = trained(launcher, config, 2, args, profile, fault)
+        cable.mend()
         if not run.fault_s:
             fail(f"{run.name} ended before step {fault.step}: {run.ending(0)}")
         for rank in (0, 1) if args.cut else (0,):
