@@ -24,7 +24,7 @@ import alpha_beta
 import machines
 from machines_picture import Curve, draw
 
-from lab import cable, fail, models, results, training
+from lab import ROOT, cable, fail, models, results, shown, training
 from lab.profile import load_profile
 from lab.table import table
 
@@ -97,8 +97,9 @@ def main() -> None:
     if MOVED not in os.environ:
         way = cable.way_to_machine_0()
         # Here, where there is a network to fetch it from.
-        os.environ[MOVED] = str(models.model_folder(args.model))
+        os.environ[MOVED] = shown(models.model_folder(args.model).resolve())
         os.execvp(way[0], [*way, sys.executable, *sys.orig_argv[1:]])
+    os.chdir(ROOT)  # all paths below are seen from there
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
     configs = [(launcher, config) for launcher in args.launchers for config in TRAININGS[launcher]]
@@ -121,8 +122,8 @@ def main() -> None:
         left = one.left + two.left
         good = good and differs < ROUNDING and not left
         name = f"{launcher}, {config}"
-        shown = [f"{two.losses()[step]:.6f}" for step in (0, -1)]
-        losses.append([name, *shown, f"{differs:.1g}", left])
+        ends = [f"{two.losses()[step]:.6f}" for step in (0, -1)]
+        losses.append([name, *ends, f"{differs:.1g}", left])
 
         # -------------------------------------------------------------------------
         # 2. What a step put on the cable, beside the arithmetic
@@ -144,8 +145,8 @@ def main() -> None:
         metrics[f"{key}_nccl_bytes"] = round(by_nccl)
         metrics[f"{key}_left_count"] = left
     print()
-    ends = ["loss of step 1", f"of step {args.steps}"]
-    table(["on two machines", *ends, "differs from one machine's by", "processes left"], losses)
+    columns = ["on two machines", "loss of step 1", f"of step {args.steps}"]
+    table([*columns, "differs from one machine's by", "processes left"], losses)
     print()
     columns = ["bytes a step", "node0 to node1", "back", "arithmetic", "headers", "rest", "by NCCL"]
     table(columns, sizes)
