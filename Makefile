@@ -151,11 +151,11 @@ train-one: env ## the yardstick: one process, as many tokens a step as two proce
 	@$(PY) modules/04_Accelerate/01_train_ddp.py --accumulate 2 $(ARGS)
 
 train-ddp: env ## data parallel training by native DDP, launched by torchrun (PROCESSES=2)
-	@$(PY) -m lab.launch train-ddp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/04_Accelerate/01_train_ddp.py --min-world 2 $(ARGS)
+	@$(PY) -m lab.launch train-ddp .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) $(if $(RESTARTS),--max-restarts $(RESTARTS)) modules/04_Accelerate/01_train_ddp.py --min-world 2 $(ARGS)
 
 train-accelerate: env ## the same by Accelerate (CONFIG=ddp|fsdp|deepspeed_zero2, PROCESSES=2)
 	@test -f modules/04_Accelerate/configs/$(or $(CONFIG),ddp).yaml || { echo "error: there is no CONFIG=$(CONFIG): choose ddp, fsdp or deepspeed_zero2" >&2; exit 2; }
-	@$(PY) -m lab.launch train-accelerate .venv/bin/accelerate launch --config_file modules/04_Accelerate/configs/$(or $(CONFIG),ddp).yaml --num_processes $(or $(PROCESSES),2) modules/04_Accelerate/02_train_accelerate.py --min-world 2 $(ARGS)
+	@$(PY) -m lab.launch train-accelerate .venv/bin/accelerate launch --config_file modules/04_Accelerate/configs/$(or $(CONFIG),ddp).yaml --num_processes $(or $(PROCESSES),2) $(if $(RESTARTS),--max_restarts $(RESTARTS)) modules/04_Accelerate/02_train_accelerate.py --min-world 2 $(ARGS)
 
 train-mixed: env ## the same steps in fp32 and in bf16: types, losses, seconds
 	@$(PY) modules/04_Accelerate/03_mixed_precision.py $(ARGS)

@@ -36,8 +36,8 @@ def add_flags(parser, folder: Path) -> None:
     parser.add_argument("--resume", action="store_true", help=resume)
     fresh = "delete the states that are there, and begin anew"
     parser.add_argument("--fresh", action="store_true", help=fresh)
-    where = "folder of the states, seen by every machine (default: %(default)s)"
-    parser.add_argument("--checkpoints", default=shown(folder), metavar="FOLDER", help=where)
+    where = f"folder of the states, seen by every machine (default: {shown(folder)})"
+    parser.add_argument("--checkpoints", default=str(folder), metavar="FOLDER", help=where)
 
 
 def refuse_impossible(args) -> None:
@@ -51,14 +51,14 @@ def refuse_impossible(args) -> None:
     folder = Path(args.checkpoints)
     if args.save_every and not (args.resume or args.fresh) and steps_in(folder):
         fail(
-            f"{args.checkpoints} holds step {steps_in(folder)[-1]} of an earlier run: --resume "
+            f"{shown(folder)} holds step {steps_in(folder)[-1]} of an earlier run: --resume "
             "goes on with it, --fresh deletes it, --checkpoints names another folder"
         )
     if args.save_every:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            fail(f"cannot save to {args.checkpoints}: {e.strerror}")
+            fail(f"cannot save to {shown(folder)}: {e.strerror}")
 
 
 # -----------------------------------------------------------------------------
@@ -202,14 +202,16 @@ def written(args, step: int, run: dict):
             finish(partial, run)
             for old in steps_in(folder)[: -args.keep]:
                 shutil.rmtree(folder / f"step-{old}")
-            print(f"saved step {step} in {args.checkpoints}", flush=True)
+            print(f"saved step {step} in {shown(folder)}", flush=True)
         meet()
     except (OSError, RuntimeError) as e:  # PyTorch's writers say RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(e, "strerror", None) or str(e).strip().partition("\n")[0]
         before = steps_in(folder)
         kept = f"step {before[-1]} is whole" if before else "nothing was saved before"
-        fail(f"cannot save step {step} in {args.checkpoints} ({reason}): {kept}")
+        free_gib = shutil.disk_usage(folder).free / 2**30  # PyTorch does not say that it was this
+        disk = f"{free_gib:.2f} GiB are free there"
+        fail(f"cannot save step {step} in {shown(folder)} ({reason}; {disk}): {kept}")
 
 
 def finish(partial: Path, run: dict) -> None:
@@ -329,10 +331,14 @@ def first_process() -> bool:
 
 
 def meet() -> None:
+    """Wait for all processes. Raises ConnectionError where one is gone."""
     import torch.distributed as dist
 
-    if several():
-        dist.barrier()
+    try:
+        if several():
+            dist.barrier()
+    except RuntimeError as e:
+        raise ConnectionError("another process has ended") from e
 
 
 def from_first(value):

@@ -153,6 +153,13 @@ def port_taken(port: int) -> bool:
     return False
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that no program listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def refuse_taken_port(port: int, way_out: str) -> None:
     """Exit code 2 where another program listens on 127.0.0.1:`port`.
 

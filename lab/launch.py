@@ -5,13 +5,17 @@
 The profile's environment is set; everything the command prints goes to stderr, except the script's
 JSON result, which is the last line of stdout; Ctrl+C, `make stop` and the command's own end leave
 no process behind. The exit code is the command's; where one of its processes refused its input with
-an `error: ` sentence, that sentence is the last thing said and the exit code is 2.
+an `error: ` sentence, that sentence is the last thing said and the exit code is 2. Where it fails,
+the last thing said is why, and which state of the training is whole.
 """
 
+import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 from lab import fail, jobs, machine
 from lab.profile import load_profile, need_cards
@@ -43,6 +47,55 @@ def by_card(command: list[str]) -> list[str]:
     return [*command[:place], "--include", named, *command[place + 2 :]]
 
 
+class Output:
+    """What a command prints: passed on to stderr, and what of it is to be said at the end."""
+
+    def __init__(self):
+        self.result = ""  # the script's JSON object
+        self.refusal = ""  # the first `error: ` sentence
+        self.saved = ""  # the last state that was saved or gone on from
+        self.signals = set()  # that ended one of its processes
+        self.exception = ""  # the message of the last one
+
+    def read(self, line: str) -> None:
+        if line.startswith('{"script"'):
+            self.result = line
+        elif line.startswith("error: "):
+            self.refusal = self.refusal or line[7:].strip()
+        elif not self.refusal:  # what a launcher says of a process that refused is noise
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        if state := re.match(r"saved (step \d+ in .+)|going on after (step \d+), from (.+)", line):
+            where = state[1] or f"{state[2]} in {Path(state[3]).parent}"
+            self.saved = f"; {where} is whole: the same command with --resume goes on from there"
+        # What torchrun and deepspeed's launcher say of a process that a signal ended.
+        if number := re.search(r"(?:exitcode\s*:|return code =) -(\d+)", line):
+            self.signals.add(signal.Signals(int(number[1])))
+        if message := re.match(r"(?:\[rank\d+\]: *)?[\w.]+(?:Error|Exception): (.+)", line):
+            self.exception = message[1][:300]
+
+    def reason(self) -> str:
+        """Why it failed, in a reader's terms."""
+        if signal.SIGKILL in self.signals:
+            return (
+                "one of its processes was killed (SIGKILL); where nobody did that, the host's "
+                "memory was full: `dmesg | grep -i oom`"
+            )
+        if self.signals:
+            return f"one of its processes was ended by {self.signals.pop().name}"
+        return self.exception or "see above"
+
+
+def with_free_port(command: list[str]) -> list[str]:
+    """`command` with another port for DeepSpeed's launcher, where its own is taken.
+
+    Every one of its trainings meets at 29500; torchrun and Accelerate's YAML here ask for any port.
+    """
+    if command[0] != "deepspeed" or "--master_port" in command or not jobs.port_taken(29500):
+        return command
+    return [command[0], "--master_port", str(jobs.free_port()), *command[1:]]
+
+
 def end(name: str) -> None:
     """End what lives of the job."""
     job = jobs.running().get(name)
@@ -57,29 +110,30 @@ def main() -> None:
     command = sys.argv[2:]
     # The command's own processes check; who started it may have left them one GPU of two.
     load_profile(check=False)
+    # torch 2.13 keeps one store over torchrun's restarts, and new workers read the old addresses.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     need_cards(name, processes(command))
-    command = by_card(command)
+    command = with_free_port(by_card(command))
     if name in jobs.running():
         fail(f"{name} is running already: end it with 'make stop' first")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
-    result = ""
-    refusal = ""
+    ended_by = 0
+
+    def end_it(number, _) -> None:
+        """Pass it on, and go on reading: a training that is told to end saves its state first."""
+        nonlocal ended_by
+        ended_by = ended_by or number
+        threading.Thread(target=end, args=[name], daemon=True).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_it)
+    output = Output()
     try:
         process = jobs.start(name, command, subprocess.PIPE)
         # Workers of a killed torchrun compute on, and hold the output open that is read below.
         threading.Thread(target=lambda: (process.wait(), end(name)), daemon=True).start()
         for line in process.stdout:
-            if line.startswith('{"script"'):
-                result = line
-            elif line.startswith("error: "):
-                refusal = refusal or line[7:].strip()
-            elif not refusal:  # what a launcher says of a process that refused is noise
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            output.read(line)
         code = process.wait()
-    except KeyboardInterrupt:
-        code = 130
     except FileNotFoundError:
         fail(
             f"no command {command[0]}: activate the environment first (source "
@@ -87,9 +141,15 @@ def main() -> None:
         )
     finally:
         end(name)
-    if refusal and code != 0:
-        fail(refusal)
-    print(result, end="", flush=True)
+    if ended_by:
+        code = 128 + ended_by
+        print(f"{name} was ended by {signal.Signals(ended_by).name}{output.saved}", file=sys.stderr)
+    elif output.refusal and code != 0:
+        fail(output.refusal)
+    elif code != 0:
+        why = output.reason()
+        print(f"error: {name} failed: {why}{output.saved}", file=sys.stderr)
+    print(output.result, end="", flush=True)
     raise SystemExit(code if code >= 0 else 128 - code)
 
 

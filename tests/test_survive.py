@@ -3,18 +3,17 @@
 All engines' processes are forked from one that has imported them; the faults are test_faults.py's.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, in_processes, recipe
+from conftest import ROOT, in_processes, python, recipe
 
 ZERO = ROOT / "modules/05_DeepSpeed"
 MODULES = "transformers.models.llama.modeling_llama,accelerate,deepspeed"
 CPU = {"PROFILE": "cpu", "DS_ACCELERATOR": "cpu"}
 STEPS = 5
 HALF = 2
+SEQ_LEN = 16
 # Twelve blocks a step, on 1, 2 or 3 processes.
 BATCH = {1: (4, 3), 2: (3, 2), 3: (2, 2)}
 # {name: (make target, its variables, the numbers of processes that go on with a state of two)}
@@ -29,7 +28,7 @@ MORE_ENGINES = {
     "zero2 by accelerate": ("train-accelerate", {"CONFIG": "deepspeed_zero2"}, (2,)),
     "z0": ("train-z0", {}, (2,)),
     "z1": ("train-z1", {}, (2, 1)),
-    "z2 offloaded": ("train-z2-offload", {}, (2,)),
+    "z3 offloaded": ("train-z3-offload", {}, (2,)),
 }
 
 
@@ -48,7 +47,7 @@ def command(name: str, processes: int, *flags) -> list[str]:
 
 def trained(engines: dict, model: Path, states: Path) -> dict[str, dict]:
     """Of every engine: a whole training, its first steps, and the rest on some processes."""
-    flags = ["--model", model, "--seq-len", 16, "--learning-rate", "1e-3", "--steps"]
+    flags = ["--model", model, "--seq-len", SEQ_LEN, "--learning-rate", "1e-3", "--steps"]
     commands = {}
     for name, (_, _, worlds) in engines.items():
         at = ["--checkpoints", states / name.replace(" ", "_")]
@@ -91,3 +90,39 @@ def test_the_other_engines_go_on_too(tiny_model, states):
     runs = trained(MORE_ENGINES, tiny_model, states)
     for name, (_, _, worlds) in MORE_ENGINES.items():
         goes_on_as_if_never_ended(runs, name, worlds)
+
+
+def test_the_twin_goes_on_with_any_number_of_processes(states):
+    """mini_zero's four stages, saved by two: the losses on one, two and three."""
+    program = ROOT / "tests/programs/zero_resume.py"
+    torchrun = ["torchrun", "--nproc-per-node"]
+    state = states / "mini_zero"
+    commands = {"whole": [*torchrun, 2, program, "save", state]}
+    commands |= {world: [*torchrun, world, program, "load", state] for world in (1, 2, 3)}
+    runs = in_processes("transformers.models.qwen3.modeling_qwen3", commands, **CPU)
+    assert runs[2] == runs["whole"]
+    for world in (1, 3):
+        for stage, losses in runs["whole"].items():
+            assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+            assert runs[world][stage] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_stage_3_state_becomes_a_plain_model(runs, states, tiny_model):
+    """zero_to_fp32, DeepSpeed's own: no tensor is empty, and the loss is the next step's."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lab import data
+
+    state = states / "z3" / f"step-{HALF}"
+    folder = states / "plain"
+    AutoConfig.from_pretrained(tiny_model).save_pretrained(folder)
+    arguments = ["--tag", "states", "--safe_serialization"]
+    python(state / "zero_to_fp32.py", state, folder, *arguments, check=0, **CPU)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert all(weight.numel() for weight in model.parameters())
+    blocks = data.blocks(AutoTokenizer.from_pretrained(tiny_model), "launch_en_train", SEQ_LEN)
+    batch = blocks[HALF * 12 : (HALF + 1) * 12]
+    with torch.no_grad():
+        loss = model(input_ids=batch, labels=batch).loss.item()
+    assert loss == pytest.approx(runs["z3 whole"]["losses"][HALF], rel=2e-6)

@@ -18,6 +18,8 @@ import argparse
 import itertools
 import time
 
+import sharded
+
 from lab import RUNS, checkpoints, data, models, results, training
 from lab.profile import load_profile
 
@@ -89,8 +91,14 @@ def main() -> None:
     )
     losses = []
     begun = checkpoints.last(args, run)
-    if begun:
+    fsdp = wrapper.startswith("FSDP")
+    if begun and fsdp:
+        sharded.load(model, optimizer, begun)
+        checkpoints.load_random_state(begun, rank)
+    elif begun:
         accelerator.load_state(begun)
+        accelerator.step = 0  # of micro-steps; another number of processes does others
+    if begun:
         losses = checkpoints.read(begun)["losses"]
 
     # -----------------------------------------------------------------------------
@@ -122,7 +130,11 @@ def main() -> None:
             training.show_step(args, losses, seconds, step_tokens, device.type)
         if checkpoints.due(args, step, ending.heard(device)):
             with checkpoints.written(args, step, run | {"losses": losses}) as partial:
-                accelerator.save_state(partial)
+                if fsdp:
+                    sharded.save(model, optimizer, partial)
+                    checkpoints.save_random_state(partial, rank)
+                else:
+                    accelerator.save_state(partial)
         ending.leave(step)
 
     # -----------------------------------------------------------------------------

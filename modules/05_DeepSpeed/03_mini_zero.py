@@ -5,16 +5,18 @@
 
 Look at: the losses, which no stage changes; the bytes of a parameter, which are those of DeepSpeed
 (`make train-z2`); and what is sent a step, in numbers per parameter: 2 at stages 0 and 1, one more
-at stage 2 for each further micro-step, 3 a micro-step at stage 3. Everything is computed in
-float32, on GPUs too: so equal is equal.
+at stage 2 for each further micro-step, 3 a micro-step at stage 3. The last step is computed once
+more, by a new engine that loads what the first one saved before it: `again` differs by nothing.
+Everything is computed in float32, on GPUs too: so equal is equal.
 """
 
 import argparse
 import os
+import shutil
 
 import zero_states
 
-from lab import data, models, results, training
+from lab import RUNS, data, models, results, training
 from lab.profile import load_profile
 from lab.table import table
 
@@ -38,6 +40,7 @@ def main() -> None:
     training.refuse_impossible(args, profile.device)
 
     import copy
+    import itertools
 
     import torch
     import torch.distributed as dist
@@ -65,10 +68,9 @@ def main() -> None:
     untrained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     parameters = sum(weight.numel() for weight in untrained.parameters())
 
-    def train(stage: int) -> tuple[list[float], dict[str, int], float, Engine]:
-        """{losses, bytes held, numbers sent a step, engine} of a training at this stage."""
+    def new_engine(stage: int) -> Engine:
         model = copy.deepcopy(untrained).to(device)
-        engine = Engine(
+        return Engine(
             model,
             stage,
             args.learning_rate,
@@ -76,25 +78,58 @@ def main() -> None:
             accumulate=args.accumulate,
             offload=args.offload and stage > 0,
         )
-        batches = data.endless(DataLoader(blocks, batch_size=args.micro_batch, sampler=share))
+
+    def train_step(engine: Engine, batches, held: dict[str, int]) -> torch.Tensor:
+        """The loss of one step in this process []; `held` keeps the most bytes of each kind."""
+        step_loss = torch.zeros((), device=device)
+        for _ in range(args.accumulate):
+            batch = next(batches).to(device)  # [micro_batch, seq_len]
+            loss = engine(input_ids=batch, labels=batch).loss
+            engine.backward(loss)
+            for kind, count in engine.bytes_held().items():
+                held[kind] = max(held[kind], count)
+            step_loss += loss.detach() / args.accumulate
+        engine.step()
+        return step_loss
+
+    def over_all(step_loss: torch.Tensor) -> float:
+        """Their mean, for the eye only."""
+        dist.all_reduce(step_loss)
+        return round(step_loss.item() / world, 6)
+
+    def train(stage: int) -> tuple[list[float], dict[str, int], float, Engine, float]:
+        """{losses, bytes held, numbers sent a step, engine, again} of a training at this stage.
+
+        `again`: the loss of the last step by a new engine that loads the state before it.
+        """
+        loader = DataLoader(blocks, batch_size=args.micro_batch, sampler=share)
+        engine = new_engine(stage)
+        batches = data.endless(loader)
         losses = []
         held = dict.fromkeys(zero_states.FP32, 0)
-        for step in range(args.steps):
+        state = RUNS / "05_DeepSpeed" / f"mini_state_{stage}"
+        for step in range(1, args.steps + 1):
+            if step == args.steps:
+                empty(state)
+                engine.save_checkpoint(state)
             with traffic.counted() as sent:
-                step_loss = torch.zeros((), device=device)
-                for _ in range(args.accumulate):
-                    batch = next(batches).to(device)  # [micro_batch, seq_len]
-                    loss = engine(input_ids=batch, labels=batch).loss
-                    engine.backward(loss)
-                    now = engine.bytes_held()
-                    held = {kind: max(held[kind], now[kind]) for kind in held}
-                    step_loss += loss.detach() / args.accumulate
-                engine.step()
-            dist.all_reduce(step_loss)  # for the eye only, and not counted
-            losses.append(round(step_loss.item() / world, 6))
+                step_loss = train_step(engine, batches, held)
+            losses.append(over_all(step_loss))
             if rank == 0:
-                print(f"stage {stage}   step {step + 1:3}   loss {losses[-1]:.4f}", flush=True)
-        return losses, held, sum(sent.values()), engine
+                print(f"stage {stage}   step {step:3}   loss {losses[-1]:.4f}", flush=True)
+        other = new_engine(stage)
+        other.load_checkpoint(state)
+        skipped = (args.steps - 1) * args.accumulate
+        batches = itertools.islice(data.endless(loader), skipped, None)
+        again = over_all(train_step(other, batches, dict(held)))
+        return losses, held, sum(sent.values()), engine, again
+
+    def empty(folder) -> None:
+        """For all processes, made by one."""
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier()
 
     # -----------------------------------------------------------------------------
     # 2. Stage after stage, beside DeepSpeed's theory and the arithmetic of the messages
@@ -103,7 +138,7 @@ def main() -> None:
     metrics = {"losses": {}, "world_size": world, "parameters_count": parameters}
     first = []
     for stage in args.stages:
-        losses, held, sent, engine = train(stage)
+        losses, held, sent, engine, again = train(stage)
         first = first or losses
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, first, strict=True))
         theory = zero_states.of_deepspeed(stage, world, "float32", args.accumulate, False)
@@ -112,11 +147,13 @@ def main() -> None:
         each = {kind: held[kind] / parameters for kind in held}
         widths = [f"{each[kind]:.2f} ({theory[kind]:.2f})" for kind in held]
         sending = f"{sent / parameters:.3f} ({messages:.3f})"
-        rows.append([f"stage {stage}", *widths, sending, f"{losses[-1]:.6f}", f"{worst:.1e}"])
+        compared = [f"{losses[-1]:.6f}", f"{worst:.1e}", f"{again - losses[-1]:g}"]
+        rows.append([f"stage {stage}", *widths, sending, *compared])
         metrics["losses"][f"stage {stage}"] = losses
         metrics[f"z{stage}_sent_per_parameter_ratio"] = round(sent / parameters, 4)
         metrics[f"z{stage}_sent_theory_ratio"] = round(messages, 4)
         metrics[f"z{stage}_difference_ratio"] = float(f"{worst:.2g}")
+        metrics[f"z{stage}_again_difference_ratio"] = abs(again / losses[-1] - 1)
         for kind in held:
             metrics[f"z{stage}_{kind}_per_parameter_bytes"] = round(each[kind], 4)
         if stage == 3:
@@ -125,7 +162,10 @@ def main() -> None:
         kinds = ["parameters", "gradients", "optimizer"]
         print(f"\n{world} processes, {parameters:,} parameters, float32; in brackets the theory")
         columns = [f"{kind}, bytes each" for kind in kinds]
-        table(["", *columns, "sent a step, each", "last loss", "differs from the first"], rows)
+        table(
+            ["", *columns, "sent a step, each", "last loss", "differs from the first", "again"],
+            rows,
+        )
         results.picture(__file__, "who_holds_what", draw(metrics, args.stages, world))
         results.finish(__file__, metrics, vars(args))
     dist.destroy_process_group()

@@ -5,11 +5,12 @@ loss = engine(input_ids=ids, labels=ids).loss
 engine.backward(loss)
 engine.step()
 
-unit.py     some parameters as one vector, of which each process owns a part
-zero12.py   stages 0 to 2: the model is whole, gradients and optimizer are divided
-zero3.py    stage 3: the parameters too; a layer is gathered when it is needed
-engine.py   forward, backward, accumulate, step
-traffic.py  counts what the processes send each other
+unit.py        some parameters as one vector, of which each process owns a part
+zero12.py      stages 0 to 2: the model is whole, gradients and optimizer are divided
+zero3.py       stage 3: the parameters too; a layer is gathered when it is needed
+checkpoint.py  states in files, for any number of processes
+engine.py      forward, backward, accumulate, step
+traffic.py     counts what the processes send each other
 """
 
 from mini_zero.engine import Engine

@@ -5,8 +5,11 @@ engine.backward(loss)           # gradients, divided by the number of micro-step
 engine.step()                   # after the last micro-step: reduce, update, gather
 """
 
+from pathlib import Path
+
 import torch
 
+from mini_zero import checkpoint
 from mini_zero.zero3 import Layers
 from mini_zero.zero12 import Buckets
 
@@ -69,6 +72,16 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.divided.gather()
+
+    # -----------------------------------------------------------------------------
+    # States to go on from, on any number of processes
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Into an empty folder, by all processes, after a whole step."""
+        checkpoint.save(self, folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        checkpoint.load(self, folder)
 
     # -----------------------------------------------------------------------------
     # What this process holds between backward and step, in bytes
