@@ -207,10 +207,19 @@ def peak_memory_gib(device: str) -> float:
 
 
 def timeout(args):
-    """--timeout as a process group takes it: a machine that vanished says nothing any more."""
+    """--timeout as a process group takes it: a machine that vanished says nothing any more.
+
+    Call it before the first group is made. A group that an engine makes beside it, as DeepSpeed
+    does for its collectives, would else wait PyTorch's own 30 minutes (NCCL: 10).
+    """
     import datetime
 
-    return datetime.timedelta(seconds=args.timeout)
+    from torch.distributed import distributed_c10d
+
+    allowed = datetime.timedelta(seconds=args.timeout)
+    distributed_c10d.default_pg_timeout = allowed
+    distributed_c10d.default_pg_nccl_timeout = allowed
+    return allowed
 
 
 def tokens_per_s(step_tokens: int, seconds: list[float]) -> float:
