@@ -11,7 +11,7 @@ process a machine. For two machines the same command is typed on both; only the 
 
 Look at: the commands; the losses, which in float32 are those of one machine; the bytes that a step
 puts on the cable beside the arithmetic; with --cut or --kill how soon machine 0 notices, in which
-words, and that no process stays.
+parts, and that no process stays.
 """
 
 import argparse
@@ -50,25 +50,25 @@ ALLOWANCE_S = 30  # for a launcher to see that its process has ended, and to end
 
 
 def typed(launcher: str, config: str, nodes: int, rank: int) -> tuple[dict, list]:
-    """Variables and words of the command on machine `rank` of `nodes`: two processes in all."""
+    """Variables and parts of the command on machine `rank` of `nodes`: two processes in all."""
     each = 2 // nodes  # processes of a machine
     meeting = cable.ADDRESSES[0]  # machine 0, where all processes meet
     if launcher == "torchrun":
-        words = ["torchrun", "--nnodes", nodes, "--node-rank", rank, "--nproc-per-node", each]
-        words += ["--master-addr", meeting, "--master-port", PORT]
-        return {}, [*words, "modules/04_Accelerate/01_train_ddp.py"]
+        parts = ["torchrun", "--nnodes", nodes, "--node-rank", rank, "--nproc-per-node", each]
+        parts += ["--master-addr", meeting, "--master-port", PORT]
+        return {}, [*parts, "modules/04_Accelerate/01_train_ddp.py"]
     if launcher == "accelerate":
-        words = ["accelerate", "launch"]
-        words += ["--config_file", f"modules/04_Accelerate/configs/{config}.yaml"]
-        words += ["--num_machines", nodes, "--machine_rank", rank, "--num_processes", 2]  # in all
-        words += ["--main_process_ip", meeting, "--main_process_port", PORT]
-        return {}, [*words, "modules/04_Accelerate/02_train_accelerate.py"]
+        parts = ["accelerate", "launch"]
+        parts += ["--config_file", f"modules/04_Accelerate/configs/{config}.yaml"]
+        parts += ["--num_machines", nodes, "--machine_rank", rank, "--num_processes", 2]  # in all
+        parts += ["--main_process_ip", meeting, "--main_process_port", PORT]
+        return {}, [*parts, "modules/04_Accelerate/02_train_accelerate.py"]
     if launcher == "deepspeed":
         hosts = machines.hostfile(cable.ADDRESSES[:nodes], each)
-        words = ["deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", rank]
-        words += ["--master_addr", meeting, "--master_port", PORT]
-        words += ["modules/05_DeepSpeed/train.py"]
-        return {}, [*words, "--deepspeed", f"modules/05_DeepSpeed/configs/{config}.json"]
+        parts = ["deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", rank]
+        parts += ["--master_addr", meeting, "--master_port", PORT]
+        parts += ["modules/05_DeepSpeed/train.py"]
+        return {}, [*parts, "--deepspeed", f"modules/05_DeepSpeed/configs/{config}.json"]
     variables = {"FORCE_TORCHRUN": 1, "NNODES": nodes, "NODE_RANK": rank, "NPROC_PER_NODE": each}
     variables |= {"MASTER_ADDR": meeting, "MASTER_PORT": PORT}
     return variables, ["llamafactory-cli", "train"]
@@ -171,10 +171,10 @@ def trained(launcher: str, config: str, nodes: int, args, profile, fault=None):
     commands = []
     print(f"== {launcher}, {config}, {nodes} machine{'s' * (nodes > 1)}")
     for rank in range(nodes):  # the same on each, but for its rank
-        variables, words = typed(launcher, config, nodes, rank)
+        variables, parts = typed(launcher, config, nodes, rank)
         variables["GLOO_SOCKET_IFNAME"] = interface
         line = [f"{key}={value}" for key, value in variables.items()]
-        line += map(str, [*words, *flags])
+        line += map(str, [*parts, *flags])
         print(f"{cable.NODES[rank]}: {shlex.join(line)}", flush=True)
         commands.append(line)
     run = machines.Training(name)

@@ -51,9 +51,9 @@ class Training:
         FOLDER.mkdir(parents=True, exist_ok=True)
         try:
             for rank, command in enumerate(commands):
-                words = cable.on_machine(cable.NODES[rank], ["env", *hidden(), *command])
+                parts = cable.on_machine(cable.NODES[rank], ["env", *hidden(), *command])
                 out = self.log(rank) if rank else subprocess.PIPE
-                self.processes.append(jobs.start(cable.NODES[rank], words, out))
+                self.processes.append(jobs.start(cable.NODES[rank], parts, out))
             reader = threading.Thread(target=self._read, args=(fault,), daemon=True)
             reader.start()
             self._wait(patience_s)
