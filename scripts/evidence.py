@@ -40,7 +40,7 @@ TARGETS = [
     *("mini-parallel", "mini-parallel PROCESSES=4"),  # the second needs four devices, or a CPU
     *("train-costs", "train-compressed"),
     "train-two-machines",  # about 10 minutes on 2 cores
-    'train-two-machines ARGS="--launchers torchrun deepspeed --cut 2"',
+    'train-two-machines ARGS="--launchers torchrun --cut 2"',
     # 06; the adapter that lf-score trains is scored at once
     *("lf-score ARGS=--train", "lf-train-z2", "lf-merge"),
 ]
