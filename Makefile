@@ -189,7 +189,7 @@ train-faults: env ## one training through every fault: killed, full disk ..., wh
 
 .PHONY: zero-theory train-z0 train-z1 train-z2 train-z3 train-z2-offload train-compare mini-zero
 .PHONY: mini-parallel train-z3-offload train-z3-nvme zero-buckets which-way
-.PHONY: train-costs train-compressed
+.PHONY: train-costs train-compressed train-two-machines
 DEEPSPEED = @$(PY) -m lab.launch $@ deepspeed --num_gpus $(or $(PROCESSES),2) \
 	modules/05_DeepSpeed/train.py --deepspeed modules/05_DeepSpeed/
 
@@ -238,6 +238,9 @@ train-costs: env ## collectives measured, alpha-beta fitted, a step's messages t
 
 train-compressed: env ## gradients sent in bf16: bytes, time and losses beside plain DDP
 	@$(PY) -m lab.launch train-compressed .venv/bin/torchrun --standalone --nproc-per-node $(or $(PROCESSES),2) modules/05_DeepSpeed/08_compression.py --min-world 2 $(ARGS)
+
+train-two-machines: env ## 04 to 06 on two machines (network namespaces) (ARGS="--cut 2")
+	@$(PY) modules/05_DeepSpeed/09_two_machines.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # 06 LLaMA-Factory

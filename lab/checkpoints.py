@@ -15,6 +15,8 @@ import random
 import shutil
 import signal
 import sys
+import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,8 @@ from pathlib import Path
 from lab import fail, shown
 
 RUN = "run.json"
+GIVE_UP_S = 20  # the launcher's patience is 30 s, that of `make stop` 25 s
+
 # -----------------------------------------------------------------------------
 # Flags
 
@@ -248,16 +252,30 @@ class Ending:
     def __init__(self, args):
         self.saves = bool(args.save_every)
         self.signal = 0
-        if self.saves:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, self.hear)
+        self.answered = False
+        if not self.saves:
+            return
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.hear)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)  # Python writes the signal's number there
+        threading.Thread(target=self.give_up, args=[reader], daemon=True).start()
 
     def hear(self, number, _) -> None:
         self.signal = number
 
+    def give_up(self, reader: int) -> None:
+        """A process that waits for one that is gone never comes to its next step."""
+        number = os.read(reader, 1)[0]
+        time.sleep(GIVE_UP_S)
+        if not self.answered:
+            os._exit(128 + number)
+
     def heard(self, device) -> bool:
         """Whether any process was told to end: all must stop after the same step."""
         if self.saves:
+            self.answered = bool(self.signal)
             self.signal = largest(self.signal, device)
         return self.signal > 0
 

@@ -73,6 +73,24 @@ def add_process_flag(parser) -> None:
     parser.add_argument("--min-world", type=int, default=1, metavar="N", help=least)
 
 
+def flags_of(args) -> list[str]:
+    """The flags of a training as they were given here, for the scripts that all take them."""
+    names = (
+        "model",
+        "data",
+        "seq_len",
+        "steps",
+        "micro_batch",
+        "accumulate",
+        "learning_rate",
+        "seed",
+    )
+    flags = []
+    for name in names:
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return flags
+
+
 def add_timeout_flag(parser) -> None:
     """--timeout, after which a process gives up the others."""
     patience = "seconds in which the other processes must answer, a save included"
@@ -189,10 +207,19 @@ def peak_memory_gib(device: str) -> float:
 
 
 def timeout(args):
-    """--timeout as a process group takes it: a machine that vanished says nothing any more."""
+    """--timeout as a process group takes it: a machine that vanished says nothing any more.
+
+    Call it before the first group is made. A group that an engine makes beside it, as DeepSpeed
+    does for its collectives, would else wait PyTorch's own 30 minutes (NCCL: 10).
+    """
     import datetime
 
-    return datetime.timedelta(seconds=args.timeout)
+    from torch.distributed import distributed_c10d
+
+    allowed = datetime.timedelta(seconds=args.timeout)
+    distributed_c10d.default_pg_timeout = allowed
+    distributed_c10d.default_pg_nccl_timeout = allowed
+    return allowed
 
 
 def tokens_per_s(step_tokens: int, seconds: list[float]) -> float:

@@ -39,16 +39,18 @@ TARGETS = [
     *("train-compare", "zero-theory", 'mini-zero ARGS="--accumulate 2"'),
     *("mini-parallel", "mini-parallel PROCESSES=4"),  # the second needs four devices, or a CPU
     *("train-costs", "train-compressed"),
+    "train-two-machines",  # about 10 minutes on 2 cores
+    'train-two-machines ARGS="--launchers torchrun --cut 2"',
     # 06; the adapter that lf-score trains is scored at once
     *("lf-score ARGS=--train", "lf-train-z2", "lf-merge"),
 ]
 
 
 def possible() -> list[str]:
-    """The targets of this machine: two-nodes computes on CPUs only, four processes fit there."""
+    """The targets of this machine: two machines compute on CPUs only, four processes fit there."""
     if (os.environ.get("PROFILE") or detect()) == "cpu":
         return TARGETS
-    on_cpus = ("two-nodes", "mini-parallel PROCESSES=4")
+    on_cpus = ("two-nodes", "train-two-machines", "mini-parallel PROCESSES=4")
     return [target for target in TARGETS if not target.startswith(on_cpus)]
 
 

@@ -81,6 +81,7 @@ LESSON = {
     "05_DeepSpeed/06_buckets.py": r"subprocess\.run\(",
     "05_DeepSpeed/07_which_way.py": r"\btrain\(model",
     "05_DeepSpeed/08_compression.py": r"model\.register_comm_hook\(",
+    "05_DeepSpeed/09_two_machines.py": r"--node-rank",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",

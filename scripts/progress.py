@@ -97,7 +97,7 @@ def possible(task: Task, profile: str) -> bool:
         return True
     if task.profile not in ("", "cpu", profile):
         return False
-    if cards and "two-nodes" in task.command:  # it computes on CPUs
+    if cards and re.search("two-(nodes|machines)", task.command):  # they compute on CPUs
         return False
     return cards != 1 or not DIVIDED.search(task.command)
 

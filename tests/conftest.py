@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -177,19 +176,16 @@ def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str,
 
 @functools.cache
 def network_namespaces() -> bool:
-    """Whether module 03's two machines can be made here: its script computes on CPUs, and lays
-    their cable or says why it cannot.
+    """Whether two machines can be made here: their scripts compute on CPUs, and lay their cable or
+    say why it cannot be laid.
     """
+    from lab import cable
     from lab.profile import detect
 
     if detect() != "cpu":
         return False
     try:
-        return bool(
-            runpy.run_path(str(ROOT / "modules/03_vllm/14_two_nodes.py"), run_name="imported")[
-                "way_to_machine_0"
-            ]()
-        )
+        return bool(cable.way_to_machine_0())
     except SystemExit:
         return False
 

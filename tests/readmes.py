@@ -45,7 +45,7 @@ FENCE = re.compile(
 # What trains in bfloat16 whatever the profile says: hours on a CPU without instructions for it.
 BFLOAT16 = re.compile(r"train-mixed|ds_config\.json|train-z2-offload")
 # Targets that start a program of a Debian package.
-STARTED_BY = {"make monitor": "prometheus", "make two-nodes": "ip"}
+STARTED_BY = {"make monitor": "prometheus", "make two-nodes": "ip", "make train-two-machines": "ip"}
 STARTED_BY["make train-z3-nvme"] = "libaio.h"
 
 

@@ -44,6 +44,7 @@ CONFIGURATIONS = {
     r"modules/03_vllm/configs/monitoring/.*": "test_server.py::test_monitoring",
     r"modules/04_Accelerate/configs/\w+\.yaml": "test_accelerate.py::test_launcher_yaml",
     rf"{DEEPSPEED}/(ds_config|configs/z[\w-]+)\.json": "test_deepspeed.py::test_every_key_is_read",
+    rf"{DEEPSPEED}/configs/two_nodes_k8s\.yaml": "test_two_machines.py::test_the_kubernetes_job",
     r"tests/deepspeed_forms\.json": "test_deepspeed.py::test_forms_that_people_use_are_taken",
     rf"{TUNING}/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
     rf"{TUNING}/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",

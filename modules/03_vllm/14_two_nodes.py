@@ -20,23 +20,18 @@ cable beside the arithmetic, pp against tp.
 import argparse
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
-from lab import RUNS, engine, fail, jobs, models, results, shown
+from lab import RUNS, cable, engine, fail, jobs, models, results, shown
 from lab.profile import load_profile
 
-CABLE = "vllm-cable"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 8000  # machine 0's own: nothing else can have taken it
 LOGS = [RUNS / "03_vllm" / f"node{rank}.log" for rank in (0, 1)]
 MOVED = "TWO_NODES_MODEL"  # variable: the model's folder, for the same script on machine 0
-HEADERS = 66  # bytes of a packet's Ethernet, IP and TCP headers
 QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -60,13 +55,13 @@ def main() -> None:
     args = parser.parse_args()
     check(args, profile)
     if MOVED not in os.environ:
-        way = way_to_machine_0()
+        way = cable.way_to_machine_0()
         # Here, where there is a network to fetch it from.
         os.environ[MOVED] = str(models.model_folder(args.model))
         os.execvp(way[0], [*way, sys.executable, *sys.orig_argv[1:]])
 
     from even_heads import with_even_heads  # the files beside this one
-    from two_machines import Servers, ask, inhabitants, per_token
+    from two_machines import Servers, ask, per_token
 
     # -----------------------------------------------------------------------------
     # 1. The same command on both machines, but for the rank, who serves, and each one's own address
@@ -91,9 +86,9 @@ def main() -> None:
             "compilation-config.backend": "eager",
         }
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    common |= {"nnodes": 2, "master-addr": ADDRESSES[0], "master-port": 29500}
+    common |= {"nnodes": 2, "master-addr": cable.ADDRESSES[0], "master-port": 29500}
     os.environ |= {
-        "GLOO_SOCKET_IFNAME": CABLE,
+        "GLOO_SOCKET_IFNAME": cable.CABLE,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(max(1, psutil.cpu_count() // 2)),
     }
@@ -106,7 +101,7 @@ def main() -> None:
         signal.signal(number, lambda *_: sys.exit(143))  # so that `finally` runs
     try:
         for rank, module in enumerate((server, worker)):
-            address = f"VLLM_HOST_IP={ADDRESSES[rank]}"
+            address = f"VLLM_HOST_IP={cable.ADDRESSES[rank]}"
             command = ["-m", *module, *engine.words(common | own[rank])]
             print(f"node{rank}: {shlex.join([address, 'python', *command])}", flush=True)
             command = ["env", address, sys.executable, *command]
@@ -126,13 +121,13 @@ def main() -> None:
         # 2. Questions. Reading the prompt gives the first token; what a longer answer costs beyond
         # that is the other tokens'
 
-        ask(CABLE, PORT, QUESTIONS[0], 2)  # what happens only once
+        ask(PORT, QUESTIONS[0], 2)  # what happens only once
         answers = []
         first = []
         longer = []
         for question in QUESTIONS:
-            first.append(ask(CABLE, PORT, question, 1)[1])
-            answer, traffic = ask(CABLE, PORT, question, args.tokens)
+            first.append(ask(PORT, question, 1)[1])
+            answer, traffic = ask(PORT, question, args.tokens)
             answers.append(answer)
             longer.append(traffic)
             print(f"> {question}\n< {' '.join(answer['message']['content'].split())}", flush=True)
@@ -143,7 +138,7 @@ def main() -> None:
         fail(f"no answer any more ({e}): {servers.ended() or logs}")
     finally:
         servers.stop()
-    left = inhabitants("node0") + inhabitants("node1")
+    left = cable.inhabitants("node0") + cable.inhabitants("node1")
     print(f"ended; processes left on the two machines: {len(left)}")
 
     # -----------------------------------------------------------------------------
@@ -181,7 +176,7 @@ def main() -> None:
         meaning = f"hidden state and residual: 2 x {hidden} x 4 bytes"
     token = per_token(longer, first, total - len(QUESTIONS))
     itl_ms = 1000 * token.seconds
-    headers = token.packets * HEADERS
+    headers = token.packets * cable.HEADERS
     rest = token.sent - payload - headers
     both = f"{token.sent:,.0f} bytes from node0 to node1, {token.returned:,.0f} back"
     print(f"a token: {both}; ITL {itl_ms:.0f} ms")
@@ -212,44 +207,7 @@ def check(args, profile) -> None:
     if profile.device != "cpu":
         way = "make two-nodes PROFILE=cpu, in the CPU environment (LOCK=cpu)"
         fail(f"this script computes on the CPU: {way}")
-    running = {"node0", "node1"} & jobs.running().keys()
-    if running:
-        names = " and ".join(sorted(running))
-        fail(f"{names} of this repository already run: end them with 'make stop' first")
-
-
-# -----------------------------------------------------------------------------
-# The two machines
-
-# /run is private to this mount namespace: ip keeps the names of network namespaces in /run/netns.
-NETWORK = f"""
-mount -t tmpfs tmpfs /run
-ip netns add node0
-ip netns add node1
-ip link add {CABLE} netns node0 type veth peer name {CABLE} netns node1
-ip -n node0 addr add {ADDRESSES[0]}/24 dev {CABLE}
-ip -n node1 addr add {ADDRESSES[1]}/24 dev {CABLE}
-for node in node0 node1; do ip -n $node link set lo up; ip -n $node link set {CABLE} up; done
-exec ip netns exec node0 "$@"
-"""
-
-
-def way_to_machine_0() -> list[str]:
-    """The command that lays the cable and then runs another one on machine 0.
-
-    As root if this is root, else as root of a user namespace.
-    """
-    missing = [program for program in ("ip", "unshare") if not shutil.which(program)]
-    if missing:
-        fail(f"the program {missing[0]} is not installed: sudo apt install iproute2 util-linux")
-    for namespaces in (["--net", "--mount"], ["--map-root-user", "--net", "--mount"]):
-        command = ["unshare", *namespaces, "sh", "-ec", NETWORK, "two-nodes"]
-        tried = subprocess.run([*command, "true"], capture_output=True, text=True)
-        if tried.returncode == 0:
-            return command
-    reason = tried.stderr.strip().rpartition("\n")[2]
-    way_out = "be root, or give the container the capabilities NET_ADMIN and SYS_ADMIN"
-    fail(f"no network namespaces can be made here ({reason}): {way_out}")
+    cable.refuse_running()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
-"""The plumbing of 14_two_nodes.py: its two processes, a question over the cable, who is left."""
+"""The plumbing of 14_two_nodes.py: its two processes, and a question over the cable."""
 
 import json
-import os
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
+from lab import cable, engine, jobs, shown
+from lab.cable import Traffic
 
-from lab import engine, jobs, shown
-
-# In a common one vLLM would see that both are on one host, and pass the cable by.
-OWN_SHM = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 # A worker has nothing to finish, and would wait for its lost peer.
 GRACE_S = {"node0": 25, "node1": 1}
 
@@ -27,9 +21,8 @@ class Servers:
 
     def start(self, node: str, command: list[str], log: Path) -> None:
         """Run `command` on the machine `node`, as a job of that name."""
-        on_node = ["ip", "netns", "exec", node, "sh", "-c", OWN_SHM, node, *command]
         self.logs[node] = log
-        self.processes[node] = jobs.start(node, on_node, log)
+        self.processes[node] = jobs.start(node, cable.on_machine(node, command), log)
 
     def poll(self) -> str | None:
         """As that of a process: None while both live."""
@@ -52,22 +45,7 @@ class Servers:
                 jobs.stop(running[node], grace_s)
 
 
-class Traffic(NamedTuple):
-    """What an answer took: on the cable, and of time."""
-
-    sent: float  # bytes to machine 1
-    returned: float  # bytes
-    packets: float  # to machine 1
-    seconds: float
-
-
-def counted(cable: str) -> Traffic:
-    """The cable's counters, and the clock."""
-    count = psutil.net_io_counters(pernic=True)[cable]
-    return Traffic(count.bytes_sent, count.bytes_recv, count.packets_sent, time.perf_counter())
-
-
-def ask(cable: str, port: int, question: str, tokens: int) -> tuple[dict, Traffic]:
+def ask(port: int, question: str, tokens: int) -> tuple[dict, Traffic]:
     """The greedy answer of `tokens` tokens, and its traffic."""
     body = {
         "messages": [{"role": "user", "content": question}],
@@ -81,9 +59,9 @@ def ask(cable: str, port: int, question: str, tokens: int) -> tuple[dict, Traffi
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    before = counted(cable)
+    before = cable.counted()
     answer = json.load(urllib.request.urlopen(call, timeout=300))
-    after = counted(cable)
+    after = cable.counted()
     traffic = Traffic(*(now - then for now, then in zip(after, before, strict=True)))
     return answer | answer["choices"][0], traffic
 
@@ -93,11 +71,3 @@ def per_token(longer: list[Traffic], shorter: list[Traffic], tokens: int) -> Tra
     of_longer = [sum(column) for column in zip(*longer, strict=True)]
     of_shorter = [sum(column) for column in zip(*shorter, strict=True)]
     return Traffic(*((a - b) / tokens for a, b in zip(of_longer, of_shorter, strict=True)))
-
-
-def inhabitants(node: str) -> list[int]:
-    """Processes on that machine, this one apart."""
-    command = ["ip", "netns", "pids", node]
-    listed = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    others = [int(pid) for pid in listed if int(pid) != os.getpid()]
-    return [pid for pid in others if psutil.pid_exists(pid)]  # `ip` itself has ended

@@ -49,11 +49,12 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. Who am I? One process of how many, and on which device
 
+    patience = InitProcessGroupKwargs(timeout=training.timeout(args))
     training.keep_fsdp_on_cpu(profile.device)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.accumulate,
         mixed_precision=args.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=training.timeout(args))],
+        kwargs_handlers=[patience],
     )
     rank = accelerator.process_index
     world = accelerator.num_processes

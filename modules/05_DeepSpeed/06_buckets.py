@@ -101,7 +101,7 @@ def trained(name: str, folder: Path, args) -> dict:
     file.write_text(json.dumps(settings(case), indent=2))
     command = [sys.executable, "-m", "lab.launch", f"buckets-{name}", "deepspeed"]
     command += ["--num_gpus", str(args.processes), str(HERE / "train.py")]
-    command += ["--deepspeed", str(file), *case.flags, *flags_of(args)]
+    command += ["--deepspeed", str(file), *case.flags, *training.flags_of(args)]
     print(f"== {name}: {json.dumps(case.keys)[1:-1]} {' '.join(case.flags)}", flush=True)
     # Their records are none of a reader's own trainings, and no evidence.
     environment = os.environ | {"STORE": "", "RECORDS": str(folder / "records")}
@@ -137,24 +137,6 @@ def settings(case: Case) -> dict:
     whole = json.loads((HERE / f"configs/z{case.stage}.json").read_text())
     whole["zero_optimization"] |= case.keys
     return whole
-
-
-def flags_of(args) -> list[str]:
-    """The flags that train.py takes too, as they were given here."""
-    names = (
-        "model",
-        "data",
-        "seq_len",
-        "steps",
-        "micro_batch",
-        "accumulate",
-        "learning_rate",
-        "seed",
-    )
-    flags = []
-    for name in names:
-        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return flags
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ config = Qwen3Config(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=9,
+    head_dim=10,
     tie_word_embeddings=True,
     initializer_range=0.1,
 )
