@@ -31,10 +31,10 @@ class Training:
     def __init__(self, flags: list, states: Path, restarts: int = 0, launcher=(), **environment):
         self.states = states
         launcher = [*(launcher or ["--standalone"]), "--max-restarts", str(restarts)]
-        words = ["torchrun", *launcher, "--nproc-per-node", "2", str(SCRIPT), "--resume"]
-        words += ["--checkpoints", shown(states), *map(str, flags)]
+        command = ["torchrun", *launcher, "--nproc-per-node", "2", str(SCRIPT), "--resume"]
+        command += ["--checkpoints", shown(states), *map(str, flags)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lab.launch", JOB, *words],
+            [sys.executable, "-m", "lab.launch", JOB, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

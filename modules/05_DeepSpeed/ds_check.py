@@ -40,6 +40,17 @@ NUMBERS = ("lr", "betas", "eps", "weight_decay")  # of AdamW
 DEEPSPEED_OWN = {"adagrad": "DeepSpeedCPUAdagrad", "lamb": "FusedLamb", "lion": "FusedLion"}
 
 
+def refuse_flags(args, world: int) -> None:
+    """One process, but to go on with what several have begun; an adapter of no rank."""
+    if world < 2 and not args.resume:
+        fail(
+            f"ZeRO divides states over the processes and needs at least 2, here is {world}: "
+            "make train-z2, or deepspeed --num_gpus=2 train.py ..."
+        )
+    if args.lora_rank is not None and args.lora_rank < 1:
+        fail(f"--lora-rank is {args.lora_rank}: give a whole number above 0")
+
+
 def check(config) -> None:
     """Everything that DeepSpeed would take in silence or end with a traceback."""
     refuse_auto(config)

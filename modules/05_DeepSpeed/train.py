@@ -25,7 +25,7 @@ import swap
 import universal
 import zero_states
 
-from lab import RUNS, checkpoints, data, fail, machine, models, results, training
+from lab import RUNS, checkpoints, data, machine, models, results, training
 from lab.profile import load_profile
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help=recompute)
     # Steps
     training.add_step_flags(parser, profile.train, file_decides=True)
-    # Processes, and states to go on from
+    # States to go on from
     training.add_timeout_flag(parser)
     checkpoints.add_flags(parser, RUNS / "05_DeepSpeed" / "states")
     # Inserted by the deepspeed launcher
@@ -61,14 +61,8 @@ def main() -> None:
 
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world < 2 and not args.resume:
-        fail(
-            f"ZeRO divides states over the processes and needs at least 2, here is {world}: "
-            "make train-z2, or deepspeed --num_gpus=2 train.py ..."
-        )
+    ds_check.refuse_flags(args, world)
     training.refuse_impossible(args, profile.device)
-    if args.lora_rank is not None and args.lora_rank < 1:
-        fail(f"--lora-rank is {args.lora_rank}: give a whole number above 0")
     config = ds_config.Config(args.deepspeed)
     config.settle(args, profile.train, world)
     args.model = args.model or (profile.zero.model if config.stage else profile.train.model)
@@ -111,12 +105,8 @@ def main() -> None:
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    kind = {"dtype": config.dtype, "zero_stage": config.stage, "lora_rank": args.lora_rank}
-    run = checkpoints.identity(args, blocks, config.step_blocks, engine="DeepSpeed", **kind)
-    run["learning_rate"] = config.learning_rate
-    begun = checkpoints.last(args, run)
-    if begun and checkpoints.read(begun)["processes"] != world:
-        begun = universal.converted(begun, config, rank)
+    run = universal.identity(args, config, blocks)
+    begun = universal.last(args, config, run, rank, world)
     with ds_check.refusals_as_sentences(config):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=trained, config=config.values

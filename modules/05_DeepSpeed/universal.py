@@ -13,6 +13,21 @@ from pathlib import Path
 from lab import checkpoints, fail, shown
 
 
+def identity(args, config, blocks) -> dict:
+    """What must be the same for a training to go on, see lab.checkpoints."""
+    kind = {"dtype": config.dtype, "zero_stage": config.stage, "lora_rank": args.lora_rank}
+    run = checkpoints.identity(args, blocks, config.step_blocks, engine="DeepSpeed", **kind)
+    return run | {"learning_rate": config.learning_rate}  # the file may have said it
+
+
+def last(args, config, run: dict, rank: int, world: int) -> Path | None:
+    """The folder to go on from, in pieces for this number of processes."""
+    begun = checkpoints.last(args, run)
+    if begun and checkpoints.read(begun)["processes"] != world:
+        return converted(begun, config, rank)
+    return begun
+
+
 def converted(state: Path, config, rank: int) -> Path:
     """The folder `state`.universal, made by DeepSpeed's own command; its files as in `state`.
 
