@@ -13,7 +13,7 @@ import os
 import ds_keys
 from ds_config import MONITORS, leaves
 
-from lab import machine
+from lab import fail, machine
 
 CHOOSES_ITSELF = {"zenflow", "leaf_module", "autotuning"}  # there DeepSpeed itself knows "auto"
 # What only stage 3 reads, beside sub_group_size and stage3_*; as by default it is let pass.
