@@ -58,6 +58,8 @@ class Output:
         self.exception = ""  # the message of the last one
 
     def read(self, line: str) -> None:
+        if line.startswith(("going on after ", "no whole state ")):
+            self.refusal = ""  # torchrun has started it again
         if line.startswith('{"script"'):
             self.result = line
         elif line.startswith("error: "):

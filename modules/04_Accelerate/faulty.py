@@ -38,7 +38,8 @@ class Training:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            # Its records are none of the reader's.
+            env=os.environ | {"STORE": "", "RECORDS": str(states)} | environment,
         )
         self.step = 0
         self.lines: list[str] = []
@@ -50,8 +51,9 @@ class Training:
             self.hear(line)
             if re.match(pattern, line):
                 return line.rstrip()
+        code = self.process.wait()
         last_lines = "\n".join(self.lines[-20:])
-        fail(f"the training ended before it said {pattern!r}; its last lines:\n{last_lines}")
+        fail(f"exit code {code} before it said {pattern!r}; the last lines:\n{last_lines}")
 
     def hear(self, line: str) -> None:
         self.lines.append(line.rstrip())

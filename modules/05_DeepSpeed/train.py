@@ -47,9 +47,8 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, metavar="R", help=lora)
     recompute = "keep the inputs of the layers only, and compute them again in the backward pass"
     parser.add_argument("--checkpointing", action="store_true", help=recompute)
-    # Steps
+    # Steps, and states to go on from
     training.add_step_flags(parser, profile.train, file_decides=True)
-    # States to go on from
     training.add_timeout_flag(parser)
     checkpoints.add_flags(parser, RUNS / "05_DeepSpeed" / "states")
     # Inserted by the deepspeed launcher
@@ -90,8 +89,7 @@ def main() -> None:
     blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
     made_of = f"{world} processes x {config.accumulate} micro-steps x {config.micro_batch}"
     blocks = training.whole_steps(blocks, config.step_blocks, args, made_of)
-    backend = "nccl" if profile.device == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=training.timeout(args))
+    deepspeed.init_distributed(config.backend(profile.device), timeout=training.timeout(args))
     training.forget_shared_memory(rank)
     torch.manual_seed(args.seed)
     share = DistributedSampler(blocks, shuffle=False)
