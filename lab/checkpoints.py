@@ -89,7 +89,7 @@ def identity(args, blocks, step_blocks: int, **more) -> dict:
 
 def refuse_other(run: dict, now: dict, folder: Path) -> None:
     """Where the state in `folder` is of another run than `now` describes."""
-    for name, value in now.items():
+    for name, value in json.loads(json.dumps(now)).items():  # as `run` was written
         if run.get(name) != value:
             fail(
                 f"{shown(folder)} is of another run: its {name} is {run.get(name)}, now it is "
@@ -361,11 +361,15 @@ def meet() -> None:
 
 def from_first(value):
     """What the first process has, in every process."""
+    import torch
     import torch.distributed as dist
 
     values = [value]
     if several():
-        dist.broadcast_object_list(values)
+        device = None
+        if dist.get_backend() == "nccl":  # DeepSpeed has not yet said which card is this process's
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.broadcast_object_list(values, device=device)
     return values[0]
 
 

@@ -16,6 +16,8 @@ from lab import checkpoints, fail, shown
 def identity(args, config, blocks) -> dict:
     """What must be the same for a training to go on, see lab.checkpoints."""
     kind = {"dtype": config.dtype, "zero_stage": config.stage, "lora_rank": args.lora_rank}
+    for name in ("optimizer", "scheduler", "gradient_clipping"):
+        kind[name] = config.values.get(name)
     run = checkpoints.identity(args, blocks, config.step_blocks, engine="DeepSpeed", **kind)
     return run | {"learning_rate": config.learning_rate}  # the file may have said it
 
