@@ -194,7 +194,8 @@ def test_tasks_that_want_two_cards(tree):
         r"(?:PROCESSES\),2|\$\(DEEPSPEED\)|\$\(LAUNCH\)|--zero2)",
         makefile,
     )
-    two += re.findall(r"(?m)^(train-accelerate|train-z3-offload):", makefile) + ["vllm-tp"]
+    two += re.findall(r"(?m)^(train-accelerate|train-z3-offload):", makefile)
+    two += ["vllm-tp", "train-faults"]
     assert {
         "train-ddp",
         "train-z0",
