@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from lab import fail, shown
 
 RUN = "run.json"
 GIVE_UP_S = 20  # the launcher's patience is 30 s, that of `make stop` 25 s
+saving = threading.Event()  # a state is being written
 
 # -----------------------------------------------------------------------------
 # Flags
@@ -45,7 +47,13 @@ def add_flags(parser, folder: Path) -> None:
 
 
 def refuse_impossible(args) -> None:
-    """Where the flags contradict each other, or a new run would write beside an old one."""
+    """Where the flags contradict each other, or a new run would write beside an old one.
+
+    Started again by torchrun, a training goes on, whatever it was told at first.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and args.save_every:
+        args.resume = True
+        args.fresh = False
     if (args.save_every is not None and args.save_every < 1) or args.keep < 1:
         fail("--save-every and --keep must be at least 1")
     if args.resume and args.fresh:
@@ -103,8 +111,16 @@ def refuse_other(run: dict, now: dict, folder: Path) -> None:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps whose states lie in `folder`, in order; a save that was not finished is none."""
-    names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    states = [path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()]
+    numbers = [int(state.name[5:]) for state in states if re.fullmatch(r"step-\d+", state.name)]
+    return sorted(number for number in numbers if folder / f"step-{number}" in states)
+
+
+def remove(state: Path) -> None:
+    """A state, if it is one of ours, and what was converted from it."""
+    if (state / RUN).is_file():
+        shutil.rmtree(state)
+    shutil.rmtree(f"{state}.universal", ignore_errors=True)
 
 
 def files_of(state: Path) -> dict[str, dict[str, int]]:
@@ -130,17 +146,22 @@ def crc32(path: Path) -> int:
 def damage(state: Path) -> str:
     """What is wrong with the folder of a state; "" where it is as it was written."""
     try:
-        written = json.loads((state / RUN).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads((state / RUN).read_text())
+        written = [(name, each["bytes"], each["crc32"]) for name, each in content["files"].items()]
+        dict(content["run"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {RUN} is missing or broken"
-    for name, expected in written.items():
+    for name, size, checksum in written:
         path = state / name
-        if not path.is_file():
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, {size} were written"
+            if crc32(path) != checksum:
+                return f"{name} is not what was written (CRC-32)"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
-        if crc32(path) != expected["crc32"]:
-            return f"{name} is not what was written (CRC-32)"
+        except OSError as e:
+            return f"{name} cannot be read ({e.strerror})"
     return ""
 
 
@@ -154,7 +175,7 @@ def last(args, now: dict) -> Path | None:
     if first_process():
         if args.fresh:
             for step in steps_in(folder):
-                shutil.rmtree(folder / f"step-{step}")
+                remove(folder / f"step-{step}")
         if args.resume:
             chosen = last_whole(folder, now, args.steps)
     return from_first(chosen)
@@ -167,8 +188,8 @@ def last_whole(folder: Path, now: dict, steps: int) -> Path | None:
         wrong = damage(state)
         if not wrong:
             refuse_other(read(state), now, state)
-            if step >= steps:
-                fail(f"{shown(state)} has all {steps} steps behind it: raise --steps to go on")
+            if step > steps:
+                fail(f"{shown(state)} has {step} steps behind it, more than --steps {steps}")
             print(f"going on after step {step}, from {shown(state)}", flush=True)
             return state
         print(f"passing over {shown(state)}: {wrong}", flush=True)
@@ -194,6 +215,7 @@ def written(args, step: int, run: dict):
     """
     folder = Path(args.checkpoints)
     partial = folder / f"step-{step}.partial"
+    saving.set()
     try:
         if first_process():
             for left in folder.glob("step-*.partial"):
@@ -204,8 +226,10 @@ def written(args, step: int, run: dict):
         meet()  # every process has written its part
         if first_process():
             finish(partial, run)
-            for old in steps_in(folder)[: -args.keep]:
-                shutil.rmtree(folder / f"step-{old}")
+            earlier = [other for other in steps_in(folder) if other <= step]
+            passed_over = [other for other in steps_in(folder) if other > step]
+            for other in earlier[: -args.keep] + passed_over:
+                remove(folder / f"step-{other}")
             print(f"saved step {step} in {shown(folder)}", flush=True)
         meet()
     except (OSError, RuntimeError) as e:  # PyTorch's writers say RuntimeError
@@ -216,6 +240,8 @@ def written(args, step: int, run: dict):
         free_gib = shutil.disk_usage(folder).free / 2**30  # PyTorch does not say that it was this
         disk = f"{free_gib:.2f} GiB are free there"
         fail(f"cannot save step {step} in {shown(folder)} ({reason}; {disk}): {kept}")
+    finally:
+        saving.clear()
 
 
 def finish(partial: Path, run: dict) -> None:
@@ -256,7 +282,8 @@ class Ending:
         if not self.saves:
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.hear)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.hear)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)  # Python writes the signal's number there
@@ -269,14 +296,18 @@ class Ending:
         """A process that waits for one that is gone never comes to its next step."""
         number = os.read(reader, 1)[0]
         time.sleep(GIVE_UP_S)
+        while saving.is_set():
+            time.sleep(1)
         if not self.answered:
+            name = signal.Signals(number).name
+            print(f"ended by {name}: the step did not end within {GIVE_UP_S} s", flush=True)
             os._exit(128 + number)
 
     def heard(self, device) -> bool:
         """Whether any process was told to end: all must stop after the same step."""
         if self.saves:
-            self.answered = bool(self.signal)
             self.signal = largest(self.signal, device)
+            self.answered = self.signal > 0
         return self.signal > 0
 
     def leave(self, step: int) -> None:

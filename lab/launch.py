@@ -128,7 +128,8 @@ def main() -> None:
             threading.Thread(target=end, args=[name], daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end_it)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, end_it)
     output = Output()
     try:
         process = jobs.start(name, command, subprocess.PIPE)

@@ -223,9 +223,9 @@ def timeout(args):
 
 
 def tokens_per_s(step_tokens: int, seconds: list[float]) -> float:
-    """Throughput over the steps after the first, which warms up."""
+    """Throughput over the steps after the first, which warms up; 0 where there was none left."""
     steady = seconds[1:] or seconds
-    return round(step_tokens * len(steady) / sum(steady), 1)
+    return round(step_tokens * len(steady) / sum(steady), 1) if steady else 0.0
 
 
 def show_step(args, losses: list[float], seconds: list[float], step_tokens: int, device: str):

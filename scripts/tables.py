@@ -307,7 +307,8 @@ def faults(language: str) -> str:
         lines += [f"`{machine}`:", "", "| " + " | ".join(FAULT_HEADS[language]) + " |"]
         lines.append("|---|" + "---:|" * 5 + "---|")
         for row in metrics["faults"]:
-            cells = [row["broken"], row["code"], f"{row['seconds']:.1f} s"]
+            code = ABSENT if row["code"] is None else row["code"]
+            cells = [row["broken"], code, f"{row['seconds']:.1f} s"]
             cells += [row["left"], row["whole"], row["again"], lost]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines += ["", *remarks({machine: record}, language)]

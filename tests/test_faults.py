@@ -1,6 +1,7 @@
 """What is broken in a training, and what comes of it: `make train-faults` with a small model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python, refused, run
@@ -16,8 +17,8 @@ CODES = {
     "SIGKILL in the middle of a save": 2,
     "full disk while saving": 2,
     "host out of memory (cgroup)": 1,
-    "truncated file in the last state": 0,
-    "wrong bit in the last state": 0,
+    "truncated file in the last state": None,
+    "wrong bit in the last state": None,
     "port taken": 1,
     "clock falls back an hour": 143,
     "SIGKILL at random steps, x2, with restarts": 0,
@@ -47,7 +48,7 @@ def test_every_fault_ends_soon_and_leaves_nothing(faults):
     for name, row in rows.items():
         assert row["code"] == CODES[name], row
         assert row["left"] == 0 and row["seconds"] < 60, row  # 30 on a machine with nothing else
-        assert row["whole"] > 0 and row["again"] <= 2, row
+        assert row["whole"] > 0 and row["again"] <= 6, row
         assert SAID.get(name, "") in row["line"], row
 
 
@@ -85,9 +86,49 @@ def test_only_a_whole_state_of_the_same_run_is_taken(tmp_path, capsys):
     with pytest.raises(SystemExit):
         checkpoints.last_whole(tmp_path, {"model": "b"}, 20)
     assert "its model is a, now it is b" in capsys.readouterr().err
+    assert checkpoints.last_whole(tmp_path, {"model": "a"}, 2)  # all is done but its end
     with pytest.raises(SystemExit):
-        checkpoints.last_whole(tmp_path, {"model": "a"}, 2)
-    assert "has all 2 steps behind it" in capsys.readouterr().err
+        checkpoints.last_whole(tmp_path, {"model": "a"}, 1)
+    assert "has 2 steps behind it, more than --steps 1" in capsys.readouterr().err
+
+
+def test_run_json_and_files_that_cannot_be_read(tmp_path):
+    for step, content in enumerate(("null", "[]", '{"files": []}', '{"files": {}}'), 1):
+        state(tmp_path, step, {"losses": []})
+        (tmp_path / f"step-{step}" / checkpoints.RUN).write_text(content)
+        assert "is missing or broken" in checkpoints.damage(tmp_path / f"step-{step}")
+    state(tmp_path, 9, {"losses": []})
+    (tmp_path / "step-9" / "state.pt").unlink()
+    (tmp_path / "step-9" / "state.pt").mkdir()
+    assert "bytes" in checkpoints.damage(tmp_path / "step-9")
+    (tmp_path / "step-7.pt").touch()
+    (tmp_path / "step-0008").mkdir()
+    (tmp_path / "step-10").symlink_to(tmp_path / "step-1")
+    assert checkpoints.steps_in(tmp_path) == [1, 2, 3, 4, 9]
+
+
+def test_a_damaged_state_does_not_count_as_kept(tmp_path):
+    """Nor are the folders of others removed."""
+    state(tmp_path, 8, {"losses": []})
+    (tmp_path / "step-8" / "state.pt").write_bytes(b"")
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "others.bin").touch()
+    args = SimpleNamespace(checkpoints=str(tmp_path), keep=1)
+    for step in (2, 3):
+        with checkpoints.written(args, step, {"losses": []}) as partial:
+            (partial / "state.pt").touch()
+    assert checkpoints.steps_in(tmp_path) == [1, 3]
+    assert (tmp_path / "step-1" / "others.bin").is_file()
+
+
+def test_started_again_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    state(tmp_path, 4, {"losses": []})
+    args = SimpleNamespace(
+        checkpoints=str(tmp_path), keep=1, save_every=2, fresh=True, resume=False
+    )
+    checkpoints.refuse_impossible(args)
+    assert args.resume and not args.fresh
 
 
 def test_flags_that_are_refused(tmp_path):

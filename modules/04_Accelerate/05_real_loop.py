@@ -177,6 +177,8 @@ def main() -> None:
     validation = DataLoader(judged, args.micro_batch, collate_fn=padded)
     model, optimizer, loader, validation = accelerator.prepare(model, optimizer, loader, validation)
     model.train()
+    if "FSDP" in type(model).__name__ and (args.save_every or args.resume):
+        fail("states under FSDP2 are 02_train_accelerate.py's lesson: here --save-every needs DDP")
     if accelerator.gradient_accumulation_steps != args.accumulate:
         fail("a DeepSpeed YAML sets gradient_accumulation_steps: take it out, use --accumulate")
 
@@ -193,7 +195,7 @@ def main() -> None:
 
     clock = StepTime(args.profile, accelerator.device, args.steps)
     epoch_steps = len(rows) // step_rows
-    names = ("steps", "warmup", "decay", "clip", "pack", "mixed_precision")
+    names = ("steps", "warmup", "decay", "clip", "pack", "mixed_precision", "held_out")
     same = {name: getattr(args, name) for name in names}  # what the losses depend on
     run = checkpoints.identity(args, torch.cat(rows), step_rows, **same)
     accelerator.register_for_checkpointing(scheduler)  # which prepare has not seen

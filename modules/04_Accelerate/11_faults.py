@@ -74,7 +74,7 @@ def main() -> None:
 
     def broken(what: str, ended: faulty.Ended) -> None:
         """A row of the table, and a line now."""
-        again = ended.step - ended.whole
+        again = max(ended.step - ended.whole, computed_twice(laps[-1]))
         rows.append({"broken": what, "again": again, **ended._asdict()})
         rows[-1]["seconds"] = round(ended.seconds, 1)
         print(
@@ -150,7 +150,7 @@ def main() -> None:
         line = trained.until("passing over")
         gone_on = trained.until("going on after step")
         whole = int(re.search(r"step (\d+)", gone_on)[1])
-        ended = faulty.Ended(0, now() - since, line, 0, int(last.name[5:]), whole)
+        ended = faulty.Ended(None, now() - since, line, 0, int(last.name[5:]), whole)
         broken(f"{what} in the last state", ended)
         trained.until("saved step")
         end(trained)
@@ -209,6 +209,11 @@ def main() -> None:
     results.finish(__file__, metrics, vars(args))
 
 
+def computed_twice(lap: list[tuple[int, float]]) -> int:
+    """Steps that one start computed more than once, because it was started again in between."""
+    return len(lap) - len({step for step, _ in lap})
+
+
 def end(trained) -> None:
     """As `make stop` does."""
     trained.process.terminate()
@@ -220,7 +225,14 @@ def show(rows: list[dict]) -> None:
     cells = []
     for row in rows:
         where = [str(row[name]) for name in ("left", "whole", "again")]
-        cells.append([row["broken"], str(row["code"]), f"{row['seconds']:.1f} s", *where])
+        cells.append(
+            [
+                row["broken"],
+                "-" if row["code"] is None else str(row["code"]),
+                f"{row['seconds']:.1f} s",
+                *where,
+            ]
+        )
     print()
     table(columns, cells)
 

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("01_train_ddp.py")
 
 
 class Ended(NamedTuple):
-    code: int  # of the launcher; 0: it finished
+    code: int | None  # of the launcher; 0: it finished; None: it goes on
     seconds: float  # from the fault to the end
     line: str  # the last thing said
     left: int  # processes that live on

@@ -10,14 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lab import checkpoints, fail, shown
+from lab import checkpoints, fail, models, shown
 
 
 def identity(args, config, blocks) -> dict:
     """What must be the same for a training to go on, see lab.checkpoints."""
     kind = {"dtype": config.dtype, "zero_stage": config.stage, "lora_rank": args.lora_rank}
-    for name in ("optimizer", "scheduler", "gradient_clipping"):
+    for name in ("optimizer", "scheduler", "gradient_clipping", "fp16"):
         kind[name] = config.values.get(name)
+    if args.lora_rank and (args.save_every or args.resume):  # the base is not in the state
+        weights = sorted(models.model_folder(args.model).glob("*.safetensors"))
+        kind["base_crc32"] = [checkpoints.crc32(file) for file in weights]
     run = checkpoints.identity(args, blocks, config.step_blocks, engine="DeepSpeed", **kind)
     return run | {"learning_rate": config.learning_rate}  # the file may have said it
 
