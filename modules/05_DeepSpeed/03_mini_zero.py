@@ -97,10 +97,11 @@ def main() -> None:
         dist.all_reduce(step_loss)
         return round(step_loss.item() / world, 6)
 
-    def train(stage: int) -> tuple[list[float], dict[str, int], float, Engine, float]:
-        """{losses, bytes held, numbers sent a step, engine, again} of a training at this stage.
+    def train(stage: int) -> tuple[list[float], dict[str, int], float, int, int, float]:
+        """(losses, bytes held, numbers sent a step, outside, there, again) of a training.
 
-        `again`: the loss of the last step by a new engine that loads the state before it.
+        `outside`: numbers outside of the layers; `there`: most layers that lay there whole, both of
+        stage 3. `again`: the loss of the last step by a new engine that loads the state before it.
         """
         loader = DataLoader(blocks, batch_size=args.micro_batch, sampler=share)
         engine = new_engine(stage)
@@ -117,12 +118,15 @@ def main() -> None:
             losses.append(over_all(step_loss))
             if rank == 0:
                 print(f"stage {stage}   step {step:3}   loss {losses[-1]:.4f}", flush=True)
+        outside = engine.divided.rest.size if stage == 3 else 0
+        there = engine.divided.most_there if stage == 3 else 0
+        del engine  # before the next one takes its room
         other = new_engine(stage)
         other.load_checkpoint(state)
         skipped = (args.steps - 1) * args.accumulate
         batches = itertools.islice(data.endless(loader), skipped, None)
         again = over_all(train_step(other, batches, dict(held)))
-        return losses, held, sum(sent.values()), engine, again
+        return losses, held, sum(sent.values()), outside, there, again
 
     def empty(folder) -> None:
         """For all processes, made by one."""
@@ -138,11 +142,10 @@ def main() -> None:
     metrics = {"losses": {}, "world_size": world, "parameters_count": parameters}
     first = []
     for stage in args.stages:
-        losses, held, sent, engine, again = train(stage)
+        losses, held, sent, outside, there, again = train(stage)
         first = first or losses
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, first, strict=True))
         theory = zero_states.of_deepspeed(stage, world, "float32", args.accumulate, False)
-        outside = engine.divided.rest.size if stage == 3 else 0
         messages = messages_by_arithmetic(stage, args.accumulate, outside / parameters)
         each = {kind: held[kind] / parameters for kind in held}
         widths = [f"{each[kind]:.2f} ({theory[kind]:.2f})" for kind in held]
@@ -157,7 +160,7 @@ def main() -> None:
         for kind in held:
             metrics[f"z{stage}_{kind}_per_parameter_bytes"] = round(each[kind], 4)
         if stage == 3:
-            metrics["z3_layers_there_count"] = engine.divided.most_there
+            metrics["z3_layers_there_count"] = there
     if rank == 0:
         kinds = ["parameters", "gradients", "optimizer"]
         print(f"\n{world} processes, {parameters:,} parameters, float32; in brackets the theory")
