@@ -11,6 +11,7 @@ Everything is computed in float32, on GPUs too: so equal is equal.
 """
 
 import argparse
+import gc
 import os
 import shutil
 
@@ -120,7 +121,8 @@ def main() -> None:
                 print(f"stage {stage}   step {step:3}   loss {losses[-1]:.4f}", flush=True)
         outside = engine.divided.rest.size if stage == 3 else 0
         there = engine.divided.most_there if stage == 3 else 0
-        del engine  # before the next one takes its room
+        del engine  # before the next one takes its room; its hooks refer to it
+        gc.collect()
         other = new_engine(stage)
         other.load_checkpoint(state)
         skipped = (args.steps - 1) * args.accumulate
