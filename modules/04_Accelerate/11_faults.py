@@ -55,7 +55,7 @@ def main() -> None:
     )
     if DISK not in os.environ:
         on_a_small_disk(model)
-    steps = 40 + 4 * args.kills
+    steps = 40 + 8 * args.kills  # enough that none of the kills comes too late
     flags = [
         "--model",
         model,
