@@ -170,7 +170,9 @@ def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str,
     program = ROOT / "tests/programs/in_processes.py"
     done = python(program, modules, json.dumps(words), check=0, **kwargs)
     # An engine imported before the fork still writes to the first stdout.
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in done.stdout.splitlines() if re.match("[^[]|\\[[^2]", line)
+    ]
     return dict(zip(commands, lines, strict=True))
 
 

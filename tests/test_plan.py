@@ -201,6 +201,7 @@ def test_no_configuration_slips_past_the_planner(plan, cards):
     files = {path.relative_to(ROOT).as_posix() for path in configurations}
     own_profile = f"configs/profiles/4090x{cards}.yaml"
     planned = {recipe.file for recipe in recipes_on(plan, cards)}
+    files = {file for file in files if "two_nodes" not in file}  # how it is started, no recipe
     assert planned - {own_profile} == files - {ON_NO_CARD, INSIDE}
     sections = set()
     for name, values in read_yaml(ROOT / own_profile).items():
