@@ -170,6 +170,8 @@ def last(args, now: dict) -> Path | None:
 
     None where the training begins at its start. --fresh empties the folder.
     """
+    if not (args.resume or args.fresh):
+        return None
     folder = Path(args.checkpoints)
     chosen = None
     if first_process():
@@ -226,10 +228,11 @@ def written(args, step: int, run: dict):
         meet()  # every process has written its part
         if first_process():
             finish(partial, run)
-            earlier = [other for other in steps_in(folder) if other <= step]
-            passed_over = [other for other in steps_in(folder) if other > step]
-            for other in earlier[: -args.keep] + passed_over:
-                remove(folder / f"step-{other}")
+            others = steps_in(folder)
+            kept = [other for other in others if other <= step][-args.keep :]
+            for other in others:  # higher ones are damaged, and were passed over
+                if other not in kept:
+                    remove(folder / f"step-{other}")
             print(f"saved step {step} in {shown(folder)}", flush=True)
         meet()
     except (OSError, RuntimeError) as e:  # PyTorch's writers say RuntimeError

@@ -210,6 +210,21 @@ def _from_package(key: str, model: dict) -> Path:
     return folder
 
 
+def two_layers(source: Path, folder: Path) -> Path:
+    """`folder`: a small model of the kind of `source`, random weights, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config.update({"num_hidden_layers": 2, **sizes, **heads})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     """`python -m lab.models NAME ...`: print the folder of each model."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):

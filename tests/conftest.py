@@ -169,10 +169,7 @@ def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str,
     words = [["python", *each] if each[0].endswith(".py") else each for each in words]
     program = ROOT / "tests/programs/in_processes.py"
     done = python(program, modules, json.dumps(words), check=0, **kwargs)
-    # An engine imported before the fork still writes to the first stdout.
-    lines = [
-        json.loads(line) for line in done.stdout.splitlines() if re.match("[^[]|\\[[^2]", line)
-    ]
+    lines = map(json.loads, done.stdout.splitlines())
     return dict(zip(commands, lines, strict=True))
 
 
@@ -243,25 +240,9 @@ def tiny_model(small_model, tmp_path_factory) -> Path:
     """The small model's shape with 2 layers and 64 dimensions, random weights, its tokenizer:
     trains a step in no time.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from lab.models import two_layers
 
-    config = AutoConfig.from_pretrained(small_model)
-    config.update(
-        {
-            "num_hidden_layers": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-        }
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(small_model).save_pretrained(folder)
-    return folder
+    return two_layers(small_model, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -62,12 +61,6 @@ PORTS = (8000, 8001, 8010, 7860, 9090, 5050)  # a server of the reader's own may
 FILES = sorted({block.file for block in BLOCKS} - {"README.en.md"})  # README.md's blocks
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def moved(text: str, ports: dict[int, int]) -> str:
     return re.sub(r"\b\d{4}\b", lambda m: str(ports.get(int(m[0]), m[0])), text)
 
@@ -78,7 +71,7 @@ class Machine:
     def __init__(self, folder: Path):
         self.tree = folder / "videofen"
         self.meet = folder / "meet"
-        self.ports = {port: free_port() for port in PORTS}
+        self.ports = {port: jobs.free_port() for port in PORTS}
         listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", check=0).stdout
         for name in listed.split("\0"):
             if name and (ROOT / name).is_file() and not name.startswith("results/"):

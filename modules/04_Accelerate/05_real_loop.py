@@ -202,8 +202,9 @@ def main() -> None:
     begun = checkpoints.last(args, run)
     steps = endless_steps()
     if begun:
-        history = checkpoints.read(begun)["history"]
-        judgements = dict(checkpoints.read(begun)["judgements"])
+        behind = checkpoints.read(begun)
+        history = behind["history"]
+        judgements = dict(behind["judgements"])
         collections.deque(itertools.islice(steps, len(history)), maxlen=0)  # read, not computed
         accelerator.load_state(begun)
         accelerator.step = 0

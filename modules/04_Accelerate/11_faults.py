@@ -75,8 +75,8 @@ def main() -> None:
     def broken(what: str, ended: faulty.Ended) -> None:
         """A row of the table, and a line now."""
         again = max(ended.step - ended.whole, computed_twice(laps[-1]))
+        ended = ended._replace(seconds=round(ended.seconds, 1))
         rows.append({"broken": what, "again": again, **ended._asdict()})
-        rows[-1]["seconds"] = round(ended.seconds, 1)
         print(
             f"{what}: exit code {ended.code} after {ended.seconds:.1f} s: {ended.line}", flush=True
         )

@@ -92,18 +92,7 @@ def small_model(like: str) -> Path:
     folder = RUNS / "04_Accelerate" / "two_layers"
     if (folder / "tokenizer_config.json").is_file():
         return folder
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    source = models.model_folder(like)
-    config = AutoConfig.from_pretrained(source)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config.update({"num_hidden_layers": 2, **sizes, **heads})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+    return models.two_layers(models.model_folder(like), folder)
 
 
 # -----------------------------------------------------------------------------

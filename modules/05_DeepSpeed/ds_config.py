@@ -248,10 +248,6 @@ class Config:
         if bf16["enabled"] or fp16.get("enabled"):
             self.dtype = "bfloat16" if bf16["enabled"] else "float16"
 
-    def backend(self, device: str) -> str:
-        """Who carries the messages between the processes."""
-        return "nccl" if device == "cuda" else "gloo"
-
     # -----------------------------------------------------------------------------
     # With transformers
 

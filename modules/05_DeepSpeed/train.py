@@ -89,7 +89,8 @@ def main() -> None:
     blocks = data.blocks(AutoTokenizer.from_pretrained(folder), args.data, args.seq_len)
     made_of = f"{world} processes x {config.accumulate} micro-steps x {config.micro_batch}"
     blocks = training.whole_steps(blocks, config.step_blocks, args, made_of)
-    deepspeed.init_distributed(config.backend(profile.device), timeout=training.timeout(args))
+    backend = "nccl" if profile.device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=training.timeout(args))
     training.forget_shared_memory(rank)
     torch.manual_seed(args.seed)
     share = DistributedSampler(blocks, shuffle=False)
@@ -103,8 +104,7 @@ def main() -> None:
     if args.lora_rank:
         model = with_lora(model, args.lora_rank)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    run = universal.identity(args, config, blocks)
-    begun = universal.last(args, config, run, rank, world)
+    run, begun = universal.last(args, config, blocks, rank, world)
     with ds_check.refusals_as_sentences(config):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=trained, config=config.values
@@ -154,9 +154,7 @@ def main() -> None:
         if rank == 0:
             training.show_step(args, losses, seconds, step_tokens, profile.device)
         if checkpoints.due(args, step, ending.heard(engine.device)):
-            with checkpoints.written(
-                args, step, run | {"processes": world, "losses": losses}
-            ) as partial:
+            with checkpoints.written(args, step, run | {"losses": losses}) as partial:
                 frozen = {"exclude_frozen_parameters": bool(args.lora_rank)}
                 engine.save_checkpoint(partial, tag="states", **frozen)
                 checkpoints.save_random_state(partial, rank)

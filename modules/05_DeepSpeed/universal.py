@@ -25,12 +25,13 @@ def identity(args, config, blocks) -> dict:
     return run | {"learning_rate": config.learning_rate}  # the file may have said it
 
 
-def last(args, config, run: dict, rank: int, world: int) -> Path | None:
-    """The folder to go on from, in pieces for this number of processes."""
+def last(args, config, blocks, rank: int, world: int) -> tuple[dict, Path | None]:
+    """(what a state says of this run, the folder to go on from in pieces for `world` processes)."""
+    run = identity(args, config, blocks)
     begun = checkpoints.last(args, run)
     if begun and checkpoints.read(begun)["processes"] != world:
-        return converted(begun, config, rank)
-    return begun
+        begun = converted(begun, config, rank)
+    return run | {"processes": world}, begun
 
 
 def converted(state: Path, config, rank: int) -> Path:

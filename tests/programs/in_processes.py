@@ -14,18 +14,16 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from lab import jobs
 from lab.profile import load_profile
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# What is printed there is a result; stdout itself becomes stderr, for engines log to it.
+RESULTS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 
 
 def become(rank: int, script: str, arguments: list[str]) -> None:
@@ -36,7 +34,7 @@ def become(rank: int, script: str, arguments: list[str]) -> None:
     with contextlib.redirect_stdout(output):
         runpy.run_path(script, run_name="__main__")
     if rank == 0:
-        print(output.getvalue().splitlines()[-1], flush=True)
+        print(output.getvalue().splitlines()[-1], file=RESULTS, flush=True)
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -52,7 +50,7 @@ def join(rank: int, world: int, port: int) -> None:
 def run(command, alone: bool = False) -> None:
     """In place of torch.distributed.run.run, which takes torchrun's parsed arguments."""
     world = int(command.nproc_per_node)
-    port = free_port()
+    port = jobs.free_port()
     children = set()
     for rank in range(world):
         child = os.fork()

@@ -62,9 +62,8 @@ class Unit:
     def cut(self, vector: torch.Tensor) -> torch.Tensor:
         """The own part of a vector whose padding was another number of processes' [part]."""
         numbers = sum(parameter.numel() for parameter in self.parameters)
-        padded = vector.new_zeros(self.size)
-        padded[:numbers] = vector[:numbers]
-        return padded[self.own].clone()
+        whole = self.flat([vector[:numbers]])
+        return whole[self.own].clone()
 
     def when_complete(self, act: Callable[["Unit"], None]) -> None:
         """Call `act` with this unit whenever backward has made all of its gradients."""
