@@ -42,6 +42,7 @@ def option(arguments: list[str], *flags: str, default=None):
 
 def torchrun(arguments: list[str]) -> None:
     count = int(option(arguments, "--nproc-per-node", "--nproc_per_node"))
+    option(arguments, "--max-restarts")
     launch(count, [word for word in arguments if word != "--standalone"])
 
 
