@@ -42,7 +42,9 @@ MONITORING = ROOT / "modules/03_vllm/configs/monitoring"
 KEY = {"Authorization": "Bearer secret"}
 JSON = {"Content-Type": "application/json"}
 QUESTION = {
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [
+        {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    ],
     "temperature": 0,
     "max_tokens": 20,
 }
