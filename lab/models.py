@@ -13,7 +13,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lab import ROOT, RUNS, fail, machine, shown
+from lab import ROOT, RUNS, fail, shown
 from lab.profile import read_yaml
 
 
@@ -196,9 +196,10 @@ def _from_package(key: str, model: dict) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model["gguf"])
     tokenizer.eos_token = "<|im_end|>"  # as published; the GGUF names <|im_start|> here
     tokenizer.pad_token = "<|im_end|>"
-    # LLaMA-Factory trains in the folder's own type.
-    dtype = torch.bfloat16 if machine.fast_bfloat16() else torch.float32
-    weights = AutoModelForCausalLM.from_pretrained(source, gguf_file=model["gguf"], dtype=dtype)
+    # One type on every CPU: LLaMA-Factory trains in it, and rounded weights have other losses.
+    weights = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=model["gguf"], dtype=torch.float32
+    )
     # Renamed when whole: an interrupted conversion leaves no half model.
     partial = folder.with_name(f".{key}-{os.getpid()}")
     tokenizer.save_pretrained(partial)
