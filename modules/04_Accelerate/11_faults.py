@@ -46,6 +46,9 @@ def main() -> None:
     if args.kills < 1:
         fail("--kills must be at least 1")
 
+    # Of a script's background job the shell makes processes that ignore SIGINT, children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     import faulty  # the files beside this script
     from fault_curves import draw
     from faulty import Training
