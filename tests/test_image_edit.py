@@ -386,7 +386,8 @@ def test_interrupted_build(scripts, small_model, tmp_path):
     try:
         for number, delay in enumerate(itertools.chain(range(40, 700, 60), [0])):
             folder = tmp_path / f"m{number}"
-            with contextlib.suppress(KeyboardInterrupt):
+            # RuntimeError: interrupted while torch enters or leaves the meta device
+            with contextlib.suppress(*[KeyboardInterrupt, RuntimeError][: 2 if delay else 0]):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, delay / 1000)
                     scripts["random_model"].build("tiny", folder)
