@@ -64,7 +64,10 @@ def goes_on_as_if_never_ended(runs: dict[str, dict], name: str, worlds: tuple) -
     whole = runs[f"{name} whole"]["losses"]
     assert whole[-1] < whole[0] - 0.1
     assert runs[f"{name} begun"]["losses"] == whole[:HALF]
-    assert runs[f"{name} on 2"]["losses"] == whole
+    if "offload" in name:  # CPUAdam: within rounding
+        assert runs[f"{name} on 2"]["losses"] == pytest.approx(whole, rel=1e-6)
+    else:
+        assert runs[f"{name} on 2"]["losses"] == whole
     for world in worlds:
         other = runs[f"{name} on {world}"]
         assert other["world_size"] == world
