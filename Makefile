@@ -250,7 +250,13 @@ train-two-machines: env ## 04 to 06 on two machines (network namespaces) (ARGS="
 RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
-.PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
+lf-check-data: env ## a data set as the model will see it, and what is wrong (FILE=my.jsonl INFO=...)
+	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
+
+lf-new-data: env ## write the entry of FILE into the dataset_info.json beside it
+	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") --write $(ARGS)
+
 lf-train: env ## LoRA fine-tuning in one process (ARGS="lora_rank=8": any setting; RESUME=1)
 	@$(PY) modules/06_LLaMA-Factory/01_train.py $(BEGIN) $(ARGS)
 

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from lab import ROOT, data, fail, shown
+import entries
+
+from lab import ROOT, fail, shown
 from lab.profile import need_cards
 
 
@@ -25,20 +27,15 @@ def overrides(pairs: list[str], source: Path) -> None:
 def data_set(settings) -> None:
     """dataset_info.json knows every data set, and no row of a local one is broken."""
     folder = ROOT / settings.dataset_dir
-    file = folder / "dataset_info.json"
-    if not file.is_file():
-        fail(
-            f"there is no {shown(file)}: it names the data sets; "
-            "set dataset_dir to a folder that has one"
-        )
-    known = json.loads(file.read_text())
+    info = entries.read_info(folder / "dataset_info.json")
     for name in str(settings.dataset).split(","):
-        entry = known.get(name.strip())
-        if entry is None:
-            names = ", ".join(known)
-            fail(f"there is no data set {name.strip()}: {file.name} in {shown(folder)} has {names}")
-        if "messages" in entry.get("columns", {}) and "file_name" in entry:
-            data.rows(str(folder / entry["file_name"]))
+        name = name.strip()
+        if name not in info:
+            fail(
+                f"there is no data set {name}: dataset_info.json in {shown(folder)} has "
+                f"{', '.join(info)}"
+            )
+        entries.check(name, info[name], folder, settings.stage)
 
 
 def processes(count: int, dry_run: bool) -> None:
