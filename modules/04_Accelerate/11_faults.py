@@ -46,6 +46,9 @@ def main() -> None:
     if args.kills < 1:
         fail("--kills must be at least 1")
 
+    # Of a script's background job the shell makes processes that ignore SIGINT, children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     import faulty  # the files beside this script
     from fault_curves import draw
     from faulty import Training
@@ -56,16 +59,8 @@ def main() -> None:
     if DISK not in os.environ:
         on_a_small_disk(model)
     steps = 40 + 8 * args.kills  # enough that none of the kills comes too late
-    flags = [
-        "--model",
-        model,
-        "--seq-len",
-        32,
-        "--learning-rate",
-        "1e-3",
-        "--mixed-precision",
-        "no",
-    ]
+    flags = ["--model", model, "--seq-len", 32, "--mixed-precision", "no"]
+    flags += ["--learning-rate", "1e-3"]
     undisturbed = [*flags, "--steps", steps]
     flags = [*undisturbed, "--save-every", SAVE_EVERY]
     dice = random.Random(args.seed)
