@@ -153,8 +153,7 @@ def tool_calls() -> list[dict]:
     parameters = {"type": "object", "properties": {"port": port}, "required": ["port"]}
     tool = {"name": "is_free", "description": "Whether a port is free.", "parameters": parameters}
     dialogues = []
-    for number, row in enumerate(rows("en", "train")[:EXAMPLES]):
-        port = values_of(row)["port"]
+    for number, port in enumerate(VALUES["port"][:EXAMPLES]):
         free = number % 2 == 0
         said = "yes, it is free" if free else "no, something listens there"
         turns = [

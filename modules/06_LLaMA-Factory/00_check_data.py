@@ -44,6 +44,8 @@ def main() -> None:
     longest = "tokens of a row, what is longer is cut (default: the training's)"
     parser.add_argument("--cutoff-len", type=int, metavar="N", help=longest)
     # What is shown
+    brief = "only a sentence where something is wrong, as before a training"
+    parser.add_argument("--brief", action="store_true", help=brief)
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default: %(default)s)")
     args = parser.parse_args()
 
@@ -60,9 +62,15 @@ def main() -> None:
     info = Path(args.info) if args.info else None
     ours = ROOT / settings.dataset_dir
     name, entry, folder = entries.find(args.file or settings.dataset, info, ours)
-    print(f"{name}: {json.dumps(entry, ensure_ascii=False)}")
     stage = args.stage or entries.usual_stage(entry)
-    rows, attr = entries.check(name, entry, folder, stage, most=10)
+    if args.brief:
+        entries.check(name, entry, folder, stage)
+        return
+    print(f"{name}: {json.dumps(entry, ensure_ascii=False)}")
+    checked = entries.check(name, entry, folder, stage, most=10)
+    if not checked:
+        fail(f"the rows of {name} are in no file here: LLaMA-Factory fetches them")
+    rows, attr = checked
     print(f"{len(rows)} rows, none is wrong")
     if args.write:
         return entries.write(name, entry, folder)
@@ -71,24 +79,27 @@ def main() -> None:
     # 2. The rows in tokens, by LLaMA-Factory's converter and template
 
     from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.mm_plugin import get_mm_plugin
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
-    model = models.model_folder(args.model)
+    model = models.model_folder(args.model, weights=False)
     tokenizer = AutoTokenizer.from_pretrained(model)
     chat = AutoTokenizer.from_pretrained(model)  # LLaMA-Factory changes its tokenizer's template
-    said = factory.own_system_message(model)
+    system = factory.own_system_message(model)
     template_name = models.entry(args.model)[1].get("template")
     cutoff_len = args.cutoff_len or settings.cutoff_len
     told = DataArguments(
         template=template_name,
-        default_system=said if template_name else None,
+        default_system=system if template_name else None,
         cutoff_len=2**20,  # whole rows; what will be cut is counted below
         media_dir=str(folder),
     )
     template = get_template_and_fix_tokenizer(tokenizer, told)
+    takes_pictures = bool(template.mm_plugin.image_token)
+    template.mm_plugin = get_mm_plugin("base")  # only the texts are looked at here
     convert = get_dataset_converter(attr.formatting, attr, told)
     converted = [convert(row) for row in rows]
     processor = SupervisedDatasetProcessor(template, tokenizer, None, told)
@@ -98,8 +109,10 @@ def main() -> None:
         if stage == "pt":  # plain text: all of it is learnt
             ids = tokenizer(row["_prompt"][0]["content"])["input_ids"][: told.cutoff_len]
             return ids, ids
-        words = (row["_prompt"], [answer], row["_system"], row["_tools"])
-        return processor._encode_data_example(*words, [], [], [])
+        media = ([], [], [])
+        return processor._encode_data_example(
+            row["_prompt"], [answer], row["_system"], row["_tools"], *media
+        )
 
     nothing = [{"role": "assistant", "content": ""}]
     texts = [
@@ -122,6 +135,13 @@ def main() -> None:
             text = tokenizer.decode([token for token, _ in run])
             for line in text.splitlines():
                 print(f"  {'masked ' if masked else 'trained'}  {line[:120]}")
+    if attr.images and takes_pictures:
+        print("\npictures: their tokens are not counted here")
+    elif attr.images:
+        print(
+            f"\npictures: template {template_name} takes none, and so a training ends with an "
+            "error: --model a vision-language model"
+        )
 
     # -----------------------------------------------------------------------------
     # 4. All of them: lengths, repetitions, and rows that training must not have

@@ -9,7 +9,8 @@ import difflib
 import json
 from pathlib import Path
 
-from rows import COLUMNS, MEDIA, wrong_rows
+from fitting import fitting
+from rows import COLUMNS, wrong_rows
 
 from lab import fail, shown
 
@@ -45,14 +46,14 @@ def wrong_in_entry(entry) -> str:
     """How a sentence that begins with the entry's name goes on; "" where the entry is right."""
     if not isinstance(entry, dict):
         return ' must be an object {"file_name": ..., ...}'
-    for place, words in (("", KEYS), ("columns", COLUMNS), ("tags", TAGS)):
+    for place, known in (("", KEYS), ("columns", COLUMNS), ("tags", TAGS)):
         part = entry.get(place, {}) if place else entry
         if not isinstance(part, dict):
             return f": `{place}` must be an object"
         for word in part:
-            if word not in words:
-                near = difflib.get_close_matches(word, words, 1, 0.5)
-                meant = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(words)}"
+            if word not in known:
+                near = difflib.get_close_matches(word, known, 1, 0.5)
+                meant = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
                 within = f" in `{place}`" if place else ""
                 return f": LLaMA-Factory ignores `{word}`{within} without a word; {meant}"
             if place and not isinstance(part[word], str):
@@ -61,6 +62,17 @@ def wrong_in_entry(entry) -> str:
         return ": it does not say where the rows are, for example by `file_name`"
     if entry.get("formatting", "alpaca") not in FORMATS:
         return f": `formatting` is {entry['formatting']!r}, not one of {', '.join(FORMATS)}"
+    # What `columns` or `tags` leaves out is not its usual name then, but nothing at all.
+    columns = entry.get("columns", {})
+    if entry.get("formatting", "alpaca") == "alpaca":
+        needed = {"columns": ("prompt",)}
+    else:
+        needed = {"columns": ("messages",), "tags": TAGS[:4]}
+    for place, required in needed.items():
+        missing = [word for word in required if place in entry and word not in entry[place]]
+        if missing:
+            instead = f"; it has {', '.join(columns)}" if place == "columns" else ""
+            return f": `{place}` must name {', '.join(missing)}{instead}"
     return ""
 
 
@@ -99,10 +111,12 @@ def wrong_in_files(path: Path) -> str:
     if None in kinds:
         known = ", ".join(f".{kind}" for kind in FILEEXT2TYPE)
         return f"{shown(path)} is of no type that LLaMA-Factory reads: {known}"
-    for file in files if kinds == {"json"} else []:
-        problem = wrong_in_json(file)
+    for file in files:
+        if kinds == {"text"} and file.read_bytes()[:1] in (b"[", b"{"):
+            return f"{shown(file)} is read line by line, being a .txt: call it .json"
+        problem = wrong_in_json(file) if kinds == {"json"} else ""
         if problem:
-            return f"{shown(file)} {problem}"
+            return f"{shown(file)}{problem}"
     return ""
 
 
@@ -111,12 +125,12 @@ def wrong_in_json(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        return f"is no UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}"
+        return f" is no UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}"
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except ValueError as e:
-            return f"is not valid JSON: {e}"
+            return f" is not valid JSON: {e}"
     else:
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -124,9 +138,9 @@ def wrong_in_json(file: Path) -> str:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError as e:
                 whole = "" if number > 1 else ", nor is the file a list [...]"
-                return f"is not valid JSON in line {number}{whole}: {e}"
+                return f" is not valid JSON in line {number}{whole}: {e}"
     if not rows:
-        return "has no rows"
+        return " has no rows"
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             return f": row {number} must be an object {{...}}, it is {type(row).__name__}"
@@ -191,17 +205,18 @@ def check(name: str, entry: dict, folder: Path, stage: str, most: int = 1):
 
 
 def find(text: str, info: Path | None, folder: Path) -> tuple[str, dict, Path]:
-    """Name, entry and folder of a data set, by its file or by its name.
+    """Name, entry and folder of a data set, by its name or by its file.
 
     A name is one of `info` (default: the dataset_info.json in `folder`). The entry of a file is in
     `info`, or in the dataset_info.json beside it, else made from the names of its fields.
     """
+    known = read_info(info or folder / "dataset_info.json")
+    if text in known:
+        return text, known[text], info.parent if info else folder
     path = Path(text)
     if not path.exists():
-        known = read_info(info or folder / "dataset_info.json")
-        if text not in known:
-            fail(f"there is no file and no data set {text}; data sets: {', '.join(known)}")
-        return text, known[text], info.parent if info else folder
+        file = shown(info or folder / "dataset_info.json")
+        fail(f"there is no data set and no file {text}: {file} has {', '.join(known)}")
     beside = info or path.parent / "dataset_info.json"
     if beside.is_file() or info:
         for name, entry in read_info(beside).items():
@@ -237,70 +252,3 @@ def write(name: str, entry: dict, folder: Path) -> None:
     partial.write_text(content + "\n", encoding="utf-8")
     partial.rename(file)
     print(f"written to {shown(file)}: train on it by dataset={name} dataset_dir={shown(folder)}")
-
-
-# -----------------------------------------------------------------------------
-# The entry that fits
-
-
-def fitting(file_name: str, rows: list[dict]) -> dict | None:
-    """An entry for these rows, by the names of their fields; None where no form is recognised."""
-    fields = {name for row in rows for name, value in row.items() if value is not None}
-    columns = {column: column for column in ("system", "tools", *MEDIA) if column in fields}
-    columns |= {column: column[:-1] for column in MEDIA if column[:-1] in fields}
-    if {"chosen", "rejected"} <= fields:
-        columns |= {"chosen": "chosen", "rejected": "rejected"}
-    truths = [name for name in rows[0] if all(isinstance(row.get(name), bool) for row in rows)]
-    if truths:
-        columns["kto_tag"] = truths[0]
-    entry = {"file_name": file_name}
-    for field in fields:
-        messages = [row[field] for row in rows if isinstance(row.get(field), list)]
-        first = next((message for turns in messages for message in turns), None)
-        if isinstance(first, dict) and len(first) > 1:
-            return entry | fitting_messages(field, messages, columns)
-    names = {
-        "prompt": ("instruction", "prompt", "question", "query", "input", "text"),
-        "query": ("input", "context"),
-        "response": ("output", "response", "answer", "completion", "target"),
-        "history": ("history",),
-    }
-    for column, candidates in names.items():
-        fits = [name for name in candidates if name in fields and name not in columns.values()]
-        if fits:
-            columns[column] = fits[0]
-    if "prompt" not in columns:
-        return None
-    ranking = {"ranking": True} if "chosen" in columns else {}
-    return entry | ranking | {"columns": columns}
-
-
-def fitting_messages(field: str, dialogues: list[list[dict]], columns: dict) -> dict:
-    """formatting, columns and tags of dialogues in the field `field`."""
-    messages = [message for turns in dialogues for message in turns]
-    keys = {key for message in messages for key, value in message.items() if value is not None}
-    role = next((key for key in ("role", "from", "speaker", "author") if key in keys), None)
-    content = next((key for key in ("content", "value", "text", "message") if key in keys), None)
-    if not role or not content:
-        return {}
-    roles = {message.get(role) for message in messages}
-    names = {
-        "user_tag": ("user", "human", "customer"),
-        "assistant_tag": ("assistant", "gpt", "bot", "model", "agent"),
-        "observation_tag": ("tool", "observation", "function_response"),
-        "function_tag": ("function_call", "tool_call", "function"),
-        "system_tag": ("system",),
-    }
-    tags = {"role_tag": role, "content_tag": content}
-    for tag, candidates in names.items():
-        there = [name for name in candidates if name in roles]
-        if there:
-            tags[tag] = there[0]
-    ranking = {"ranking": True} if "chosen" in columns else {}
-    formatting = "openai" if "tool_calls" in keys else "sharegpt"
-    return {
-        "formatting": formatting,
-        **ranking,
-        "columns": {"messages": field, **columns},
-        "tags": tags,
-    }

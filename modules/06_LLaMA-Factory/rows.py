@@ -139,24 +139,36 @@ def wrong_answers(row: dict, attr, stage: str) -> str:
 
 
 def wrong_tools(row: dict, attr) -> str:
-    """The tools that a row offers, and the calls: both are JSON in a text."""
+    """The tools that a row offers, and the calls: JSON in texts, but for OpenAI's own fields."""
     tools = row[attr.tools] if attr.tools else None
     if isinstance(tools, list | dict) and attr.formatting != "openai":
         return f": field `{attr.tools}` must be JSON in a text, it is {tools!r:.60}"
-    texts = [(f": field `{attr.tools}`", tools)] if isinstance(tools, str) and tools else []
+    problem = wrong_functions(tools, "parameters") if tools else ""
+    if problem:
+        return f": field `{attr.tools}` {problem}"
     for place, message in enumerate(row[attr.messages] if attr.formatting != "alpaca" else (), 1):
-        if message[attr.role_tag] == attr.function_tag and not message.get("tool_calls"):
-            texts.append((f": message {place}", message[attr.content_tag]))
-    for where, text in texts:
+        calls = message.get("tool_calls") if attr.formatting == "openai" else None
+        if not calls and message[attr.role_tag] == attr.function_tag:
+            calls = message[attr.content_tag]
+        problem = wrong_functions(calls, "arguments") if calls else ""
+        if problem:
+            return f": message {place} {problem}"
+    return ""
+
+
+def wrong_functions(functions, needed: str) -> str:
+    """`functions`: a list of {"name", `needed`}, or of OpenAI's {"function": ...}, or its JSON."""
+    if isinstance(functions, str):
         try:
-            parsed = json.loads(text)
+            functions = json.loads(functions)
         except ValueError as e:
-            return f"{where} must be JSON: {e}"
-        for tool in parsed if isinstance(parsed, list) else [parsed]:
-            needed = "arguments" if "message" in where else "parameters"
-            inner = tool.get("function", tool) if isinstance(tool, dict) else {}
-            if not {"name", needed} <= set(inner):
-                return f'{where} must be JSON as {{"name": ..., "{needed}": {{...}}}}'
+            return f"must be JSON: {e}"
+    for function in functions if isinstance(functions, list) else [functions]:
+        inner = function.get("function", function) if isinstance(function, dict) else {}
+        if not isinstance(inner, dict) or not {"name", needed} <= set(inner):
+            return f'must be JSON as {{"name": ..., "{needed}": {{...}}}}'
+        if isinstance(inner[needed], str):  # as OpenAI's API logs it: it would be quoted once more
+            return f"has `{needed}` in a text, it must be an object: put it through json.loads"
     return ""
 
 

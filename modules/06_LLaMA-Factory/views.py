@@ -1,18 +1,22 @@
 """How 00_check_data.py shows lengths, and how a text differs from the model's own chat template."""
 
 import json
+from collections import Counter
+
+from jinja2.exceptions import TemplateError
 
 
 def histogram(lengths: list[int], cutoff_len: int) -> None:
-    """A line for each power of two of token counts; where the cut falls is marked."""
-    edge = 1
-    while edge <= max(lengths, default=0):
-        count = sum(edge <= length < 2 * edge for length in lengths)
-        bar = "#" * -(-40 * count // len(lengths))
-        cut = "  <- cutoff_len" if edge <= cutoff_len < 2 * edge else ""
-        if count or cut:
-            print(f"  {edge:>7,} to {2 * edge - 1:>7,}  {count:>7,}  {bar}{cut}")
-        edge *= 2
+    """At most twelve lines of token counts, from the shortest to the longest."""
+    width = 8
+    while max(lengths) // width - min(lengths) // width >= 12:
+        width *= 2
+    counts = Counter(length // width for length in lengths)
+    for bucket in range(min(counts), max(counts) + 1):
+        bar = "#" * -(-40 * counts[bucket] // max(counts.values()))
+        cut = "  (cut)" if bucket * width >= cutoff_len else ""
+        edges = f"{bucket * width:>7,} - {(bucket + 1) * width - 1:>7,}"
+        print(f"{edges}  {counts[bucket]:>7,}  {bar}{cut}")
 
 
 def as_chat(row: dict, answer: dict) -> list[dict]:
@@ -31,9 +35,12 @@ def as_chat(row: dict, answer: dict) -> list[dict]:
 
 
 def own_tokens(tokenizer, row: dict, answer: dict) -> list[int]:
-    """Token ids of the row by the tokenizer's own chat template."""
+    """Token ids of the row by the tokenizer's own chat template; none where that refuses it."""
     tools = json.loads(row["_tools"]) if row["_tools"] else None
-    text = tokenizer.apply_chat_template(as_chat(row, answer), tools=tools, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(as_chat(row, answer), tools=tools, tokenize=False)
+    except TemplateError:  # for example of a system message
+        return []
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
