@@ -251,7 +251,7 @@ RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
 .PHONY: lf-check-data lf-new-data lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
-lf-check-data: env ## a data set as the model will see it, and what is wrong (FILE=my.jsonl INFO=...)
+lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
 lf-new-data: env ## write the entry of FILE into the dataset_info.json beside it

@@ -5,9 +5,9 @@
     make lf-check-data FILE=my.jsonl ARGS="--held-out my_test.jsonl --cutoff-len 512"
     make lf-new-data FILE=my.jsonl                        # write its entry into dataset_info.json
 
-Look at: the rows (`masked` is only read, `trained` counts in the loss), the histogram against
-cutoff_len, and the last lines: rows that repeat, held-out rows that training has seen, and whether
-the template says what the model's own chat template says. A wrong row is named, with its field.
+Look at: the rows (`masked` is only read, `trained` counts in the loss), the token counts, and the
+last lines: rows that repeat or that are held out, and whether the template says what the model's
+own chat template says. A wrong row is named, with its field.
 """
 
 import argparse
@@ -31,8 +31,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # The data
-    default = "the profile's training data"
-    what = f"file or folder of rows, or a data set's name (default: {default})"
+    what = "file, folder or name of a data set (default: the profile's training data)"
     parser.add_argument("file", nargs="?", help=what)
     parser.add_argument("--info", help="dataset_info.json with the file's entry (default: beside)")
     held_out = "data set or file whose rows training must not have"
@@ -109,10 +108,8 @@ def main() -> None:
         if stage == "pt":  # plain text: all of it is learnt
             ids = tokenizer(row["_prompt"][0]["content"])["input_ids"][: told.cutoff_len]
             return ids, ids
-        media = ([], [], [])
-        return processor._encode_data_example(
-            row["_prompt"], [answer], row["_system"], row["_tools"], *media
-        )
+        context = (row["_system"], row["_tools"], [], [], [])
+        return processor._encode_data_example(row["_prompt"], [answer], *context)
 
     nothing = [{"role": "assistant", "content": ""}]
     texts = [
