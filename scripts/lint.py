@@ -89,6 +89,7 @@ LESSON = {
     "06_LLaMA-Factory/03_merge.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/04_chat.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/05_serve.py": r"factory\.prepare\(",
+    "06_LLaMA-Factory/06_mini_lora.py": r"get_peft_model\(",
 }
 
 # -----------------------------------------------------------------------------
