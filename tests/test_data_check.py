@@ -60,6 +60,14 @@ def dialogue(*messages) -> list[dict]:
     return [{"messages": [ASKED, SAID]}, {"messages": list(messages)}]
 
 
+def called(**arguments) -> dict:
+    """A message of the assistant that calls a tool, the arguments an object."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"type": "function", "function": function}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+SEPARATED = json.dumps({"messages": [ASKED | {"content": "a\u2028b"}, SAID]}, ensure_ascii=False)
 RIGHT = {
     "system message, .json": (
         "a.json",
@@ -84,10 +92,24 @@ RIGHT = {
         [{"messages": [ASKED, CALL, {"role": "tool", "content": "{}"}, SAID], "tools": "[]"}],
         TOOLS,
     ),
+    "a line separator in a text": ("a.jsonl", SEPARATED.encode(), {}),
+    "a BOM before lines": ("a.jsonl", "\ufeff" + SEPARATED, {}),
+    "an object over several lines": ("a.json", json.dumps(dialogue(ASKED, SAID)[0], indent=1), {}),
+    "a tag's name as a word": ("a.json", dialogue(ASKED | {"content": "a <video> tag?"}, SAID), {}),
+    "a column that is null": (
+        "a.json",
+        dialogue(ASKED, SAID),
+        {"columns": {"messages": "messages", "system": None}},
+    ),
+    "a thought before a call": (
+        "a.json",
+        [{"messages": [ASKED, CALL | {"content": "<think>hm</think>" + CALL["content"]}]}],
+        {"tags": TOOLS["tags"]},
+    ),
 }
 
 WRONG = {
-    "cut JSON": ("a.json", '[{"messages": [', {}, "a.json is not valid JSON: Expecting"),
+    "cut JSON": ("a.json", '[{"messages": [', {}, "a.json is not valid JSON in line 1: Expecting"),
     "cut line": (
         "a.jsonl",
         '{"messages": []}\n{"messages"\n',
@@ -95,7 +117,12 @@ WRONG = {
         "a.jsonl is not valid JSON in line 2: ",
     ),
     "no rows": ("a.json", "[]", {}, "a.json has no rows"),
-    "an object of lists": ("a.json", {"data": [ALPACA]}, {}, "row 1 has no field `messages`"),
+    "an object of lists": (
+        "a.json",
+        {"data": [ALPACA]},
+        {},
+        "its rows are under `data`: save only that list",
+    ),
     "a list of texts": ("a.json", ["hello"], {}, "row 1 must be an object {...}, it is str"),
     "another encoding": ("a.json", '["你好"]'.encode("gb18030"), {}, "a.json is no UTF-8 text"),
     "JSON in .txt": (
@@ -188,7 +215,7 @@ WRONG = {
         "a.json",
         [{"messages": "text"}, {"messages": [ASKED]}],
         {},
-        "its rows do not fit each other",
+        "a.json cannot be read as a table, every field of one type in all rows",
     ),
     "wrong tags": (
         "a.json",
@@ -200,13 +227,13 @@ WRONG = {
         "a.json",
         [ALPACA, ALPACA | {"instruction": ""}],
         {"formatting": None, "columns": None, "tags": None},
-        "row 2: the prompt is empty",
+        "row 2: field `instruction` must be a text that is not empty, it is ''",
     ),
     "alpaca without an answer": (
         "a.json",
         [ALPACA | {"output": None}],
         {"formatting": None, "columns": None, "tags": None},
-        "row 1: field `output` must be an answer that is not empty, it is None",
+        "row 1: field `output` must be a text that is not empty, it is None",
     ),
     "a call that is no JSON": (
         "a.json",
@@ -249,6 +276,63 @@ WRONG = {
         {"columns": {"messages": "messages", "images": "images"}},
         "row 1: there is no file a.png",
     ),
+    "two sources": ("a.json", dialogue(ASKED, SAID), {"hf_hub_url": "a/b"}, "by one of file_name,"),
+    "num_samples": (
+        "a.json",
+        dialogue(ASKED, SAID),
+        {"num_samples": "1"},
+        "`num_samples` must be a whole number, it is '1'",
+    ),
+    "a KTO set in stage sft": (
+        "a.json",
+        [ALPACA | {"label": True}],
+        {
+            "formatting": "alpaca",
+            "columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"},
+            "tags": None,
+        },
+        "has `kto_tag`, which is for stage kto; this is stage sft",
+    ),
+    "a history of objects": (
+        "a.json",
+        [ALPACA | {"history": [{"user": "a", "assistant": "b"}]}],
+        {
+            "formatting": "alpaca",
+            "columns": {"prompt": "instruction", "response": "output", "history": "history"},
+            "tags": None,
+        },
+        "row 1: field `history` must be a list of [question, answer]",
+    ),
+    "a number as the answer": (
+        "a.csv",
+        [{"q": "a", "a": 2}],
+        {"formatting": "alpaca", "columns": {"prompt": "q", "response": "a"}, "tags": None},
+        "row 1: field `a` must be a text that is not empty, it is 2, a int",
+    ),
+    "arguments that other rows put there": (
+        "a.json",
+        [{"messages": [ASKED, called(port=1)]}, {"messages": [ASKED, called(city="x")]}],
+        {"formatting": "openai", "tags": TAGS | {"function_tag": "function_call"}},
+        "row 1: message 2 has null in `arguments`, which other rows' put there",
+    ),
+    "a tool without properties": (
+        "a.json",
+        [{"messages": [ASKED, SAID], "tools": '[{"name": "f", "parameters": {}}]'}],
+        TOOLS,
+        'row 1: field `tools` must have "parameters": {"properties": {...}}',
+    ),
+    "only a system message": (
+        "a.json",
+        dialogue(SYSTEM),
+        {"tags": TAGS | {"system_tag": "system"}},
+        "row 2: there is only a system message",
+    ),
+    "a message that is a text": (
+        "a.json",
+        [{"messages": ["hello"]}],
+        {},
+        "row 1: message 1 must be an object {...}, it is 'hello'",
+    ),
 }
 
 
@@ -263,7 +347,7 @@ def test_right_rows_are_read(tmp_path, entries, case):
     file_name, rows, changes = RIGHT[case]
     written(tmp_path, file_name, rows)
     loaded, attr = entries.check("mine", entry(file_name, changes), tmp_path, "sft")
-    assert len(loaded) == len(rows)
+    assert len(loaded) == (1 if isinstance(rows, str | bytes) else len(rows))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -274,7 +358,7 @@ def test_a_wrong_row_is_named(tmp_path, entries, case, capsys):
         entries.check("mine", entry(file_name, changes), tmp_path, "sft")
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert sentence in said and said.count("error:") == 1
+    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_the_keys_are_llamafactorys(entries):
@@ -295,7 +379,7 @@ def test_the_examples_are_right_and_their_entries_are_guessed(tmp_path, entries,
     known = json.loads((DATA / "dataset_info.json").read_text())[f"example_{name}"]
     stage = entries.usual_stage(known)
     rows, attr = entries.check(name, known, DATA, stage)
-    guessed = fitting.fitting(known["file_name"], entries.first_rows(rows))
+    guessed = fitting.fitting(known["file_name"], list(rows))
     _, again = entries.check(name, guessed, DATA, stage)
     from llamafactory.data.converter import get_dataset_converter
 
@@ -303,6 +387,41 @@ def test_the_examples_are_right_and_their_entries_are_guessed(tmp_path, entries,
     read = get_dataset_converter(attr.formatting, attr, told)
     read_again = get_dataset_converter(again.formatting, again, told)
     assert [read(row) for row in rows] == [read_again(row) for row in rows] != []
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (
+            ALPACA | {"verified": True},
+            {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
+        ),
+        ({"instruction": "a", "reply": "b"}, None),
+        ({"text": "a"}, {"columns": {"prompt": "text"}}),
+        ({"问题": "a", "回答": "b"}, None),
+        ({"prompt": "a", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, None),
+        (
+            {"meta": [{"id": 1}], "tools": [{"name": "f"}], "messages": [None, ASKED, SAID]},
+            {"formatting": "sharegpt"},
+        ),
+        (
+            {"messages": [ASKED, SAID | {"tool_calls": []}]},
+            {"formatting": "sharegpt", "tags": TAGS},
+        ),
+        (
+            {"messages": [ASKED, called(port=1)]},
+            {"formatting": "openai", "tags": TAGS | {"function_tag": "function_call"}},
+        ),
+    ],
+)
+def test_the_entry_goes_by_the_names_of_the_fields(entries, row, expected):
+    import fitting
+
+    guessed = fitting.fitting("a.json", [row])
+    if expected is None:
+        assert guessed is None
+    else:
+        assert {key: guessed.get(key) for key in expected} == expected
 
 
 # -----------------------------------------------------------------------------
@@ -352,6 +471,7 @@ def test_every_wrong_row_is_listed_with_an_entry_that_fits(tmp_path):
         ),
         (["--cutoff-len", "0"], "--cutoff-len must be at least 1"),
         (["alpaca_zh"], "the rows of alpaca_zh are in no file here"),
+        (["launch_en_test", "--held-out", "alpaca_zh"], "the rows of alpaca_zh are in no file"),
         (["launch_en_test", "--stage", "dpo"], "does not have `ranking: true`"),
     ],
 )

@@ -835,7 +835,7 @@ def test_chat_with_piped_input(adapter, tuned_answers):
     [
         (
             ["dataset=alpaca"],
-            "there is no data set and no file alpaca: "
+            "there is no data set alpaca: "
             "modules/06_LLaMA-Factory/data/dataset_info.json has launch_en_train",
         ),
         (["dataset_dir=nowhere"], "there is no nowhere/dataset_info.json"),

@@ -13,6 +13,7 @@ own chat template says. A wrong row is named, with its field.
 import argparse
 import itertools
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lab import ROOT, fail, models, results
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
+NOT_HERE = "the rows of {} are in no file here: LLaMA-Factory fetches them"
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     what = "file, folder or name of a data set (default: the profile's training data)"
     parser.add_argument("file", nargs="?", help=what)
     parser.add_argument("--info", help="dataset_info.json with the file's entry (default: beside)")
+    parser.add_argument("--media-dir", help="folder of the pictures (default: the file's)")
     held_out = "data set or file whose rows training must not have"
     parser.add_argument("--held-out", metavar="NAME", help=held_out)
     parser.add_argument("--write", action="store_true", help="write an entry that fits the file")
@@ -52,23 +55,27 @@ def main() -> None:
 
     settings = OmegaConf.load(HERE / "configs" / "sft_lora.yaml")
     settings = OmegaConf.merge(settings, profile.finetune.args)
-    if args.cutoff_len is not None and args.cutoff_len < 1:
-        fail("--cutoff-len must be at least 1")
+    if (args.cutoff_len is not None and args.cutoff_len < 1) or args.rows < 0:
+        fail("--cutoff-len must be at least 1, --rows at least 0")
 
     # -----------------------------------------------------------------------------
     # 1. The entry: what LLaMA-Factory is told of the file
 
     info = Path(args.info) if args.info else None
+    media = Path(args.media_dir) if args.media_dir else None
     ours = ROOT / settings.dataset_dir
     name, entry, folder = entries.find(args.file or settings.dataset, info, ours)
+    problem = entries.wrong_in_entry(entry)
+    if problem:
+        fail(f"the entry {name}{problem}")
     stage = args.stage or entries.usual_stage(entry)
     if args.brief:
-        entries.check(name, entry, folder, stage)
+        entries.check(name, entry, folder, stage, media=media)
         return
     print(f"{name}: {json.dumps(entry, ensure_ascii=False)}")
-    checked = entries.check(name, entry, folder, stage, most=10)
+    checked = entries.check(name, entry, folder, stage, most=10, media=media)
     if not checked:
-        fail(f"the rows of {name} are in no file here: LLaMA-Factory fetches them")
+        fail(NOT_HERE.format(name))
     rows, attr = checked
     print(f"{len(rows)} rows, none is wrong")
     if args.write:
@@ -80,6 +87,7 @@ def main() -> None:
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.mm_plugin import get_mm_plugin
     from llamafactory.data.processor import SupervisedDatasetProcessor
+    from llamafactory.data.processor.processor_utils import infer_seqlen
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
@@ -94,7 +102,7 @@ def main() -> None:
         template=template_name,
         default_system=system if template_name else None,
         cutoff_len=2**20,  # whole rows; what will be cut is counted below
-        media_dir=str(folder),
+        media_dir=str(media or folder),
     )
     template = get_template_and_fix_tokenizer(tokenizer, told)
     takes_pictures = bool(template.mm_plugin.image_token)
@@ -109,6 +117,12 @@ def main() -> None:
             ids = tokenizer(row["_prompt"][0]["content"])["input_ids"][: told.cutoff_len]
             return ids, ids
         context = (row["_system"], row["_tools"], [], [], [])
+        if stage in ("dpo", "rm", "kto"):  # only the last answer counts
+            parts = (tokenizer, [*row["_prompt"], answer], *context[:2])
+            prompt, target = template.encode_oneturn(*parts)
+            kept_prompt, kept_target = infer_seqlen(len(prompt), len(target), told.cutoff_len)
+            ids = prompt[:kept_prompt] + target[:kept_target]
+            return ids, [-100] * kept_prompt + target[:kept_target]
         return processor._encode_data_example(row["_prompt"], [answer], *context)
 
     nothing = [{"role": "assistant", "content": ""}]
@@ -118,6 +132,7 @@ def main() -> None:
         for answer in (nothing if stage == "pt" else row["_response"])
         if answer["content"] or stage == "pt"
     ]
+    print(f"tokenizing {len(texts):,} texts ...", file=sys.stderr, flush=True)
     whole = [encode(row, answer) for row, answer in texts]
     told.cutoff_len = cutoff_len
     kept = [encode(row, answer) for row, answer in texts]
@@ -162,7 +177,7 @@ def main() -> None:
     leaked = None
     if args.held_out:
         other = entries.find(args.held_out, info, ours)
-        tests, test_attr = entries.check(*other, stage)
+        tests, test_attr = entries.check(*other, stage) or fail(NOT_HERE.format(args.held_out))
         read = get_dataset_converter(test_attr.formatting, test_attr, told)
         asked = {json.dumps(row["_prompt"]) for row in converted}
         leaked = sum(json.dumps(read(row)["_prompt"]) in asked for row in tests)

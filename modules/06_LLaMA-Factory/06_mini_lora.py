@@ -24,7 +24,7 @@ OURS = {
     "pissa": {"pissa": True},
 }
 PEFT = OURS | {"pissa": {"init_lora_weights": "pissa"}}
-DIFFERENCES = {  # of the largest logit or loss: column, name
+DIFFERENCES = {  # as a part of the largest logit, or of the loss: column, name
     "moved at the start": "begin_logits",
     "losses from PEFT's": "peft_losses",
     "logits from PEFT's": "peft_logits",
@@ -45,8 +45,8 @@ def main() -> None:
     training.add_flag(parser, "--seq-len", int, 64, "tokens of a row")
     training.add_flag(parser, "--learning-rate", float, 1e-3, "of AdamW")
     args = parser.parse_args()
-    if min(args.rank, args.steps, args.seq_len) < 1:
-        fail("--rank, --steps and --seq-len must be at least 1")
+    if min(args.rank, args.steps, args.seq_len) < 1 or args.alpha <= 0:
+        fail("--rank, --steps and --seq-len must be at least 1, --alpha more than 0")
 
     import torch
     from peft import LoraConfig, get_peft_model
@@ -92,7 +92,10 @@ def main() -> None:
         peft_settings = {"r": args.rank, "lora_alpha": args.alpha, "target_modules": "all-linear"}
         peft = get_peft_model(model, LoraConfig(**peft_settings, **PEFT[method]))
         ours = fresh()
-        lora_layers.wrap(ours, rank=args.rank, alpha=args.alpha, **OURS[method])
+        try:
+            lora_layers.wrap(ours, rank=args.rank, alpha=args.alpha, **OURS[method])
+        except ValueError as e:
+            fail(str(e))
         theirs = dict(peft.base_model.model.named_modules())
         for name, layer in ours.named_modules():
             if isinstance(layer, lora_layers.LoraLinear):
@@ -110,7 +113,7 @@ def main() -> None:
             "trained_count": sum(w.numel() for w in ours.parameters() if w.requires_grad),
             "losses": losses,
             "begin_logits": moved,
-            "peft_losses": max(abs(a - b) for a, b in zip(losses, peft_losses, strict=True)),
+            "peft_losses": max(abs(a / b - 1) for a, b in zip(losses, peft_losses, strict=True)),
             "peft_logits": apart(tuned, logits(peft)),
         }
         lora_layers.merge(ours)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import entries
+
 from lab import ROOT, fail, shown
 from lab.profile import need_cards
 
@@ -32,8 +34,15 @@ def data_sets(settings) -> None:
     In a process of its own: LLaMA-Factory's converters bring PyTorch along.
     """
     info = ROOT / settings.dataset_dir / "dataset_info.json"
-    for name in str(settings.dataset).split(","):
+    known = entries.read_info(info)
+    named = [settings.dataset, settings.get("eval_dataset") or ""]
+    for name in filter(None, ",".join(map(str, named)).split(",")):
+        if name.strip() not in known:
+            names = ", ".join(known)
+            fail(f"there is no data set {name.strip()}: {shown(info)} has {names}")
         question = [name.strip(), "--info", str(info), "--stage", settings.stage, "--brief"]
+        if settings.get("media_dir"):
+            question += ["--media-dir", settings.media_dir]
         done = subprocess.run([sys.executable, str(HERE / "00_check_data.py"), *question])
         if done.returncode:
             raise SystemExit(done.returncode)

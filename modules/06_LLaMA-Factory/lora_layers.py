@@ -41,6 +41,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def begin_with_singular_values(self, rank: int) -> None:
         """B A is what the `rank` largest singular values make of W; the frozen W loses it."""
+        if rank > min(self.base.weight.shape):
+            raise ValueError(f"a layer of {tuple(self.base.weight.shape)} has no rank {rank}")
         left, values, right = torch.linalg.svd(self.base.weight, full_matrices=False)
         root = (values[:rank] / self.scaling).sqrt()
         self.lora_A.copy_(root[:, None] * right[:rank])

@@ -5,6 +5,7 @@ Each function gives how a sentence that begins "FILE: row 3" goes on, "" where t
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,15 +23,15 @@ def wrong_rows(rows, attr, stage: str, folder: Path, most: int = 10) -> list[str
 
     logging._get_library_root_logger().setLevel("ERROR")  # its warnings are our sentences
     convert = get_dataset_converter(attr.formatting, attr, SimpleNamespace(media_dir=str(folder)))
-    answers = {"dpo": 2, "rm": 2, "kto": 2, "sft": 1, "pt": 0}[stage]
+    answers = {"sft": 1, "pt": 0}.get(stage, 2)
     problems = []
     for number, row in enumerate(rows, 1):
         problem = wrong_in_row(row, attr, stage, folder)
         if not problem:  # the last word has LLaMA-Factory's own converter
             try:
                 converted = convert(row)
-                if len(converted["_prompt"]) % 2 == 0 or len(converted["_response"]) < answers:
-                    problem = ": LLaMA-Factory drops it"
+                if len(converted["_prompt"]) % 2 == 0 or len(converted["_response"]) != answers:
+                    problem = f": LLaMA-Factory drops it in stage {stage}"
             except Exception as e:
                 problem = f": LLaMA-Factory cannot read it: {type(e).__name__}: {e}"
         if problem:
@@ -59,23 +60,36 @@ def wrong_in_row(row: dict, attr, stage: str, folder: Path) -> str:
     )
 
 
+def wrong_text(field: str, text) -> str:
+    """The field must hold words."""
+    if isinstance(text, str) and text.strip():
+        return ""
+    kind = "" if isinstance(text, str) or text is None else f", a {type(text).__name__}"
+    return f": field `{field}` must be a text that is not empty, it is {text!r:.60}{kind}"
+
+
 def wrong_alpaca(row: dict, attr, stage: str) -> str:
-    asked = [row[field] for field in (attr.prompt, attr.query) if field]
-    for text in asked:
+    """Prompt and answer; `history`: earlier pairs of them."""
+    if stage == "pt":
+        return ""
+    asked = {field: row[field] for field in (attr.prompt, attr.query) if field}
+    for field, text in asked.items():
         if text is not None and not isinstance(text, str):
-            return f": a prompt must be a text, it is {text!r:.60}"
-    if not any(text and text.strip() for text in asked):
-        return f": the prompt is empty (`{attr.prompt}`)"
-    if stage in ("pt", "dpo", "rm"):
+            return wrong_text(field, text)
+    if not any(text and text.strip() for text in asked.values()):
+        return wrong_text(*next(iter(asked.items())))
+    if attr.system and not isinstance(row[attr.system], str | None):
+        return wrong_text(attr.system, row[attr.system])
+    for pair in (row[attr.history] or []) if attr.history else []:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            return (
+                f": field `{attr.history}` must be a list of [question, answer], not {pair!r:.60}"
+            )
+    if attr.ranking:
         return ""
     if not attr.response:
         return " has no answer: the entry names no column `response`"
-    answer = row[attr.response]
-    if not isinstance(answer, str) or not answer.strip():
-        return (
-            f": field `{attr.response}` must be an answer that is not empty, it is {answer!r:.60}"
-        )
-    return ""
+    return wrong_text(attr.response, row[attr.response])
 
 
 def wrong_messages(row: dict, attr, stage: str) -> str:
@@ -89,9 +103,11 @@ def wrong_messages(row: dict, attr, stage: str) -> str:
     turns = []
     for place, message in enumerate(messages, 1):
         here = f": message {place}"
+        if not isinstance(message, dict):
+            return f"{here} must be an object {{...}}, it is {message!r:.60}"
         for field in (attr.role_tag, attr.content_tag):
-            if not isinstance(message, dict) or field not in message:
-                has = ", ".join(f"`{name}`" for name in message) if message else "nothing"
+            if field not in message:
+                has = ", ".join(f"`{name}`" for name in message)
                 return f"{here} has no field `{field}`, which the entry's tags name; it has {has}"
         role = message[attr.role_tag]
         content = message[attr.content_tag]
@@ -112,6 +128,8 @@ def wrong_messages(row: dict, attr, stage: str) -> str:
             return f"{here} is of {role!r}, here must be one of {' or '.join(sorted(expected))}"
         if role in answering and not calls and not content.strip():
             return f"{here}: field `{attr.content_tag}` is empty, nothing would be learnt from it"
+    if not turns:
+        return ": there is only a system message"
     ends_asking = stage in ("dpo", "rm")
     if len(turns) % 2 != ends_asking:
         wanted = asking if ends_asking else answering
@@ -127,12 +145,15 @@ def wrong_answers(row: dict, attr, stage: str) -> str:
             return f": the entry says `ranking`, but names no column `{column}`"
         answer = row[field]
         if attr.formatting == "alpaca":
-            if not isinstance(answer, str):
-                return f": field `{field}` must be a text, it is {answer!r:.60}"
+            problem = wrong_text(field, answer)
+            if problem:
+                return problem
         elif not isinstance(answer, dict) or {attr.role_tag, attr.content_tag} - set(answer):
             return f": field `{field}` must be a message, it is {answer!r:.60}"
         elif answer[attr.role_tag] not in (attr.assistant_tag, attr.function_tag):
             return f": field `{field}` is a message of {answer[attr.role_tag]!r}, no answer"
+        elif wrong_text("", answer[attr.content_tag]):
+            return wrong_text(f"{field}.{attr.content_tag}", answer[attr.content_tag])
     if attr.kto_tag and not isinstance(row[attr.kto_tag], bool):
         return f": field `{attr.kto_tag}` must be true or false, it is {row[attr.kto_tag]!r:.60}"
     return ""
@@ -158,7 +179,9 @@ def wrong_tools(row: dict, attr) -> str:
 
 def wrong_functions(functions, needed: str) -> str:
     """`functions`: a list of {"name", `needed`}, or of OpenAI's {"function": ...}, or its JSON."""
-    if isinstance(functions, str):
+    written = isinstance(functions, str)
+    if written:
+        functions = re.sub(r"^\s*<think>.*?</think>", "", functions, flags=re.S)
         try:
             functions = json.loads(functions)
         except ValueError as e:
@@ -167,26 +190,42 @@ def wrong_functions(functions, needed: str) -> str:
         inner = function.get("function", function) if isinstance(function, dict) else {}
         if not isinstance(inner, dict) or not {"name", needed} <= set(inner):
             return f'must be JSON as {{"name": ..., "{needed}": {{...}}}}'
-        if isinstance(inner[needed], str):  # as OpenAI's API logs it: it would be quoted once more
+        values = inner[needed]
+        if isinstance(values, str):  # as OpenAI's API logs it: it would be quoted once more
             return f"has `{needed}` in a text, it must be an object: put it through json.loads"
+        if needed == "parameters" and "properties" not in values:
+            return 'must have "parameters": {"properties": {...}}'
+        # A table has one set of columns: those of other rows' calls are null here.
+        within = values.get("properties", values) if isinstance(values, dict) else {}
+        if not written and None in within.values():
+            return (
+                f"has null in `{needed}`, which other rows' put there: write calls and tools as "
+                "JSON in texts (example_tools.jsonl)"
+            )
     return ""
 
 
 def wrong_media(row: dict, attr, folder: Path) -> str:
-    """A picture, video or sound for each placeholder in the texts, and its file is there."""
-    fields = [attr.prompt, attr.query] if attr.formatting == "alpaca" else []
+    """A picture, video or sound for each placeholder in the texts, and its file is there.
+
+    Where the entry names no column for them, a placeholder is a word like others.
+    """
+    fields = [attr.prompt, attr.query, attr.response] if attr.formatting == "alpaca" else []
     texts = [row[field] or "" for field in fields if field]
     if attr.formatting != "alpaca":
         texts = [message[attr.content_tag] or "" for message in row[attr.messages]]
     for column in MEDIA:
         field = getattr(attr, column)
-        files = (row[field] or []) if field else []
-        files = files if isinstance(files, list) else [files]
+        if not field:
+            continue
+        files = row[field] if isinstance(row[field], list) else [row[field]] * bool(row[field])
         placeholder = f"<{column[:-1]}>"
         count = sum(text.count(placeholder) for text in texts)
         if count != len(files):
-            named = f"field `{field}` names" if field else f"the entry names no column `{column}`:"
-            return f": the texts have {count} {placeholder}, {named} {len(files)} {column}"
+            return (
+                f": the texts have {count} {placeholder}, field `{field}` names {len(files)} "
+                f"{column}"
+            )
         for file in files:
             if isinstance(file, str) and not (folder / file).is_file() and not Path(file).is_file():
                 return f": there is no file {file} in {shown(folder)}"
