@@ -250,12 +250,21 @@ train-two-machines: env ## 04 to 06 on two machines (network namespaces) (ARGS="
 RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
-.PHONY: lf-train lf-train-z2 lf-score lf-merge lf-chat lf-api lf-webui
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-merge lf-chat lf-api lf-webui
+lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
+	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
+
+lf-new-data: env ## write the entry of FILE into the dataset_info.json beside it
+	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") --write $(ARGS)
+
 lf-train: env ## LoRA fine-tuning in one process (ARGS="lora_rank=8": any setting; RESUME=1)
 	@$(PY) modules/06_LLaMA-Factory/01_train.py $(BEGIN) $(ARGS)
 
 lf-train-z2: env ## the same with DeepSpeed ZeRO-2 in several processes
 	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(BEGIN) $(ARGS)
+
+mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
+	@$(PY) modules/06_LLaMA-Factory/06_mini_lora.py $(ARGS)
 
 lf-score: env ## held-out requests before and after, exact match (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)

@@ -16,6 +16,10 @@ from pathlib import Path
 from lab import ROOT, RUNS, fail, shown
 from lab.profile import read_yaml
 
+# What of a model's files on the hub is not downloaded
+OTHER_FORMATS = ["*.pth", "*.bin", "original/*"]  # the same weights once more
+WEIGHTS = ["*.safetensors", "*.gguf", "*.pt"]
+
 
 def catalogue() -> dict[str, dict]:
     """configs/models.yaml: {name: {hub, modelscope, template, licence, ...}}."""
@@ -77,36 +81,38 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def _from_hub(name: str, what: str, way_out: str, file: str = "") -> Path:
+def _from_hub(name: str, what: str, way_out: str, file: str = "", weights: bool = True) -> Path:
     """The model's folder, or one `file` of it, from the hub that the environment names.
 
     Raises SystemExit(2) with one sentence where it cannot be had.
     """
     download = _download_from_modelscope if from_modelscope() else _download_from_hugging_face
     try:
-        return Path(download(name, file))
+        return Path(download(name, file, OTHER_FORMATS if weights else OTHER_FORMATS + WEIGHTS))
     except Exception as e:  # both hubs raise many kinds; the reader needs one sentence
         lines = str(e).strip().splitlines() or [type(e).__name__]
         advice = f"check the name and the network, or {way_out}"
         fail(f"could not get {what} {name}: {lines[0][:200]} -- {advice}")
 
 
-def _download_from_modelscope(name: str, file: str) -> str:
+def _download_from_modelscope(name: str, file: str, left_out: list[str]) -> str:
     from modelscope import model_file_download, snapshot_download
 
     hub = entry(name)[1].get("modelscope", name)
     if hub is None:
         raise ValueError("configs/models.yaml knows no copy of it on ModelScope")
-    return model_file_download(hub, file) if file else snapshot_download(hub)
+    if file:
+        return model_file_download(hub, file)
+    return snapshot_download(hub, ignore_patterns=left_out)
 
 
-def _download_from_hugging_face(name: str, file: str) -> str:
+def _download_from_hugging_face(name: str, file: str, left_out: list[str]) -> str:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     hub = entry(name)[1].get("hub", name)
     if file:
         return hf_hub_download(hub, file)
-    return snapshot_download(hub, ignore_patterns=["*.pth", "*.bin", "original/*"])
+    return snapshot_download(hub, ignore_patterns=left_out)
 
 
 def from_modelscope() -> bool:
@@ -157,10 +163,11 @@ def add_model_flag(parser, default: str | None) -> None:
     parser.add_argument("--model", default=default, help=f"{MODEL_FLAG} (default: %(default)s)")
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, weights: bool = True) -> Path:
     """Folder with the model's config, tokenizer and weights, downloaded or converted on first use.
 
     `name` is one of configs/models.yaml, any `organisation/model` id of the hub, or a folder.
+    Without `weights` those are not downloaded: config and tokenizer are enough.
     Raises SystemExit(2) with one sentence when it is none of these or cannot be had.
     """
     key, model = entry(name)
@@ -175,7 +182,8 @@ def model_folder(name: str) -> Path:
             f"unknown model {name}: choose one of {', '.join(catalogue())} "
             "(configs/models.yaml), an organisation/model id of the hub, or a folder"
         )
-    return _from_hub(name, "model", "set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1")
+    way_out = "set HF_ENDPOINT (mirror) or USE_MODELSCOPE_HUB=1"
+    return _from_hub(name, "model", way_out, weights=weights)
 
 
 def _from_package(key: str, model: dict) -> Path:

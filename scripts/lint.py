@@ -83,11 +83,13 @@ LESSON = {
     "05_DeepSpeed/08_compression.py": r"model\.register_comm_hook\(",
     "05_DeepSpeed/09_two_machines.py": r"--node-rank",
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
+    "06_LLaMA-Factory/00_check_data.py": r"= get_template_and_fix_tokenizer\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/02_score.py": r"model\.generate\(",
     "06_LLaMA-Factory/03_merge.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/04_chat.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/05_serve.py": r"factory\.prepare\(",
+    "06_LLaMA-Factory/06_mini_lora.py": r"get_peft_model\(",
 }
 
 # -----------------------------------------------------------------------------

@@ -10,17 +10,29 @@ is understanding, not memory. English for the embedded 135M model, Chinese too f
 """
 
 import argparse
+import csv
+import io
 import itertools
 import json
 import random
 from pathlib import Path
 
+from PIL import Image, ImageDraw
+
 from lab import ROOT, shown
 
 FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 SIZES = {"train": 384, "test": 64}
+EXAMPLES = 8  # rows of each other form
+COLOURS = ("red", "green", "blue", "black")
 SEED = 4090
 
+TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+}
 # The values of the five fields, in the order in which the JSON has them.
 VALUES = {
     "model": [
@@ -98,38 +110,173 @@ def rows(language: str, split: str) -> list[dict]:
     return dialogues
 
 
-def description(name: str) -> dict:
-    """What LLaMA-Factory's dataset_info.json says of a file of ours."""
+def description(name: str, columns: tuple[str, ...] = (), **more) -> dict:
+    """What LLaMA-Factory's dataset_info.json says of a file of ours, of messages by role."""
     return {
         "file_name": f"{name}.json",
         "formatting": "sharegpt",
-        "columns": {"messages": "messages"},
-        "tags": {
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-        },
+        **more,
+        "columns": {column: column for column in ("messages", *columns)},
+        "tags": TAGS,
     }
 
 
-def files() -> dict[Path, str]:
+# -----------------------------------------------------------------------------
+# A small example of every other form of rows that LLaMA-Factory reads: section 2 of module 06
+
+
+def values_of(row: dict) -> dict:
+    """The five fields that the answer of a row of `rows` names."""
+    return json.loads(row["messages"][1]["content"])
+
+
+def more_turns() -> list[dict]:
+    """Several turns and a system message: ShareGPT's own field names."""
+    dialogues = []
+    for row in rows("en", "train")[:EXAMPLES]:
+        values = values_of(row)
+        changed = values | {"port": values["port"] + 1}
+        turns = [
+            ("human", row["messages"][0]["content"]),
+            ("gpt", json.dumps(values)),
+            ("human", f"Port {values['port']} is taken, use the next one."),
+            ("gpt", json.dumps(changed)),
+        ]
+        dialogue = [{"from": role, "value": text} for role, text in turns]
+        dialogues.append({"conversations": dialogue, "system": "Answer with one line of JSON."})
+    return dialogues
+
+
+def tool_calls() -> list[dict]:
+    """A tool is called and answers: the tools and the call are JSON in texts."""
+    port = {"type": "integer", "description": "the port to look at"}
+    parameters = {"type": "object", "properties": {"port": port}, "required": ["port"]}
+    tool = {"name": "is_free", "description": "Whether a port is free.", "parameters": parameters}
+    dialogues = []
+    for number, port in enumerate(VALUES["port"][:EXAMPLES]):
+        free = number % 2 == 0
+        said = "yes, it is free" if free else "no, something listens there"
+        turns = [
+            ("user", f"Can I serve on port {port}?"),
+            ("function_call", json.dumps({"name": "is_free", "arguments": {"port": port}})),
+            ("observation", json.dumps({"free": free})),
+            ("assistant", f"Port {port}: {said}."),
+        ]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        dialogues.append({"messages": messages, "tools": json.dumps([tool])})
+    return dialogues
+
+
+def preferences() -> list[dict]:
+    """A right answer and a plausible wrong one: two numbers have changed places."""
+    pairs = []
+    for row in rows("en", "train")[:EXAMPLES]:
+        question, right = row["messages"]
+        values = values_of(row)
+        swapped = values | {"port": values["max_len"], "max_len": values["port"]}
+        wrong = right | {"content": json.dumps(swapped)}
+        pairs.append({"messages": [question], "chosen": right, "rejected": wrong})
+    return pairs
+
+
+def judged() -> list[dict]:
+    """Answers that somebody has called good or bad, for KTO."""
+    answers = []
+    for number, pair in enumerate(preferences()):
+        label = number % 2 == 0
+        answer = pair["chosen" if label else "rejected"]["content"]
+        question = pair["messages"][0]["content"]
+        answers.append({"instruction": question, "output": answer, "label": label})
+    return answers
+
+
+def pictures() -> dict[str, bytes]:
+    """Drawn PNG files: a square or a circle of one colour."""
+    drawn = {}
+    for colour, shape in itertools.product(COLOURS, ("square", "circle")):
+        image = Image.new("RGB", (56, 56), "white")
+        draw = ImageDraw.Draw(image)
+        {"square": draw.rectangle, "circle": draw.ellipse}[shape]((8, 8, 47, 47), fill=colour)
+        file = io.BytesIO()
+        image.save(file, "png", optimize=True)
+        drawn[f"pictures/{colour}_{shape}.png"] = file.getvalue()
+    return drawn
+
+
+def seen() -> list[dict]:
+    """A question about a picture; <image> is where the model sees it."""
+    answers = []
+    for name in pictures():
+        colour, shape = Path(name).stem.split("_")
+        answer = json.dumps({"colour": colour, "shape": shape})
+        question = {"role": "user", "content": "<image>What is drawn?"}
+        messages = [question, {"role": "assistant", "content": answer}]
+        answers.append({"messages": messages, "images": [name]})
+    return answers
+
+
+def as_json(dialogues: list[dict]) -> str:
+    """One list, a row on each line."""
+    lines = [" " + json.dumps(row, ensure_ascii=False) for row in dialogues]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def examples() -> tuple[dict[str, str], dict]:
+    """Name and content of the files of the other forms, and their entries."""
+    jsonl = "".join(json.dumps(row) + "\n" for row in tool_calls())
+    table = io.StringIO()
+    answers = csv.writer(table, lineterminator="\n")
+    answers.writerow(("question", "answer"))
+    answers.writerows([m["content"] for m in row["messages"]] for row in rows("en", "train")[:8])
+    contents = {
+        "example_turns.json": as_json(more_turns()),
+        "example_tools.jsonl": jsonl,
+        "example_table.csv": table.getvalue(),
+        "example_preference.json": as_json(preferences()),
+        "example_kto.json": as_json(judged()),
+        "example_picture.json": as_json(seen()),
+    }
+    tools = description("example_tools", ("tools",))
+    turns = {"observation_tag": "observation", "function_tag": "function_call"}
+    kto = {"prompt": "instruction", "response": "output", "kto_tag": "label"}
+    info = {
+        "example_turns": {
+            "file_name": "example_turns.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "conversations", "system": "system"},
+        },
+        "example_tools": tools | {"file_name": "example_tools.jsonl", "tags": TAGS | turns},
+        "example_table": {
+            "file_name": "example_table.csv",
+            "columns": {"prompt": "question", "response": "answer"},
+        },
+        "example_preference": description(
+            "example_preference", ("chosen", "rejected"), ranking=True
+        ),
+        "example_kto": {"file_name": "example_kto.json", "columns": kto},
+        "example_picture": description("example_picture", ("images",)),
+    }
+    return contents, info
+
+
+def files() -> dict[Path, bytes]:
     """Path and content of every file of the data set, dataset_info.json included."""
     contents = {}
     info = {}
     for language, split in itertools.product(PHRASINGS, SIZES):
         name = f"launch_{language}_{split}"
-        lines = [" " + json.dumps(row, ensure_ascii=False) for row in rows(language, split)]
-        contents[FOLDER / f"{name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
+        contents[f"{name}.json"] = as_json(rows(language, split))
         info[name] = description(name)
+    texts, entries = examples()
     alpaca = "llamafactory/alpaca_zh"
-    info["alpaca_zh"] = {"hf_hub_url": alpaca, "ms_hub_url": alpaca}
-    contents[FOLDER / "dataset_info.json"] = json.dumps(info, indent=2) + "\n"
-    return contents
+    info |= entries | {"alpaca_zh": {"hf_hub_url": alpaca, "ms_hub_url": alpaca}}
+    contents |= texts | {"dataset_info.json": json.dumps(info, indent=2) + "\n"}
+    written = {name: text.encode() for name, text in contents.items()} | pictures()
+    return {FOLDER / name: content for name, content in written.items()}
 
 
-def is_written(path: Path, content: str) -> bool:
-    return path.exists() and path.read_text(encoding="utf-8") == content
+def is_written(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() == content
 
 
 def main() -> None:
@@ -144,7 +291,7 @@ def main() -> None:
     if not args.check:
         for path in differ:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(contents[path], encoding="utf-8")
+            path.write_bytes(contents[path])
     print(f"{'differ' if args.check else 'written'}: {', '.join(map(shown, differ)) or 'none'}")
     raise SystemExit(1 if args.check and differ else 0)
 

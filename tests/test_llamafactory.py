@@ -835,8 +835,8 @@ def test_chat_with_piped_input(adapter, tuned_answers):
     [
         (
             ["dataset=alpaca"],
-            "there is no data set alpaca: dataset_info.json in "
-            "modules/06_LLaMA-Factory/data has launch_en_train",
+            "there is no data set alpaca: "
+            "modules/06_LLaMA-Factory/data/dataset_info.json has launch_en_train",
         ),
         (["dataset_dir=nowhere"], "there is no nowhere/dataset_info.json"),
         (["learning_rate=fast"], "learning_rate=fast is no number"),
@@ -867,9 +867,9 @@ def test_broken_row(tmp_path):
     info = {"mine": described | {"file_name": "mine.json"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     command = ["python", TRAIN, f"dataset_dir={tmp_path}", "dataset=mine"]
-    assert "row 4: field `content` of the assistant" in refused(*command)
+    assert "row 4: message 2: field `content` is empty" in refused(*command)
     (tmp_path / "mine.json").unlink()
-    assert "there is no data set" in refused(*command)
+    assert "there is no file" in refused(*command)
 
 
 @pytest.mark.parametrize("target", ["lf-score", "lf-merge", "lf-chat", "lf-api"])

@@ -78,7 +78,6 @@ def main() -> None:
     if args.zero2:
         checks.processes(args.processes, args.dry_run)
     checks.number_type(settings, profile.device)
-    checks.data_set(settings)
     named_stage = checks.named_stage(settings)
 
     # -----------------------------------------------------------------------------
@@ -86,6 +85,7 @@ def main() -> None:
 
     if not args.dry_run:
         jobs.refuse_taken_cards()
+        checks.data_sets(settings)
         folder = models.model_folder(settings.model_name_or_path)
         settings.model_name_or_path = shown(folder)
         system = factory.own_system_message(folder)

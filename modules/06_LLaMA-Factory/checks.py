@@ -2,10 +2,16 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from lab import ROOT, data, fail, shown
+import entries
+
+from lab import ROOT, fail, shown
 from lab.profile import need_cards
+
+HERE = Path(__file__).resolve().parent
 
 
 def overrides(pairs: list[str], source: Path) -> None:
@@ -22,23 +28,24 @@ def overrides(pairs: list[str], source: Path) -> None:
             fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
 
 
-def data_set(settings) -> None:
-    """dataset_info.json knows every data set, and no row of a local one is broken."""
-    folder = ROOT / settings.dataset_dir
-    file = folder / "dataset_info.json"
-    if not file.is_file():
-        fail(
-            f"there is no {shown(file)}: it names the data sets; "
-            "set dataset_dir to a folder that has one"
-        )
-    known = json.loads(file.read_text())
-    for name in str(settings.dataset).split(","):
-        entry = known.get(name.strip())
-        if entry is None:
+def data_sets(settings) -> None:
+    """dataset_info.json knows every data set, and no row of a local one is wrong.
+
+    In a process of its own: LLaMA-Factory's converters bring PyTorch along.
+    """
+    info = ROOT / settings.dataset_dir / "dataset_info.json"
+    known = entries.read_info(info)
+    named = [settings.dataset, settings.get("eval_dataset") or ""]
+    for name in filter(None, ",".join(map(str, named)).split(",")):
+        if name.strip() not in known:
             names = ", ".join(known)
-            fail(f"there is no data set {name.strip()}: {file.name} in {shown(folder)} has {names}")
-        if "messages" in entry.get("columns", {}) and "file_name" in entry:
-            data.rows(str(folder / entry["file_name"]))
+            fail(f"there is no data set {name.strip()}: {shown(info)} has {names}")
+        question = [name.strip(), "--info", str(info), "--stage", settings.stage, "--brief"]
+        if settings.get("media_dir"):
+            question += ["--media-dir", settings.media_dir]
+        done = subprocess.run([sys.executable, str(HERE / "00_check_data.py"), *question])
+        if done.returncode:
+            raise SystemExit(done.returncode)
 
 
 def processes(count: int, dry_run: bool) -> None:
