@@ -11,8 +11,6 @@ parameters are trained; and what merging the adapter into the weights changes: r
 
 import argparse
 
-import lora_layers
-
 from lab import data, fail, models, results, training
 from lab.profile import load_profile
 from lab.table import table
@@ -48,6 +46,7 @@ def main() -> None:
     if min(args.rank, args.steps, args.seq_len) < 1 or args.alpha <= 0:
         fail("--rank, --steps and --seq-len must be at least 1, --alpha more than 0")
 
+    import lora_layers  # the file beside this script
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
