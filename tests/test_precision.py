@@ -320,7 +320,8 @@ def test_step_speed_prints_a_row_for_each_measure():
     assert 0 < speed["plain_of_peak_ratio"] < 1.5
     assert speed["plain_tok_per_s"] * speed["plain_step_s"] == pytest.approx(32, rel=0.01)
     assert speed["fp8_of_peak_ratio"] == "–"
-    assert speed["best_causal_of_peak_ratio"] < speed["best_of_peak_ratio"]
+    # Rounded to four digits, in which a step as short as this may show no difference.
+    assert speed["best_causal_of_peak_ratio"] <= speed["best_of_peak_ratio"]
     assert re.search("fp8 products instead +needs a GPU of compute capability 8.9", done.stdout)
 
 

@@ -51,7 +51,7 @@ def main() -> None:
             print(f"not run: {command}")
             continue
         record = json.loads(file.read_text())
-        settings = {key: record["config"][key] for key in SAME}
+        settings = {key: record["config"].get(key) for key in SAME}
         settings["step_tok_count"] = record["metrics"]["step_tok_count"]
         yardstick = yardstick or settings
         differ = [

@@ -11,7 +11,7 @@ parameters are trained; and what merging the adapter into the weights changes: r
 
 import argparse
 
-from lab import data, fail, models, results, training
+from lab import data, fail, jobs, models, results, training
 from lab.profile import load_profile
 from lab.table import table
 
@@ -45,6 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.rank, args.steps, args.seq_len) < 1 or args.alpha <= 0:
         fail("--rank, --steps and --seq-len must be at least 1, --alpha more than 0")
+    jobs.refuse_taken_cards()
 
     import lora_layers  # the file beside this script
     import torch
