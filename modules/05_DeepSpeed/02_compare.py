@@ -52,7 +52,7 @@ def main() -> None:
             continue
         record = json.loads(file.read_text())
         settings = {key: record["config"].get(key) for key in SAME}
-        settings["step_tok_count"] = record["metrics"]["step_tok_count"]
+        settings["step_tok_count"] = record["metrics"].get("step_tok_count")
         yardstick = yardstick or settings
         differ = [
             f"{key} {value}, not {yardstick[key]}"
