@@ -25,6 +25,7 @@ FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 SIZES = {"train": 384, "test": 64}
 EXAMPLES = 8  # rows of each other form
 COLOURS = ("red", "green", "blue", "black")
+SHAPES = ("square", "circle")
 SEED = 4090
 
 TAGS = {
@@ -190,28 +191,32 @@ def judged() -> list[dict]:
     return answers
 
 
+def picture_name(colour: str, shape: str) -> str:
+    """Its file, from the data folder."""
+    return f"pictures/{colour}_{shape}.png"
+
+
 def pictures() -> dict[str, bytes]:
     """Drawn PNG files: a square or a circle of one colour."""
     drawn = {}
-    for colour, shape in itertools.product(COLOURS, ("square", "circle")):
+    for colour, shape in itertools.product(COLOURS, SHAPES):
         image = Image.new("RGB", (56, 56), "white")
         draw = ImageDraw.Draw(image)
         {"square": draw.rectangle, "circle": draw.ellipse}[shape]((8, 8, 47, 47), fill=colour)
         file = io.BytesIO()
         image.save(file, "png", optimize=True)
-        drawn[f"pictures/{colour}_{shape}.png"] = file.getvalue()
+        drawn[picture_name(colour, shape)] = file.getvalue()
     return drawn
 
 
 def seen() -> list[dict]:
     """A question about a picture; <image> is where the model sees it."""
     answers = []
-    for name in pictures():
-        colour, shape = Path(name).stem.split("_")
+    for colour, shape in itertools.product(COLOURS, SHAPES):
         answer = json.dumps({"colour": colour, "shape": shape})
         question = {"role": "user", "content": "<image>What is drawn?"}
         messages = [question, {"role": "assistant", "content": answer}]
-        answers.append({"messages": messages, "images": [name]})
+        answers.append({"messages": messages, "images": [picture_name(colour, shape)]})
     return answers
 
 
@@ -227,7 +232,9 @@ def examples() -> tuple[dict[str, str], dict]:
     table = io.StringIO()
     answers = csv.writer(table, lineterminator="\n")
     answers.writerow(("question", "answer"))
-    answers.writerows([m["content"] for m in row["messages"]] for row in rows("en", "train")[:8])
+    answers.writerows(
+        [m["content"] for m in row["messages"]] for row in rows("en", "train")[:EXAMPLES]
+    )
     contents = {
         "example_turns.json": as_json(more_turns()),
         "example_tools.jsonl": jsonl,

@@ -10,11 +10,8 @@ METHODS = ("lora", "rslora", "dora", "pissa")
 
 
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory) -> dict:
-    from lab.models import model_folder, two_layers
-
-    model = two_layers(model_folder("smollm2-135m"), tmp_path_factory.mktemp("tiny"))
-    out = run("python", MODULE / "06_mini_lora.py", "--model", model, check=0).stdout
+def metrics(tiny_model) -> dict:
+    out = run("python", MODULE / "06_mini_lora.py", "--model", tiny_model, check=0).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -36,7 +33,6 @@ def test_trained_parameters(metrics):
 
     The layers of lab.models.two_layers: hidden size 64, heads 4 and 2 of 16, MLP 128.
     """
-
     sides = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
     thin = 2 * 16 * sum(a + b for a, b in sides)
     assert metrics["lora_trained_count"] == metrics["pissa_trained_count"] == thin

@@ -108,13 +108,18 @@ def usual_stage(entry) -> str:
 # The file
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file, or those of the folder."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
 def wrong_in_files(path: Path) -> str:
     """What is wrong with the file, or with the folder of files; "" where it can be read."""
     from llamafactory.extras.constants import FILEEXT2TYPE
 
     if not path.exists():
         return f"there is no file {shown(path)}"
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = files_of(path)
     kinds = {FILEEXT2TYPE.get(file.suffix[1:]) for file in files}
     if not files or len(kinds) > 1:
         names = ", ".join(file.name for file in files[:5]) or "nothing"
@@ -141,10 +146,11 @@ def wrong_in_json(file: Path) -> str:
     text = text.removeprefix("\ufeff")
     rows = []
     blank = re.compile(r"\s*")
+    decoder = json.JSONDecoder()
     place = blank.match(text).end()
     while place < len(text):
         try:
-            row, end = json.JSONDecoder().raw_decode(text, place)
+            row, end = decoder.raw_decode(text, place)
         except ValueError as e:
             line = text.count("\n", 0, place if rows else e.pos) + 1
             return f" is not valid JSON in line {line}: {e.msg}"
@@ -172,10 +178,10 @@ def load(path: Path, split: str | None):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the sentence below is enough
-    files = sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
-    kind = FILEEXT2TYPE[Path(files[0]).suffix[1:]]
+    files = files_of(path)
+    kind = FILEEXT2TYPE[files[0].suffix[1:]]
     try:
-        return datasets.load_dataset(kind, data_files=files, split=split or "train")
+        return datasets.load_dataset(kind, data_files=list(map(str, files)), split=split or "train")
     except Exception as e:  # of datasets, pyarrow and pandas
         cause = e
         while cause.__cause__ or cause.__context__:

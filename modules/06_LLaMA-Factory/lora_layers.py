@@ -47,7 +47,7 @@ class LoraLinear(nn.Module):
         root = (values[:rank] / self.scaling).sqrt()
         self.lora_A.copy_(root[:, None] * right[:rank])
         self.lora_B.copy_(left[:, :rank] * root)
-        self.base.weight -= self.scaling * self.lora_B @ self.lora_A
+        self.base.weight -= self.delta()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]; the result: [..., out]."""
