@@ -1,6 +1,7 @@
 """What a training of LLaMA-Factory came to, read from the files that the engines wrote."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ class Outcome(NamedTuple):
     seconds: float  # of the training itself, without loading
     processes: int
     zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
+    is_fsdp: bool
+    trained_parameters: int
+    tokens_per_s: float  # of the rows, without padding
+    peak_gib: float  # the most a GPU held, of process 0; on a CPU 0: nobody records it
 
 
 def zero_stage(checkpoint: Path) -> int:
@@ -27,8 +32,11 @@ def zero_stage(checkpoint: Path) -> int:
     return int(state["ds_config"].get("zero_optimization", {}).get("stage", 0))
 
 
-def read(output: Path) -> Outcome:
-    """The outcome of the training that wrote to `output`, and of no other one."""
+def read(output: Path, log: Path) -> Outcome:
+    """The outcome of the training that wrote to `output`, and of no other one.
+
+    `log` is what its engine printed.
+    """
     history = json.loads((output / "trainer_state.json").read_text())
     final = json.loads((output / "all_results.json").read_text())
     losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
@@ -37,6 +45,10 @@ def read(output: Path) -> Outcome:
     # A running DeepSpeed leaves one of each process, which no other engine does.
     shards = [name for name in written if name.endswith("_optim_states.pt")]
     random_states = [name for name in written if name.startswith("rng_state")]
+    counted = re.search(r"trainable params: ([\d,]+)", log.read_text(errors="replace"))
+    # callbacks.py of LLaMA-Factory writes GiB where RECORD_VRAM=1 asks for them
+    lines = (output / "trainer_log.jsonl").read_text().splitlines()
+    peaks = [json.loads(line).get("vram_allocated", 0.0) for line in lines]
     return Outcome(
         losses or [final["train_loss"]],
         steps=history["global_step"],
@@ -44,4 +56,8 @@ def read(output: Path) -> Outcome:
         seconds=final["train_runtime"],
         processes=len(shards or random_states),
         zero_stage=zero_stage(checkpoint) if shards else 0,
+        is_fsdp=any(checkpoint.glob("pytorch_model_fsdp*")),
+        trained_parameters=int(counted[1].replace(",", "")) if counted else 0,
+        tokens_per_s=round(final.get("effective_tokens_per_sec", 0.0), 1),
+        peak_gib=max(peaks, default=0.0),
     )
