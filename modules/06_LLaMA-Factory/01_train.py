@@ -65,7 +65,7 @@ def main() -> None:
     )
     unfinished.add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print settings and command")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     from omegaconf import OmegaConf
 

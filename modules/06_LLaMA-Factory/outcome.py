@@ -15,7 +15,7 @@ class Outcome(NamedTuple):
     zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
     is_fsdp: bool
     trained_parameters: int
-    tokens_per_s: float  # of the rows, without padding
+    tokens_per_s: float  # of all processes, without padding; without the first logged steps
     peak_gib: float  # the most a GPU held, of process 0; on a CPU 0: nobody records it
 
 
@@ -30,6 +30,16 @@ def zero_stage(checkpoint: Path) -> int:
     file = next(checkpoint.rglob("*model_states.pt"))
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return int(state["ds_config"].get("zero_optimization", {}).get("stage", 0))
+
+
+def tokens_per_s(entries: list[dict]) -> float:
+    """Tokens a second between the first and the last entry: the first steps warm up."""
+    timed = [entry for entry in entries if "loss" in entry and "num_input_tokens_seen" in entry]
+    if not timed:
+        return 0.0
+    first = timed[0] if len(timed) > 1 else {"num_input_tokens_seen": 0, "train_runtime": 0.0}
+    tokens = timed[-1]["num_input_tokens_seen"] - first["num_input_tokens_seen"]
+    return round(tokens / (timed[-1]["train_runtime"] - first["train_runtime"]), 1)
 
 
 def read(output: Path, log: Path) -> Outcome:
@@ -58,6 +68,6 @@ def read(output: Path, log: Path) -> Outcome:
         zero_stage=zero_stage(checkpoint) if shards else 0,
         is_fsdp=any(checkpoint.glob("pytorch_model_fsdp*")),
         trained_parameters=int(counted[1].replace(",", "")) if counted else 0,
-        tokens_per_s=round(final.get("effective_tokens_per_sec", 0.0), 1),
+        tokens_per_s=tokens_per_s(history["log_history"]),
         peak_gib=max(peaks, default=0.0),
     )
