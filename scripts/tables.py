@@ -27,6 +27,10 @@ of its records of modules 04's and 05's trainings (scripts/trainings.py): memory
 Between `<!-- faults -->` and `<!-- /faults -->` stands what `make train-faults` broke and what came
 of it, a table for each machine.
 
+Between `<!-- methods -->` and `<!-- /methods -->` stands a table for each machine, with a row for
+each method of module 06 (configs/methods/) that has a record there, and its score where one was
+made; `<!-- methods two -->` is the same of several processes.
+
 Between `<!-- claims zh -->` (or en) and `<!-- /claims -->` stands the table of configs/claims.yaml,
 its measured column from records.
 
@@ -315,6 +319,43 @@ def faults(language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+METHOD_HEADS = {
+    "zh": ("方法", "训练的参数", "峰值（GiB）", "tokens/s", "进程", "完全正确（%）"),
+    "en": ("method", "trained", "peak (GiB)", "tokens/s", "processes", "exact (%)"),
+}
+ONE_PROCESS = (
+    *("lora", "rslora", "loraplus", "dora", "pissa", "qlora", "freeze", "full"),
+    *("packing", "neat_packing", "train_on_prompt", "liger"),
+)
+SEVERAL_PROCESSES = ("lora", "ddp", "zero2", "zero3", "fsdp")  # lora: one, to compare with
+
+
+def methods(word: str, language: str) -> str:
+    """Module 06's trainings by method: what is trained, memory, speed, and the score."""
+    lines = []
+    several = word == "two"
+    for machine in records("06_LLaMA-Factory/01_train" + "-ddp" * several):
+        used = {}
+        rows = []
+        for method in SEVERAL_PROCESSES if several else ONE_PROCESS:
+            variant = "" if method == "lora" else f"-{method}"
+            stored = records(f"06_LLaMA-Factory/01_train{variant}")
+            record = stored.get(machine) or stored.get(machine.replace("x2", ""))
+            if not record or "trained_count" not in record["metrics"]:
+                continue
+            score = records(f"06_LLaMA-Factory/02_score{variant}").get(machine)
+            names = ("trained_count", "peak_gib", "tokens_per_s", "world_size")
+            cells = [number(record["metrics"][name]) for name in names]
+            cells.append(number(score["metrics"]["tuned_exact_pct"]) if score else ABSENT)
+            rows.append("| " + " | ".join([f"`{method}`", *cells]) + " |")
+            used[f"01_train{variant}"] = record
+        if len(rows) < 2:
+            continue
+        lines += [f"`{machine}`:", "", "| " + " | ".join(METHOD_HEADS[language]) + " |"]
+        lines += ["|---|" + "---:|" * 5, *rows, "", *remarks(used, language), ""]
+    return "\n".join(lines) + "\n"
+
+
 def costs(language: str) -> str:
     """What every training of modules 04 and 05 costs a process, a table for each machine.
 
@@ -444,6 +485,7 @@ MARKERS = {
     "claims": lambda word, _: claims(word),
     "costs": lambda _, language: costs(language),
     "faults": lambda _, language: faults(language),
+    "methods": methods,
     "expected": lambda _, language: expected(language),
     "published": lambda _, language: published(language),
     "speeds": lambda word, _: predicted_times(word),

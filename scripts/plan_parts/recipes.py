@@ -37,7 +37,7 @@ def recipes(cards: Cards = TWO_4090S) -> list[Recipe]:
         *native_trainings(cards, file, profile),
         *accelerate_trainings(cards, profile),
         *deepspeed_trainings(cards, profile),
-        *fine_tunings(cards),
+        *fine_tunings(cards, profile),
         chat(cards, profile),
         image_editing(cards, file, profile),
     ]
@@ -189,27 +189,63 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
 # 06: LLaMA-Factory. 02: Qwen-Image-Edit
 
 
-def fine_tunings(cards: Cards) -> list[Recipe]:
-    written = []
-    for name, target in (("sft_lora", "lf-train"), ("sft_lora_z2", "lf-train-z2")):
-        file = f"{LLAMAFACTORY}/{name}.yaml"
-        config = read(file)
-        engine = {"gpus": 1}
-        if "deepspeed" in config:
-            engine = divided(read(config["deepspeed"])["zero_optimization"]) | {"gpus": 2}
-        setup = Training(
-            **engine,
-            gpu_memory_gib=cards.memory_gib,
-            method="qlora" if config.get("quantization_bit") == 4 else config["finetuning_type"],
-            seq_len=config["cutoff_len"],
-            micro_batch=config["per_device_train_batch_size"],
-            accumulate=config["gradient_accumulation_steps"],
-            checkpointing=not config.get("disable_gradient_checkpointing"),
-            lora_rank=config["lora_rank"],
-        )
-        asked = request(config["model_name_or_path"], setup, cards)
-        written.append(Recipe(f"make {target}", file, asked))
+# lab/planner knows neither few layers nor logits in parts; by ZeRO-3 and FSDP LLaMA-Factory holds
+# other things than our trainings do: ZeRO-3 took 20.7 GiB (results/h200x2-cap24) for 13.2 planned.
+NOT_PLANNED = ("freeze", "liger", "zero3", "fsdp")
+# Models beside the profile's, and what has to change for them
+QLORA_MODELS = {
+    "Qwen/Qwen2.5-14B-Instruct": {},
+    "Qwen/Qwen2.5-32B-Instruct": {"per_device_train_batch_size": 1},
+}
+
+
+def fine_tunings(cards: Cards, profile: dict) -> list[Recipe]:
+    one = read(f"{LLAMAFACTORY}/sft_lora.yaml")
+    two = read(f"{LLAMAFACTORY}/sft_lora_z2.yaml")
+    written = [
+        fine_tuning(cards, "make lf-train", f"{LLAMAFACTORY}/sft_lora.yaml", one),
+        fine_tuning(cards, "make lf-train-z2", f"{LLAMAFACTORY}/sft_lora_z2.yaml", two),
+    ]
+    for file in files(f"{LLAMAFACTORY}/methods"):
+        name = Path(file).stem
+        if name in NOT_PLANNED:
+            continue
+        changed = read(file) | profile["finetune"]["methods"].get(name, {})
+        several = "deepspeed" in changed
+        target = "lf-train-z2" if several else "lf-train"
+        config = (two if several else one) | changed
+        recipe = fine_tuning(cards, f"make {target} METHOD={name}", file, config)
+        if recipe.request in (written[0].request, written[1].request):
+            continue  # it needs as much: dora, packing ...
+        written.append(recipe)
+        if name == "qlora":
+            for model, values in QLORA_MODELS.items():
+                command = f"make lf-train METHOD=qlora MODEL={model.split('/')[1].lower()}"
+                if values:
+                    command += ' ARGS="' + " ".join(f"{k}={v}" for k, v in values.items()) + '"'
+                larger = config | {"model_name_or_path": model} | values
+                written.append(fine_tuning(cards, command, file, larger))
     return written
+
+
+def fine_tuning(cards: Cards, command: str, file: str, config: dict) -> Recipe:
+    """What the planner is asked of LLaMA-Factory's settings `config`."""
+    engine = {"gpus": 1}
+    if config.get("deepspeed"):
+        engine = divided(read(config["deepspeed"])["zero_optimization"]) | {"gpus": 2}
+    elif "deepspeed" in config:  # null: plain data parallelism
+        engine = {"gpus": 2}
+    setup = Training(
+        **engine,
+        gpu_memory_gib=cards.memory_gib,
+        method="qlora" if config.get("quantization_bit") == 4 else config["finetuning_type"],
+        seq_len=config["cutoff_len"],
+        micro_batch=config["per_device_train_batch_size"],
+        accumulate=config["gradient_accumulation_steps"],
+        checkpointing=not config.get("disable_gradient_checkpointing"),
+        lora_rank=config["lora_rank"],
+    )
+    return Recipe(command, file, request(config["model_name_or_path"], setup, cards))
 
 
 def chat(cards: Cards, profile: dict) -> Recipe:
