@@ -126,6 +126,7 @@ def main() -> None:
     trained = outcome.read(unfinished.inside(output), log)
     peak_gib = trained.peak_gib or factory.peak_gib()
     unfinished.refuse_early_end(output, trained, settings)
+    methods.keep_plain_adapter(unfinished.inside(output))
     # Merging, chat and API go by this file: they must say what training said.
     settings.output_dir = shown(output)
     unfinished.finish(output, OmegaConf.to_yaml(settings))

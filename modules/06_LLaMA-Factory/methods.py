@@ -1,6 +1,7 @@
 """What 01_train.py can do beside LoRA: configs/methods/NAME.yaml, the few settings that differ."""
 
 import os
+import shutil
 from pathlib import Path
 
 from lab import fail, models
@@ -56,6 +57,20 @@ def folder(named: list[str], several: bool) -> str:
     if several and not set(named) & set(BETWEEN_PROCESSES):
         return "_".join([*named, "z2"] if named else ["lora", "z2"])
     return "_".join(named) or "lora"
+
+
+def keep_plain_adapter(output: Path) -> None:
+    """The converted adapter in place of PiSSA's own, which belongs to a W that was changed.
+
+    Every engine can add the converted one (of twice the rank) to W as it was.
+    """
+    converted = output / "pissa_converted"
+    if not converted.is_dir():
+        return
+    for file in converted.iterdir():
+        file.replace(output / file.name)
+    for name in ("pissa_converted", "pissa_backup", "pissa_init"):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def environment(settings, device: str, processes: int) -> dict[str, str]:

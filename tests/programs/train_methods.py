@@ -1,0 +1,60 @@
+"""Train a tiny model by methods of module 06, each in a process forked from this one.
+
+    train_methods.py FOLDER '{"NAME": {SETTING: VALUE, ...}, ...}'
+
+A NAME is methods of configs/methods/ between blanks, or lora; it trains into FOLDER/NAME. Prints a
+line of JSON for each: {"name": ..., "losses": [...], "steps": ..., "trained": ...}.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from llamafactory.train.tuner import run_exp
+from omegaconf import OmegaConf
+from transformers import TrainerCallback
+
+from lab import ROOT
+from lab.profile import load_profile
+
+MODULE = ROOT / "modules/06_LLaMA-Factory"
+RESULTS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+torch.set_num_threads(1)
+
+
+class Witness(TrainerCallback):
+    """Of the model that is trained: how many numbers have a gradient."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.steps = state.global_step
+
+
+def train(name: str, settings: dict, folder: Path, finetune) -> None:
+    sys.path.insert(0, str(MODULE))
+    import methods
+
+    layers = [OmegaConf.load(MODULE / "configs/sft_lora.yaml"), finetune.args]
+    layers.append(methods.settings([] if name == "lora" else name.split(), finetune))
+    merged = OmegaConf.merge(*layers, settings, {"output_dir": str(folder / name)})
+    witness = Witness()
+    run_exp(OmegaConf.to_container(merged), callbacks=[witness])
+    told = {"losses": witness.losses, "steps": witness.steps, "trained": witness.trained}
+    print(json.dumps({"name": name} | told), file=RESULTS, flush=True)
+
+
+folder = Path(sys.argv[1])
+finetune = load_profile().finetune
+for name, settings in json.loads(sys.argv[2]).items():
+    child = os.fork()
+    if child == 0:
+        train(name, settings, folder, finetune)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} failed")
