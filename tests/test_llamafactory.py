@@ -314,25 +314,42 @@ def test_the_score_is_of_the_answers(adapter, tuned_answers):
     assert score["wrong_count"] == sum(answer["tuned"] != answer["wanted"] for answer in answers)
 
 
-def test_only_exact_answers_count(adapter, monkeypatch):
-    """Three of eight right before, six after: one character more or less is wrong."""
-    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:8]]
-    before = [*wanted[:3], *[text[:-1] for text in wanted[3:]]]
-    after = [wanted[0] + " ", *wanted[1:7], ""]
+def scored(monkeypatch, adapter, before: list[str], after: list[str], *flags: str) -> dict:
+    """The metrics of 02_score.py where base and tuned model answer thus."""
     answers = iter([before, after])
     metrics = []
+
+    def greedy_answers(model, tokenizer, prompts, *_):
+        texts = next(answers) if len(prompts) == len(before) else [str(len(metrics))] * len(prompts)
+        return texts, [[0]] * len(texts)
+
     monkeypatch.setenv("PROFILE", "cpu")
     monkeypatch.syspath_prepend(str(MODULE))
     main = runpy.run_path(str(SCORE), run_name="imported")["main"]
-    monkeypatch.setitem(main.__globals__, "greedy_answers", lambda *_: next(answers))
-    finish = SimpleNamespace(finish=lambda _, numbers, __: metrics.append(numbers))
+    monkeypatch.setitem(main.__globals__, "greedy_answers", greedy_answers)
+    finish = SimpleNamespace(finish=lambda _, numbers, *__: metrics.append(numbers))
     monkeypatch.setitem(main.__globals__, "results", finish)
-    flags = ["--adapter", str(adapter[0]), "--limit", "8"]
-    monkeypatch.setattr(sys, "argv", [str(SCORE), *flags])
+    monkeypatch.setattr(sys, "argv", [str(SCORE), "--adapter", str(adapter), *flags])
     main()
-    (score,) = metrics
+    return metrics[0]
+
+
+def test_only_exact_answers_count(adapter, monkeypatch):
+    """Three of eight right before, six after: one character more or less is wrong. Of the wanted
+    object's five fields each right one counts, in an answer that is JSON.
+    """
+    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:8]]
+    before = [*wanted[:3], *[text[:-1] for text in wanted[3:]]]
+    one_field = json.dumps(json.loads(wanted[7]) | {"gpus": -1})
+    after = [wanted[0] + " ", *wanted[1:7], one_field]
+    score = scored(monkeypatch, adapter[0], before, after, "--limit", "8")
     assert (score["base_exact_pct"], score["tuned_exact_pct"]) == (37.5, 75)
+    assert (score["base_field_pct"], score["tuned_field_pct"]) == (37.5, 97.5)
     assert (score["row_count"], score["wrong_count"]) == (8, 2)
+    assert score["base_exact_low_pct"] < 37.5 < score["base_exact_high_pct"] < 75
+    assert score["tuned_loss"] < score["base_loss"] < score["base_high_loss"]
+    assert score["base_neutral_loss"] != score["tuned_neutral_loss"]
+    assert score["kept_count"] == 4
 
 
 @pytest.fixture(scope="module")
