@@ -407,12 +407,12 @@ def test_the_stage_is_read_without_running_code(tmp_path, module06):
     history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(history))
     (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
-    assert read(tmp_path)[-2:] == (0, 0)
+    assert read(tmp_path)[4:6] == (0, 0)
     for rank in (0, 1):
         (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
-    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2)
+    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2, [], None)
     torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         read(tmp_path)
@@ -513,6 +513,62 @@ def test_zero2_goes_on_exactly_beside_an_older_training(
     assert trained["losses"] == zero2_adapter[1]["losses"]
     assert weights(folder) == weights(zero2_adapter[0])
     assert steps_trained(folder) == [5, 6, 7, 8]
+
+
+def early_stopping() -> list[str]:
+    """The overlay's settings, of a training that soon knows its few rows by heart."""
+    overlay = yaml.safe_load((MODULE / "configs/methods/early_stopping.yaml").read_text())
+    settings = SHORT[:1] + ("max_samples=32", "learning_rate=0.01", "num_train_epochs=20")
+    mine = overlay | {"val_size": 16, "eval_steps": 2, "save_steps": 2, "logging_steps": 2}
+    return [*settings, *(f"{key}={value}" for key, value in mine.items())]
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tiny_model, tmp_path_factory):
+    """(folder, result, command) of a training that has stopped by itself."""
+    folder = tmp_path_factory.mktemp("early") / "x"
+    command = ["make", "lf-train", f"ARGS=--model {tiny_model} {' '.join(early_stopping())}"]
+    done = run(*command[:2], f"{command[2]} output_dir={folder}", check=0)
+    assert "where it stopped early" in done.stdout
+    return folder, result(done), command
+
+
+def test_early_stopping_keeps_the_best_checkpoint(stopped_early):
+    """What lies in the folder is the one of the lowest loss on the rows that were kept apart."""
+    folder, trained, _ = stopped_early
+    best = trained["best_step_count"]
+    assert trained["step_count"] == best + 2 * 2 < 40
+    assert trained["eval_losses"][best // 2 - 1] == min(trained["eval_losses"])
+    assert weights(folder) == weights(folder / f"checkpoint-{best}")
+    assert weights(folder) != weights(folder / f"checkpoint-{trained['step_count']}")
+
+
+@pytest.mark.long
+def test_early_stopping_resumed_ends_at_the_same_step(stopped_early, tmp_path):
+    """From the best checkpoint: the same losses, the same weights."""
+    folder, trained, command = stopped_early
+    kept = f"checkpoint-{trained['best_step_count']}"
+    shutil.copytree(folder / kept, tmp_path / "unfinished" / kept)
+    shutil.copy(folder / "run.json", tmp_path / "unfinished")
+    done = run(*command[:2], "RESUME=1", f"{command[2]} output_dir={tmp_path}", check=0)
+    assert result(done)["eval_losses"] == trained["eval_losses"]
+    assert result(done)["step_count"] == trained["step_count"]
+    assert weights(tmp_path) == weights(folder)
+
+
+def test_only_its_own_end_is_a_right_end(module06, tmp_path, capsys):
+    """A training that would stop early, and was told to end before, has not finished."""
+    read = module06.outcome.Outcome
+    settings = {"early_stopping_steps": 2}
+    for losses, ended in (([3.0, 2.0, 2.5], False), ([3.0, 2.0, 2.5, 2.0], True)):
+        trained = read([1.0], 6, 40, 1.0, 1, 0, losses, 4)
+        assert trained.stopped_by_itself(2) == ended
+        if ended:
+            module06.unfinished.refuse_early_end(tmp_path, trained, settings)
+            continue
+        with pytest.raises(SystemExit) as end:
+            module06.unfinished.refuse_early_end(tmp_path, trained, settings)
+        assert end.value.code == 143 and "step 6 of 40" in capsys.readouterr().err
 
 
 def start_training(*flags):

@@ -132,6 +132,10 @@ def main() -> None:
         f"loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}, "
         f"world size {trained.processes}, ZeRO stage {trained.zero_stage}"
     )
+    if trained.best_step:
+        early = ", where it stopped early" * (trained.steps < trained.planned_steps)
+        best = f"{min(trained.eval_losses):.4f} at step {trained.best_step}"
+        print(f"loss on rows kept apart: lowest {best}, last {trained.eval_losses[-1]:.4f}{early}")
     print(f"adapter and logs: {shown(output)}")
     if trained.zero_stage != named_stage:
         fail(
@@ -146,6 +150,8 @@ def main() -> None:
         "world_size": trained.processes,
         "zero_stage": trained.zero_stage,
     }
+    if trained.best_step:
+        metrics |= {"eval_losses": trained.eval_losses, "best_step_count": trained.best_step}
     used = {"model": args.model, **OmegaConf.to_container(settings)}
     for path in ("model_name_or_path", "output_dir"):
         del used[path]

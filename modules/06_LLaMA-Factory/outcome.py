@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
+
 
 class Outcome(NamedTuple):
     losses: list[float]  # of every `logging_steps` steps
@@ -12,6 +14,15 @@ class Outcome(NamedTuple):
     seconds: float  # of the training itself, without loading
     processes: int
     zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
+    eval_losses: list[float]  # on rows kept apart, every `eval_steps` steps
+    best_step: int | None  # of the lowest of them
+
+    def stopped_by_itself(self, patience: int | None) -> bool:
+        """Whether early stopping ended it: `patience` evaluations in a row, none of them better."""
+        if not patience or not self.eval_losses:
+            return False
+        since_best = len(self.eval_losses) - 1 - self.eval_losses.index(min(self.eval_losses))
+        return since_best >= patience
 
 
 def zero_stage(checkpoint: Path) -> int:
@@ -32,7 +43,9 @@ def read(output: Path) -> Outcome:
     history = json.loads((output / "trainer_state.json").read_text())
     final = json.loads((output / "all_results.json").read_text())
     losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
-    checkpoint = output / f"checkpoint-{history['global_step']}"
+    evaluated = [entry["eval_loss"] for entry in history["log_history"] if "eval_loss" in entry]
+    # The last one: after early stopping nothing has to be saved at the last step.
+    checkpoint = next(iter(checkpoints.numbered(output)), output / "none")
     written = [file.name for file in checkpoint.rglob("*.pt*")]
     # A running DeepSpeed leaves one of each process, which no other engine does.
     shards = [name for name in written if name.endswith("_optim_states.pt")]
@@ -44,4 +57,6 @@ def read(output: Path) -> Outcome:
         seconds=final["train_runtime"],
         processes=len(shards or random_states),
         zero_stage=zero_stage(checkpoint) if shards else 0,
+        eval_losses=evaluated,
+        best_step=history.get("best_global_step") if evaluated else None,
     )
