@@ -250,7 +250,7 @@ train-two-machines: env ## 04 to 06 on two machines (network namespaces) (ARGS="
 RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-merge lf-chat lf-api lf-webui
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -266,7 +266,7 @@ lf-train-z2: env ## the same with DeepSpeed ZeRO-2 in several processes
 mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 	@$(PY) modules/06_LLaMA-Factory/06_mini_lora.py $(ARGS)
 
-lf-score: env ## held-out requests before and after, exact match (ARGS=--train trains first)
+lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
 
 lf-merge: env ## merge the adapter into a plain model folder
@@ -280,6 +280,9 @@ lf-api: env ## OpenAI-style API of the tuned model, in the background
 
 lf-webui: env ## LLaMA-Factory's web UI, in the background
 	@$(PY) modules/06_LLaMA-Factory/05_serve.py webui $(ARGS)
+
+lf-loop: env ## the whole road: check, train, score, merge, serve, score what is served
+	@$(PY) modules/06_LLaMA-Factory/07_loop.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # Upkeep

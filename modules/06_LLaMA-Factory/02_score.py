@@ -43,6 +43,7 @@ class Measured(NamedTuple):
     seconds: float  # of answering
     losses: list[tuple[float, int]]  # (sum, tokens) of each wanted answer
     neutral: float  # mean loss of the neutral text
+    most: int  # tokens that an answer may have
     general: list[str]  # answers to GENERAL
 
 
@@ -102,7 +103,7 @@ def measure(model, tokenizer, questions: list[scoring.Question], batch_size: int
         neutral = [loss_of(model, tokenizer, "", paragraph) for paragraph in paragraphs]
         kept, _ = greedy_answers(model, tokenizer, general, batch_size, GENERAL_TOKENS)
     answers = [scoring.without_thoughts(answer) for answer in answers]
-    return Measured(answers, tokens, seconds, losses, scoring.mean_loss(neutral)[0], kept)
+    return Measured(answers, tokens, seconds, losses, scoring.mean_loss(neutral)[0], most, kept)
 
 
 def main() -> None:
@@ -134,8 +135,8 @@ def main() -> None:
 
     if args.batch_size < 1 or args.limit < 0:
         fail("--batch-size must be at least 1, --limit at least 0")
-    rows = scoring.converted_rows(args.test, args.info, args.limit)
     jobs.refuse_taken_cards()
+    rows = scoring.converted_rows(args.test, args.info, args.limit)
     if args.train:
         factory.train_first(HERE / "01_train.py")
     trained = factory.trained(args.adapter, args.model)
@@ -173,8 +174,11 @@ def main() -> None:
     answers = {name: one.answers for name, one in measured.items()}
     right = [scoring.is_right(*pair) for pair in zip(questions, answers["tuned"], strict=True)]
     metrics = {"row_count": len(questions), "wrong_count": right.count(False)}
+    metrics["most_tok_count"] = measured["tuned"].most
     for name, one in measured.items():
-        metrics |= scoring.measures(name, questions, one.answers, one.losses)
+        metrics |= scoring.measures(name, questions, one.answers)
+        for end, value in zip(("", "_low", "_high"), scoring.mean_loss(one.losses), strict=True):
+            metrics[f"{name}{end}_loss"] = round(value, 4)
         metrics[f"{name}_neutral_loss"] = round(one.neutral, 4)
         metrics[f"{name}_s"] = round(one.seconds, 1)
     general = {name: one.general for name, one in measured.items()}

@@ -18,6 +18,8 @@ SURE = 1.96  # standard deviations to either side that hold 95 % of a normal dis
 
 class Question(NamedTuple):
     request: str  # what is shown of it: the last turn before the answer
+    messages: list[dict]  # all turns before the answer, of OpenAI's form
+    tools: list[dict] | None
     prompt: str  # all of it, by the model's own chat template
     wanted: str  # the answer that is right
     target: str  # what the model must write for it, with the end of its turn
@@ -94,9 +96,12 @@ def questions(converted: list[dict], tokenizer, switches: dict) -> list[Question
         elif end in target:
             target = target[: target.rindex(end) + len(end)]
         wanted = target.removesuffix(end) if is_call else answer["content"]
-        if is_call and not calls_in(wanted):
+        if is_call and not calls_in(wanted):  # the template has no place for it
             fail(f"row {number} is a call of a tool, which the model's chat template leaves out")
-        asked.append(Question(messages[-2]["content"], prompt, wanted, target, is_call))
+        before = messages[:-1]
+        asked.append(
+            Question(before[-1]["content"], before, tools, prompt, wanted, target, is_call)
+        )
     return asked
 
 
@@ -188,10 +193,10 @@ def mean_loss(losses: list[tuple[float, int]]) -> tuple[float, float, float]:
     return mean, max(0.0, mean - SURE * error), mean + SURE * error
 
 
-def measures(name: str, questions: list[Question], answers: list[str], losses) -> dict[str, float]:
-    """Metrics NAME_exact_pct, NAME_field_pct and NAME_loss, each with _low and _high.
+def measures(name: str, questions: list[Question], answers: list[str]) -> dict[str, float]:
+    """Metrics NAME_exact_pct and NAME_field_pct, each with _low and _high.
 
-    Without fields where no wanted answer is a JSON object; `losses` are those of `mean_loss`.
+    Without fields where no wanted answer is a JSON object.
     """
     pairs = list(zip(questions, answers, strict=True))
     shares = {"exact": [float(is_right(*pair)) for pair in pairs]}
@@ -204,8 +209,6 @@ def measures(name: str, questions: list[Question], answers: list[str], losses) -
         low, high = wilson(share, len(each))
         for end, value in (("", share), ("_low", low), ("_high", high)):
             metrics[f"{name}_{measure}{end}_pct"] = round(100 * value, 1)
-    for end, value in zip(("", "_low", "_high"), mean_loss(losses), strict=True):
-        metrics[f"{name}{end}_loss"] = round(value, 4)
     return metrics
 
 
