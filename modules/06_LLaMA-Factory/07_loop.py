@@ -81,10 +81,11 @@ def ask(client, model: str, row: dict, most: int, switches: dict) -> tuple[str, 
 
 
 def served(name: str, flags: list[str], rows: list[dict], most: int, switches: dict):
-    """Start vLLM with these flags, ask for every row, end it: (answers, seconds to healthy)."""
+    """Start vLLM with these flags, ask for every row, end it: (answers, seconds of all that)."""
     import openai
 
-    _, seconds = step(SERVE, *flags)
+    began = time.monotonic()
+    step(SERVE, *flags)
     server = jobs.running()["vllm"]
     try:
         key = os.environ.get("VLLM_API_KEY", "unused")
@@ -95,7 +96,7 @@ def served(name: str, flags: list[str], rows: list[dict], most: int, switches: d
         fail(f"the server gave no answer: {e.message}; its log: {shown(server['log'])}")
     finally:
         jobs.stop(server)
-    return answers, seconds
+    return answers, time.monotonic() - began
 
 
 def main() -> None:
@@ -121,8 +122,8 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. Check and train
 
-    stages = {}  # of each: seconds and, where it answers, answers
-    seconds = {}
+    stages = {}  # of each that answers: [(answer, its tokens)] of the questions
+    seconds = {}  # of each step
     checked, seconds["check"] = step(HERE / "00_check_data.py", "--held-out", args.test)
     print(f"  {checked['row_count']} rows, {checked['leaked_count']} of them held out")
     lora = ROOT / args.adapter
@@ -133,6 +134,8 @@ def main() -> None:
     else:
         print(f"  {args.adapter} is trained already (--train: once more)")
     trained = factory.trained(args.adapter)
+    if not trained.base:
+        fail(f"{args.adapter} is merged already: give the folder that training wrote")
 
     # -----------------------------------------------------------------------------
     # 2. Score, merge, score what is merged
@@ -160,20 +163,18 @@ def main() -> None:
 
     common = ["--dtype", profile.finetune.dtype]
     model = ["--model", shown(merged), "--served-model-name", "merged"]
-    began = time.monotonic()
-    answers = served("merged", [*model, *common], rows, most, trained.switches)
-    stages["vLLM, merged"], seconds["start of vLLM"] = answers
-    seconds["vLLM, merged"] = time.monotonic() - began
+    name = "vLLM, merged"
+    stages[name], seconds[name] = served("merged", [*model, *common], rows, most, trained.switches)
     if why_not:
         print(why_not)
     else:
         rank = road.rank_of(trained.folder)
         lora = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules"]
         model = ["--model", shown(trained.base), *lora, f"tuned={shown(trained.folder)}"]
-        began = time.monotonic()
-        answers = served("tuned", [*model, *common], rows, most, trained.switches)
-        stages["vLLM, adapter"] = answers[0]
-        seconds["vLLM, adapter"] = time.monotonic() - began
+        name = "vLLM, adapter"
+        stages[name], seconds[name] = served(
+            "tuned", [*model, *common], rows, most, trained.switches
+        )
 
     # -----------------------------------------------------------------------------
     # 4. One table, one plot

@@ -91,5 +91,6 @@ def draw(stages: list[str], seconds: dict[str, float], metrics: dict):
     names = list(seconds)[::-1]
     bars = right.barh(names, [seconds[name] for name in names], color="C1")
     right.bar_label(bars, fmt="%.0f", padding=2)
+    right.margins(x=0.12)
     right.set(xlabel="seconds", title="the steps")
     return fig
