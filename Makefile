@@ -249,6 +249,8 @@ train-two-machines: env ## 04 to 06 on two machines (network namespaces) (ARGS="
 # FRESH=1: an unfinished training is removed first
 RESUMED = $(if $(RESUME),--resume$(if $(filter auto,$(RESUME)),-or-begin))
 BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
+# METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
+TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
 .PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
@@ -257,11 +259,11 @@ lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, I
 lf-new-data: env ## write the entry of FILE into the dataset_info.json beside it
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") --write $(ARGS)
 
-lf-train: env ## LoRA fine-tuning in one process (ARGS="lora_rank=8": any setting; RESUME=1)
-	@$(PY) modules/06_LLaMA-Factory/01_train.py $(BEGIN) $(ARGS)
+lf-train: env ## fine-tuning in one process: LoRA, or METHOD=dora ... (ARGS="lora_rank=8"; RESUME=1)
+	@$(PY) modules/06_LLaMA-Factory/01_train.py $(TRAINED) $(BEGIN) $(ARGS)
 
-lf-train-z2: env ## the same with DeepSpeed ZeRO-2 in several processes
-	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(BEGIN) $(ARGS)
+lf-train-z2: env ## the same in several processes: ZeRO-2, or METHOD=ddp, zero3, fsdp
+	@$(PY) modules/06_LLaMA-Factory/01_train.py --zero2 $(TRAINED) $(BEGIN) $(ARGS)
 
 mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 	@$(PY) modules/06_LLaMA-Factory/06_mini_lora.py $(ARGS)

@@ -401,21 +401,25 @@ def test_the_stage_is_read_without_running_code(tmp_path, module06):
 
     import torch
 
-    read = module06.outcome.read
+    def read():
+        return module06.outcome.read(tmp_path, tmp_path / "log")
+
+    (tmp_path / "log").write_text("trainable params: 4,884,480 || all params: 139,399,488")
+    (tmp_path / "trainer_log.jsonl").write_text("")
     checkpoint = tmp_path / "checkpoint-4/global_step4"
     checkpoint.mkdir(parents=True)
     history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(history))
     (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
-    assert read(tmp_path)[4:6] == (0, 0)
+    assert read()[4:6] == (0, 0)
     for rank in (0, 1):
         (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
-    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2, [], None)
+    assert read() == ([2.0, 1.0], 4, 4, 3.0, 2, 2, False, 4884480, 0.0, 0.0, [], None)
     torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        read(tmp_path)
+        read()
 
 
 # -----------------------------------------------------------------------------
@@ -558,10 +562,10 @@ def test_early_stopping_resumed_ends_at_the_same_step(stopped_early, tmp_path):
 
 def test_only_its_own_end_is_a_right_end(module06, tmp_path, capsys):
     """A training that would stop early, and was told to end before, has not finished."""
-    read = module06.outcome.Outcome
+    outcome = module06.outcome.Outcome
     settings = {"early_stopping_steps": 2}
     for losses, ended in (([3.0, 2.0, 2.5], False), ([3.0, 2.0, 2.5, 2.0], True)):
-        trained = read([1.0], 6, 40, 1.0, 1, 0, losses, 4)
+        trained = outcome([1.0], 6, 40, 1.0, 1, 0, False, 9, 1.0, 0.0, losses, 4)
         assert trained.stopped_by_itself(2) == ended
         if ended:
             module06.unfinished.refuse_early_end(tmp_path, trained, settings)

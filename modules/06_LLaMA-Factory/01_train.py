@@ -1,9 +1,10 @@
 """Fine-tune by LLaMA-Factory: a YAML says everything, `llamafactory-cli train` does it.
 
     make lf-train                               # LoRA in one process
+    make lf-train METHOD=dora                   # configs/methods/: full, qlora, packing ...
     make lf-train-z2                            # DeepSpeed ZeRO-2 in the profile's processes
+    make lf-train-z2 METHOD="qlora fsdp"        # the same by DDP, ZeRO-3, FSDP; several at once
     make lf-train ARGS="lora_rank=8 seed=1"     # any setting of LLaMA-Factory, by its own name
-    make lf-train-z2 ARGS="deepspeed=null"      # plain DDP; deepspeed=FILE: another ZeRO stage
     make lf-train RESUME=1                      # go on with an unfinished one; FRESH=1 removes it
     python modules/06_LLaMA-Factory/01_train.py --dry-run    # only print settings and command
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import checks
 import factory
+import methods
 import outcome
 import unfinished
 
@@ -36,7 +38,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # What is trained
-    models.add_model_flag(parser, profile.finetune.model)
+    parser.add_argument(
+        "--model",
+        help=f"{models.MODEL_FLAG} (default: {profile.finetune.model}, or the method's)",
+    )
+    parser.add_argument(
+        "--method",
+        default="",
+        metavar="NAMES",
+        help=f"what differs from LoRA: {', '.join(methods.names())} (several between blanks)",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings by LLaMA-Factory's own names"
     )
@@ -54,30 +65,33 @@ def main() -> None:
     )
     unfinished.add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print settings and command")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     from omegaconf import OmegaConf
 
     # -----------------------------------------------------------------------------
-    # 1. The settings: the YAML, then the profile's values, then the model's, then yours
+    # 1. The settings: the YAML, then the profile's values, then the method's, then yours
 
     source = HERE / "configs" / ("sft_lora_z2.yaml" if args.zero2 else "sft_lora.yaml")
     checks.overrides(args.overrides, source)
-    written = OmegaConf.load(source)
-    listed = models.entry(args.model)[1]
+    named = methods.chosen(args.method, args.zero2)
+    changed = methods.settings(named, profile.finetune)
+    model = args.model or changed.get("model_name_or_path", profile.finetune.model)
+    listed = models.entry(model)[1]
     here = {
-        "model_name_or_path": listed.get("hub", args.model),
+        "model_name_or_path": listed.get("hub", model),
         "template": listed.get("template"),  # None: derived from the model's own
-        "output_dir": shown(factory.FOLDER / Path(written.output_dir).name),
+        "output_dir": shown(factory.FOLDER / methods.folder(named, args.zero2)),
         "enable_jit_checkpoint": not args.zero2,  # of two processes each would save by itself
     }
     if args.zero2:
         here["ddp_backend"] = "nccl" if profile.device == "cuda" else "gloo"  # NCCL is for GPUs
+    written = OmegaConf.load(source)
     yours = OmegaConf.from_cli(args.overrides)
-    settings = OmegaConf.merge(written, profile.finetune.args, here, yours)
+    settings = OmegaConf.merge(written, profile.finetune.args, changed, here, yours)
     if args.zero2:
         checks.processes(args.processes, args.dry_run)
-    checks.number_type(settings, profile.device)
+    checks.needs_a_gpu(settings, profile.device)
     named_stage = checks.named_stage(settings)
 
     # -----------------------------------------------------------------------------
@@ -99,11 +113,15 @@ def main() -> None:
     settings.output_dir = shown(unfinished.inside(output))
     print(OmegaConf.to_yaml(settings), flush=True)
     environment = {}
+    if profile.device == "cuda":
+        environment = {"RECORD_VRAM": "1"}  # the engine notes its peak in trainer_log.jsonl
     if args.zero2:
-        environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(args.processes)}
+        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(args.processes)}
     elif profile.device == "cuda":  # of two cards it would use both
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+        environment |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+    if settings.get("fsdp"):  # a whole adapter at the end, not a part of each process
+        environment |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     config = factory.FOLDER / f"{output.name}.yaml"
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:
@@ -122,7 +140,9 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 4. What came of it, from the files that the engines wrote
 
-    trained = outcome.read(unfinished.inside(output))
+    log = factory.FOLDER / f"{config.stem}.log"
+    trained = outcome.read(unfinished.inside(output), log)
+    peak_gib = trained.peak_gib or factory.peak_gib()
     unfinished.refuse_early_end(output, trained, settings)
     # Merging, chat and API go by this file: they must say what training said.
     settings.output_dir = shown(output)
@@ -131,6 +151,8 @@ def main() -> None:
         f"{trained.steps} steps in {trained.seconds:.0f} s, "
         f"loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}, "
         f"world size {trained.processes}, ZeRO stage {trained.zero_stage}"
+        f"{', FSDP' * trained.is_fsdp}; {trained.trained_parameters:,} parameters trained, "
+        f"{trained.tokens_per_s:.0f} tokens/s, at most {peak_gib:.2f} GiB a process"
     )
     if trained.best_step:
         early = ", where it stopped early" * (trained.steps < trained.planned_steps)
@@ -142,6 +164,8 @@ def main() -> None:
             f"the training ran without ZeRO-{named_stage}, though {settings.deepspeed} asks for "
             f"it: its checkpoint is of ZeRO stage {trained.zero_stage}; the adapter is kept"
         )
+    if settings.get("fsdp") and not trained.is_fsdp:
+        fail(f"the training ran without FSDP, though {config.name} asks for it")
     metrics = {
         "losses": trained.losses,
         "step_count": trained.steps,
@@ -149,14 +173,19 @@ def main() -> None:
         "wall_s": round(wall_s, 1),
         "world_size": trained.processes,
         "zero_stage": trained.zero_stage,
+        "trained_count": trained.trained_parameters,
+        "tokens_per_s": trained.tokens_per_s,
+        "peak_gib": round(peak_gib, 2),
     }
     if trained.best_step:
         metrics |= {"eval_losses": trained.eval_losses, "best_step_count": trained.best_step}
-    used = {"model": args.model, **OmegaConf.to_container(settings)}
+    used = {"model": model, **OmegaConf.to_container(settings)}
     for path in ("model_name_or_path", "output_dir"):
         del used[path]
-    launched = f"zero{trained.zero_stage}" if trained.zero_stage else "ddp"
-    variant = [launched] * args.zero2 + ["resumed"] * bool(resumed)  # its seconds are of the rest
+    variant = list(named)
+    if args.zero2 and not set(named) & set(methods.BETWEEN_PROCESSES):
+        variant.append(f"zero{trained.zero_stage}" if trained.zero_stage else "ddp")
+    variant += ["resumed"] * bool(resumed)  # its seconds are of the rest
     results.finish(__file__, metrics, used, "-".join(variant))
 
 

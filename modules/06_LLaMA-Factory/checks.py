@@ -59,8 +59,12 @@ def processes(count: int, dry_run: bool) -> None:
         )
 
 
-def number_type(settings, device: str) -> None:
-    """No 16-bit training on a CPU."""
+def needs_a_gpu(settings, device: str) -> None:
+    """No 16-bit training on a CPU, no Triton kernels, and no FSDP by Accelerate."""
+    if settings.get("fsdp") and device == "cpu":
+        fail("FSDP needs GPUs: on a CPU Accelerate leaves it out, and plain DDP would run (ddp)")
+    if settings.get("enable_liger_kernel") and device == "cpu":
+        fail("Liger's kernels are written in Triton and need a GPU: leave enable_liger_kernel out")
     half = settings.get("bf16") or settings.get("fp16") or settings.get("pure_bf16")
     if half and device == "cpu":
         fail(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def run(name: str, command: list[str], training: Path | None = None) -> None:
         raise SystemExit(code)
     if code:
         fail(f"{reason(code, log.read_text(errors='replace'))}{left} {whole}")
+
+
+def peak_gib() -> float:
+    """The most memory that one process of the finished jobs has held, of the host (GiB)."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
 def watched(lines, training: Path | None):

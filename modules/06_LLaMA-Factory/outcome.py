@@ -1,6 +1,7 @@
 """What a training of LLaMA-Factory came to, read from the files that the engines wrote."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ class Outcome(NamedTuple):
     seconds: float  # of the training itself, without loading
     processes: int
     zero_stage: int  # 0: no DeepSpeed, or one that divides nothing
+    is_fsdp: bool
+    trained_parameters: int
+    tokens_per_s: float  # of all processes, without padding; without the first logged steps
+    peak_gib: float  # the most a GPU held, of process 0; on a CPU 0: nobody records it
     eval_losses: list[float]  # on rows kept apart, every `eval_steps` steps
     best_step: int | None  # of the lowest of them
 
@@ -38,8 +43,21 @@ def zero_stage(checkpoint: Path) -> int:
     return int(state["ds_config"].get("zero_optimization", {}).get("stage", 0))
 
 
-def read(output: Path) -> Outcome:
-    """The outcome of the training that wrote to `output`, and of no other one."""
+def tokens_per_s(entries: list[dict]) -> float:
+    """Tokens a second between the first and the last entry: the first steps warm up."""
+    timed = [entry for entry in entries if "loss" in entry and "num_input_tokens_seen" in entry]
+    if not timed:
+        return 0.0
+    first = timed[0] if len(timed) > 1 else {"num_input_tokens_seen": 0, "train_runtime": 0.0}
+    tokens = timed[-1]["num_input_tokens_seen"] - first["num_input_tokens_seen"]
+    return round(tokens / (timed[-1]["train_runtime"] - first["train_runtime"]), 1)
+
+
+def read(output: Path, log: Path) -> Outcome:
+    """The outcome of the training that wrote to `output`, and of no other one.
+
+    `log` is what its engine printed.
+    """
     history = json.loads((output / "trainer_state.json").read_text())
     final = json.loads((output / "all_results.json").read_text())
     losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
@@ -50,6 +68,10 @@ def read(output: Path) -> Outcome:
     # A running DeepSpeed leaves one of each process, which no other engine does.
     shards = [name for name in written if name.endswith("_optim_states.pt")]
     random_states = [name for name in written if name.startswith("rng_state")]
+    counted = re.search(r"trainable params: ([\d,]+)", log.read_text(errors="replace"))
+    # callbacks.py of LLaMA-Factory writes GiB where RECORD_VRAM=1 asks for them
+    lines = (output / "trainer_log.jsonl").read_text().splitlines()
+    peaks = [json.loads(line).get("vram_allocated", 0.0) for line in lines]
     return Outcome(
         losses or [final["train_loss"]],
         steps=history["global_step"],
@@ -57,6 +79,10 @@ def read(output: Path) -> Outcome:
         seconds=final["train_runtime"],
         processes=len(shards or random_states),
         zero_stage=zero_stage(checkpoint) if shards else 0,
+        is_fsdp=any(checkpoint.glob("pytorch_model_fsdp*")),
+        trained_parameters=int(counted[1].replace(",", "")) if counted else 0,
+        tokens_per_s=tokens_per_s(history["log_history"]),
+        peak_gib=max(peaks, default=0.0),
         eval_losses=evaluated,
         best_step=history.get("best_global_step") if evaluated else None,
     )
