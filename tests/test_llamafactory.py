@@ -519,20 +519,15 @@ def test_zero2_goes_on_exactly_beside_an_older_training(
     assert steps_trained(folder) == [5, 6, 7, 8]
 
 
-def early_stopping() -> list[str]:
-    """The overlay's settings, of a training that soon knows its few rows by heart."""
-    overlay = yaml.safe_load((MODULE / "configs/methods/early_stopping.yaml").read_text())
-    settings = SHORT[:1] + ("max_samples=32", "learning_rate=0.01", "num_train_epochs=20")
-    mine = overlay | {"val_size": 16, "eval_steps": 2, "save_steps": 2, "logging_steps": 2}
-    return [*settings, *(f"{key}={value}" for key, value in mine.items())]
-
-
 @pytest.fixture(scope="module")
 def stopped_early(tiny_model, tmp_path_factory):
-    """(folder, result, command) of a training that has stopped by itself."""
+    """(folder, result, command) of a training that soon knows its few rows by heart, and stops."""
     folder = tmp_path_factory.mktemp("early") / "x"
-    command = ["make", "lf-train", f"ARGS=--model {tiny_model} {' '.join(early_stopping())}"]
-    done = run(*command[:2], f"{command[2]} output_dir={folder}", check=0)
+    settings = [*SHORT[:1], "max_samples=32", "val_size=16", "learning_rate=0.01"]
+    settings += ["num_train_epochs=20", "eval_steps=2", "save_steps=2", "logging_steps=2"]
+    flags = f"ARGS=--model {tiny_model} {' '.join(settings)}"
+    command = ["make", "lf-train", "METHOD=early_stopping", flags]
+    done = run(*command[:-1], f"{flags} output_dir={folder}", check=0)
     assert "where it stopped early" in done.stdout
     return folder, result(done), command
 
@@ -554,7 +549,7 @@ def test_early_stopping_resumed_ends_at_the_same_step(stopped_early, tmp_path):
     kept = f"checkpoint-{trained['best_step_count']}"
     shutil.copytree(folder / kept, tmp_path / "unfinished" / kept)
     shutil.copy(folder / "run.json", tmp_path / "unfinished")
-    done = run(*command[:2], "RESUME=1", f"{command[2]} output_dir={tmp_path}", check=0)
+    done = run(*command[:-1], "RESUME=1", f"{command[-1]} output_dir={tmp_path}", check=0)
     assert result(done)["eval_losses"] == trained["eval_losses"]
     assert result(done)["step_count"] == trained["step_count"]
     assert weights(tmp_path) == weights(folder)
