@@ -136,6 +136,8 @@ def main() -> None:
     if args.batch_size < 1 or args.limit < 0:
         fail("--batch-size must be at least 1, --limit at least 0")
     jobs.refuse_taken_cards()
+    if not args.train:
+        factory.trained(args.adapter, args.model)  # what is not there is said at once
     rows = scoring.converted_rows(args.test, args.info, args.limit)
     if args.train:
         factory.train_first(HERE / "01_train.py")
