@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -270,6 +270,12 @@ mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 
 lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
+
+lf-methods: env ## the same task by LoRA, DoRA, QLoRA, full ... (ARGS="--methods lora dora")
+	@$(PY) modules/06_LLaMA-Factory/08_methods.py $(ARGS)
+
+lf-sweep: env ## rank, learning rate and epochs, each against the score
+	@$(PY) modules/06_LLaMA-Factory/09_sweep.py $(ARGS)
 
 lf-merge: env ## merge the adapter into a plain model folder
 	@$(PY) modules/06_LLaMA-Factory/03_merge.py $(ARGS)

@@ -38,16 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # What is trained
-    parser.add_argument(
-        "--model",
-        help=f"{models.MODEL_FLAG} (default: {profile.finetune.model}, or the method's)",
-    )
-    parser.add_argument(
-        "--method",
-        default="",
-        metavar="NAMES",
-        help=f"what differs from LoRA: {', '.join(methods.names())} (several between blanks)",
-    )
+    methods.add_flags(parser, profile.finetune)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings by LLaMA-Factory's own names"
     )
@@ -112,16 +103,7 @@ def main() -> None:
     output = ROOT / settings.output_dir
     settings.output_dir = shown(unfinished.inside(output))
     print(OmegaConf.to_yaml(settings), flush=True)
-    environment = {}
-    if profile.device == "cuda":
-        environment = {"RECORD_VRAM": "1"}  # the engine notes its peak in trainer_log.jsonl
-    if args.zero2:
-        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(args.processes)}
-    elif profile.device == "cuda":  # of two cards it would use both
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        environment |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
-    if settings.get("fsdp"):  # a whole adapter at the end, not a part of each process
-        environment |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    environment = methods.environment(settings, profile.device, args.processes * args.zero2)
     config = factory.FOLDER / f"{output.name}.yaml"
     command = factory.prepare(environment, "train", os.path.relpath(config, ROOT))
     if args.dry_run:

@@ -1,11 +1,25 @@
 """What 01_train.py can do beside LoRA: configs/methods/NAME.yaml, the few settings that differ."""
 
+import os
 from pathlib import Path
 
-from lab import fail
+from lab import fail, models
 
 FOLDER = Path(__file__).resolve().parent / "configs" / "methods"
 BETWEEN_PROCESSES = ("ddp", "zero3", "fsdp")  # what else than ZeRO-2 joins several processes
+
+
+def add_flags(parser, finetune) -> None:
+    """--model and --method; `finetune` are the profile's values."""
+    parser.add_argument(
+        "--model", help=f"{models.MODEL_FLAG} (default: {finetune.model}, or the method's)"
+    )
+    parser.add_argument(
+        "--method",
+        default="",
+        metavar="NAMES",
+        help=f"what differs from LoRA: {', '.join(names())} (several between blanks)",
+    )
 
 
 def names() -> list[str]:
@@ -42,3 +56,20 @@ def folder(named: list[str], several: bool) -> str:
     if several and not set(named) & set(BETWEEN_PROCESSES):
         return "_".join([*named, "z2"] if named else ["lora", "z2"])
     return "_".join(named) or "lora"
+
+
+def environment(settings, device: str, processes: int) -> dict[str, str]:
+    """What LLaMA-Factory reads from the environment; `processes` 0: one, without a launcher."""
+    variables = {}
+    if device == "cuda":
+        variables["RECORD_VRAM"] = "1"  # the engine notes its peak in trainer_log.jsonl
+    if processes:
+        variables |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
+    if processes and device == "cuda":
+        variables["OPTIM_TORCH"] = "0"  # 1 would replace the profile's PYTORCH_ALLOC_CONF
+    elif device == "cuda":  # of two cards it would use both
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    if settings.get("fsdp"):  # a whole adapter at the end, not a part of each process
+        variables["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    return variables
