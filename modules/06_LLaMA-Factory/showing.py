@@ -45,7 +45,7 @@ def measures(metrics: dict, names: list[str]) -> None:
     print(f"\n{count} held-out requests, with the 95 % interval of a new draw of rows")
     table(["", *names], lines)
     if count < 200:
-        print("  few rows: of 64, two more that are right move exact match by 3 points")
+        print(f"  few rows: each of them is {100 / count:.1f} points of exact match")
 
 
 def forgetting(metrics: dict, general: dict[str, list[str]], asked: tuple[str, ...]) -> None:
