@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -268,7 +268,7 @@ lf-train-z2: env ## the same in several processes: ZeRO-2, or METHOD=ddp, zero3,
 mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 	@$(PY) modules/06_LLaMA-Factory/06_mini_lora.py $(ARGS)
 
-lf-score: env ## held-out requests before and after, exact match (ARGS=--train trains first)
+lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
 
 lf-methods: env ## the same task by LoRA, DoRA, QLoRA, full ... (ARGS="--methods lora dora")
@@ -288,6 +288,9 @@ lf-api: env ## OpenAI-style API of the tuned model, in the background
 
 lf-webui: env ## LLaMA-Factory's web UI, in the background
 	@$(PY) modules/06_LLaMA-Factory/05_serve.py webui $(ARGS)
+
+lf-loop: env ## the whole road: check, train, score, merge, serve, score what is served
+	@$(PY) modules/06_LLaMA-Factory/07_loop.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # Upkeep

@@ -240,7 +240,7 @@ def answers() -> str:
     scored = json.loads(file.read_text(encoding="utf-8"))[:4] if file.is_file() else []
     rows = ""
     for answer in scored:
-        cells = [html.escape(answer[key][:160]) for key in ("request", "base", "tuned")]
+        cells = [html.escape(answer.get(key, "")[:160]) for key in ("request", "base", "tuned")]
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = "<tr><th>没见过的请求</th><th>微调前</th><th>微调后</th></tr>"
     return f"<table>{heads}{rows}</table>"

@@ -47,6 +47,9 @@ CONFIGURATIONS = {
     rf"{DEEPSPEED}/configs/two_nodes_k8s\.yaml": "test_two_machines.py::test_the_kubernetes_job",
     r"tests/deepspeed_forms\.json": "test_deepspeed.py::test_forms_that_people_use_are_taken",
     rf"{TUNING}/configs/\w+\.yaml": "test_llamafactory.py::test_every_yaml_is_read_by_llamafactory",
+    rf"{TUNING}/configs/methods/early_stopping\.yaml": (
+        "test_llamafactory.py::test_early_stopping_keeps_the_best_checkpoint"
+    ),
     rf"{TUNING}/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
     rf"{TUNING}/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
     r"results/[^/]+/[^/]+/\w[\w.-]*\.json": "test_results.py::test_records_are_complete",

@@ -314,25 +314,42 @@ def test_the_score_is_of_the_answers(adapter, tuned_answers):
     assert score["wrong_count"] == sum(answer["tuned"] != answer["wanted"] for answer in answers)
 
 
-def test_only_exact_answers_count(adapter, monkeypatch):
-    """Three of eight right before, six after: one character more or less is wrong."""
-    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:8]]
-    before = [*wanted[:3], *[text[:-1] for text in wanted[3:]]]
-    after = [wanted[0] + " ", *wanted[1:7], ""]
+def scored(monkeypatch, adapter, before: list[str], after: list[str], *flags: str) -> dict:
+    """The metrics of 02_score.py where base and tuned model answer thus."""
     answers = iter([before, after])
     metrics = []
+
+    def greedy_answers(model, tokenizer, prompts, *_):
+        texts = next(answers) if len(prompts) == len(before) else [str(len(metrics))] * len(prompts)
+        return texts, [[0]] * len(texts)
+
     monkeypatch.setenv("PROFILE", "cpu")
     monkeypatch.syspath_prepend(str(MODULE))
     main = runpy.run_path(str(SCORE), run_name="imported")["main"]
-    monkeypatch.setitem(main.__globals__, "greedy_answers", lambda *_: next(answers))
-    finish = SimpleNamespace(finish=lambda _, numbers, __: metrics.append(numbers))
+    monkeypatch.setitem(main.__globals__, "greedy_answers", greedy_answers)
+    finish = SimpleNamespace(finish=lambda _, numbers, *__: metrics.append(numbers))
     monkeypatch.setitem(main.__globals__, "results", finish)
-    flags = ["--adapter", str(adapter[0]), "--limit", "8"]
-    monkeypatch.setattr(sys, "argv", [str(SCORE), *flags])
+    monkeypatch.setattr(sys, "argv", [str(SCORE), "--adapter", str(adapter), *flags])
     main()
-    (score,) = metrics
+    return metrics[0]
+
+
+def test_only_exact_answers_count(adapter, monkeypatch):
+    """Three of eight right before, six after: one character more or less is wrong. Of the wanted
+    object's five fields each right one counts, in an answer that is JSON.
+    """
+    wanted = [row["messages"][1]["content"] for row in data.rows("launch_en_test")[:8]]
+    before = [*wanted[:3], *[text[:-1] for text in wanted[3:]]]
+    one_field = json.dumps(json.loads(wanted[7]) | {"gpus": -1})
+    after = [wanted[0] + " ", *wanted[1:7], one_field]
+    score = scored(monkeypatch, adapter[0], before, after, "--limit", "8")
     assert (score["base_exact_pct"], score["tuned_exact_pct"]) == (37.5, 75)
+    assert (score["base_field_pct"], score["tuned_field_pct"]) == (37.5, 97.5)
     assert (score["row_count"], score["wrong_count"]) == (8, 2)
+    assert score["base_exact_low_pct"] < 37.5 < score["base_exact_high_pct"] < 75
+    assert score["tuned_loss"] < score["base_loss"] < score["base_high_loss"]
+    assert score["base_neutral_loss"] != score["tuned_neutral_loss"]
+    assert score["kept_count"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -384,21 +401,25 @@ def test_the_stage_is_read_without_running_code(tmp_path, module06):
 
     import torch
 
-    read = module06.outcome.read
+    def read():
+        return module06.outcome.read(tmp_path, tmp_path / "log")
+
+    (tmp_path / "log").write_text("trainable params: 4,884,480 || all params: 139,399,488")
+    (tmp_path / "trainer_log.jsonl").write_text("")
     checkpoint = tmp_path / "checkpoint-4/global_step4"
     checkpoint.mkdir(parents=True)
     history = {"global_step": 4, "max_steps": 4, "log_history": [{"loss": 2.0}, {"loss": 1.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(history))
     (tmp_path / "all_results.json").write_text('{"train_loss": 1.5, "train_runtime": 3.0}')
-    assert read(tmp_path)[-2:] == (0, 0)
+    assert read()[4:6] == (0, 0)
     for rank in (0, 1):
         (checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     state = {"ds_config": {"zero_optimization": {"stage": 2}}}
     torch.save(state, checkpoint / "mp_rank_00_model_states.pt")
-    assert read(tmp_path) == ([2.0, 1.0], 4, 4, 3.0, 2, 2)
+    assert read() == ([2.0, 1.0], 4, 4, 3.0, 2, 2, False, 4884480, 0.0, 0.0, [], None)
     torch.save(state | {"x": SimpleNamespace()}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        read(tmp_path)
+        read()
 
 
 # -----------------------------------------------------------------------------
@@ -496,6 +517,57 @@ def test_zero2_goes_on_exactly_beside_an_older_training(
     assert trained["losses"] == zero2_adapter[1]["losses"]
     assert weights(folder) == weights(zero2_adapter[0])
     assert steps_trained(folder) == [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tiny_model, tmp_path_factory):
+    """(folder, result, command) of a training that soon knows its few rows by heart, and stops."""
+    folder = tmp_path_factory.mktemp("early") / "x"
+    settings = [*SHORT[:1], "max_samples=32", "val_size=16", "learning_rate=0.01"]
+    settings += ["num_train_epochs=20", "eval_steps=2", "save_steps=2", "logging_steps=2"]
+    flags = f"ARGS=--model {tiny_model} {' '.join(settings)}"
+    command = ["make", "lf-train", "METHOD=early_stopping", flags]
+    done = run(*command[:-1], f"{flags} output_dir={folder}", check=0)
+    assert "where it stopped early" in done.stdout
+    return folder, result(done), command
+
+
+def test_early_stopping_keeps_the_best_checkpoint(stopped_early):
+    """What lies in the folder is the one of the lowest loss on the rows that were kept apart."""
+    folder, trained, _ = stopped_early
+    best = trained["best_step_count"]
+    assert trained["step_count"] == best + 2 * 2 < 40
+    assert trained["eval_losses"][best // 2 - 1] == min(trained["eval_losses"])
+    assert weights(folder) == weights(folder / f"checkpoint-{best}")
+    assert weights(folder) != weights(folder / f"checkpoint-{trained['step_count']}")
+
+
+@pytest.mark.long
+def test_early_stopping_resumed_ends_at_the_same_step(stopped_early, tmp_path):
+    """From the best checkpoint: the same losses, the same weights."""
+    folder, trained, command = stopped_early
+    kept = f"checkpoint-{trained['best_step_count']}"
+    shutil.copytree(folder / kept, tmp_path / "unfinished" / kept)
+    shutil.copy(folder / "run.json", tmp_path / "unfinished")
+    done = run(*command[:-1], "RESUME=1", f"{command[-1]} output_dir={tmp_path}", check=0)
+    assert result(done)["eval_losses"] == trained["eval_losses"]
+    assert result(done)["step_count"] == trained["step_count"]
+    assert weights(tmp_path) == weights(folder)
+
+
+def test_only_its_own_end_is_a_right_end(module06, tmp_path, capsys):
+    """A training that would stop early, and was told to end before, has not finished."""
+    outcome = module06.outcome.Outcome
+    settings = {"early_stopping_steps": 2}
+    for losses, ended in (([3.0, 2.0, 2.5], False), ([3.0, 2.0, 2.5, 2.0], True)):
+        trained = outcome([1.0], 6, 40, 1.0, 1, 0, False, 9, 1.0, 0.0, losses, 4)
+        assert trained.stopped_by_itself(2) == ended
+        if ended:
+            module06.unfinished.refuse_early_end(tmp_path, trained, settings)
+            continue
+        with pytest.raises(SystemExit) as end:
+            module06.unfinished.refuse_early_end(tmp_path, trained, settings)
+        assert end.value.code == 143 and "step 6 of 40" in capsys.readouterr().err
 
 
 def start_training(*flags):

@@ -49,7 +49,7 @@ def test_records_are_complete(file):
     assert record["machine"]["name"] == file.parent.parent.name
     assert re.fullmatch(r"[0-9a-f]{10}(-dirty)?", record["commit"])
     for name, value in record["metrics"].items():
-        plain = name in PLAIN or name.endswith(("_losses", "_exit_code"))
+        plain = name in PLAIN or name.endswith(("_loss", "_losses", "_exit_code"))
         needs_unit = not isinstance(value, str) and not plain
         assert not needs_unit or re.search(UNITS, name), f"{name} has no unit"
 

@@ -137,6 +137,10 @@ def main() -> None:
         f"{', FSDP' * trained.is_fsdp}; {trained.trained_parameters:,} parameters trained, "
         f"{trained.tokens_per_s:.0f} tokens/s, at most {peak_gib:.2f} GiB a process"
     )
+    if trained.best_step:
+        early = ", where it stopped early" * (trained.steps < trained.planned_steps)
+        best = f"{min(trained.eval_losses):.4f} at step {trained.best_step}"
+        print(f"loss on rows kept apart: lowest {best}, last {trained.eval_losses[-1]:.4f}{early}")
     print(f"adapter and logs: {shown(output)}")
     if trained.zero_stage != named_stage:
         fail(
@@ -156,6 +160,8 @@ def main() -> None:
         "tokens_per_s": trained.tokens_per_s,
         "peak_gib": round(peak_gib, 2),
     }
+    if trained.best_step:
+        metrics |= {"eval_losses": trained.eval_losses, "best_step_count": trained.best_step}
     used = {"model": model, **OmegaConf.to_container(settings)}
     for path in ("model_name_or_path", "output_dir"):
         del used[path]

@@ -1,42 +1,61 @@
-"""Score the base model and the tuned one on held-out requests: greedy answers, exact match.
+"""Score the base model and the tuned one on held-out requests: what is right, what is forgotten.
 
     make lf-score                       # after make lf-train
     make lf-score ARGS="--train"        # train first: before and after in one go
     make lf-score ARGS="--adapter runs/06_LLaMA-Factory/lora_z2 --limit 16"
+    make lf-score ARGS="--test my_test.jsonl"    # any file that make lf-check-data understands
 
 The held-out split has phrasings and combinations of values that training does not have, so memory
-alone scores nothing. An answer counts only when it is the expected text, character for character.
-Base and tuned model are one model in memory: PEFT switches the adapter off for the first pass. The
-prompt is made by the model's own chat template, as a server would make it.
-Look at: the same request before and after, the two scores, and the answers that are still wrong.
+alone scores nothing. The last answer of each row is asked for, given all before it (system, turns,
+tools), and counts only when it is the expected text, character for character; of a call of a tool,
+the same call. The prompt is made by the model's own chat template, as a server would make it.
+Look at: the same request before and after, the measures with their 95 % intervals, what the model
+has forgotten, and the answers that are still wrong.
 """
 
 import argparse
-import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import factory
+import scoring
+import showing
 
-from lab import RUNS, data, fail, jobs, results, shown
+from lab import RUNS, fail, jobs, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
+# Nothing of the task: what a model can lose by learning it
+NEUTRAL = HERE / "data" / "neutral.txt"
+GENERAL = (
+    "What is the capital of France, and what is it known for?",
+    "Why is the sky blue?",
+    "Give me three tips for sleeping better.",
+    "Write one sentence about the sea.",
+)
+GENERAL_TOKENS = 32
 
 
-def greedy_answers(model, tokenizer, requests: list[str], batch_size: int, most: int) -> list[str]:
-    """The model's answer of at most `most` tokens to each request, `batch_size` at a time."""
-    answers: list[str] = []
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        inputs = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": request}] for request in batch],
-            add_generation_prompt=True,
+class Measured(NamedTuple):
+    answers: list[str]  # to the questions, greedy
+    tokens: list[list[int]]  # of each answer, without the end of its turn
+    seconds: float  # of answering
+    losses: list[tuple[float, int]]  # (sum, tokens) of each wanted answer
+    neutral: float  # mean loss of the neutral text
+    most: int  # tokens that an answer may have
+    general: list[str]  # answers to GENERAL
+
+
+def greedy_answers(model, tokenizer, prompts: list[str], batch_size: int, most: int):
+    """([the answer of at most `most` tokens to each prompt], [its tokens]), a batch at a time."""
+    answers, tokens = [], []
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer(
+            prompts[start : start + batch_size],
+            add_special_tokens=False,  # the template has put them in
             padding=True,
-            return_dict=True,
             return_tensors="pt",
         ).to(model.device)
         output = model.generate(  # [batch, prompt + answer], prompts padded on the left
@@ -45,26 +64,46 @@ def greedy_answers(model, tokenizer, requests: list[str], batch_size: int, most:
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        prompt_length = inputs["input_ids"].shape[1]
-        answers += tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
-    return answers
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+            tokens.append([token for token in row if token not in ends])
+            answers.append(tokenizer.decode(row, skip_special_tokens=True))
+    return answers, tokens
 
 
-def train_first() -> None:
-    """Run 01_train.py to its end, or go on with it; end with its exit code where it fails."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
-    process = subprocess.Popen([sys.executable, str(HERE / "01_train.py"), "--resume-or-begin"])
-    try:
-        code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code:
-        raise SystemExit(code)
+def loss_of(model, tokenizer, prompt: str, target: str) -> tuple[float, int]:
+    """(summed cross entropy in nats, tokens) of `target` after `prompt`, each token given those
+    before it as they should be (teacher forcing)."""
+    import torch
+
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    wanted = tokenizer(target, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([before + wanted], device=model.device)
+    first = max(len(before), 1)  # a text's first token is foretold by nothing
+    logits = model(input_ids=ids).logits[0, first - 1 : -1].float()  # [tokens, vocabulary]
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")
+    return loss.item(), len(logits)
 
 
-def on_one_line(text: str) -> str:
-    return text.replace("\n", "\\n")[:110]
+def measure(model, tokenizer, questions: list[scoring.Question], batch_size: int) -> Measured:
+    """Everything that is measured of one model, here of the base and of the tuned one."""
+    import torch
+
+    # An answer that is longer than any expected one is wrong anyway.
+    targets = [question.target for question in questions]
+    most = max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4
+    asked = [[{"role": "user", "content": request}] for request in GENERAL]
+    general = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    with torch.inference_mode():
+        began = time.monotonic()
+        prompts = [question.prompt for question in questions]
+        answers, tokens = greedy_answers(model, tokenizer, prompts, batch_size, most)
+        seconds = time.monotonic() - began
+        losses = [loss_of(model, tokenizer, one.prompt, one.target) for one in questions]
+        paragraphs = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
+        neutral = [loss_of(model, tokenizer, "", paragraph) for paragraph in paragraphs]
+        kept, _ = greedy_answers(model, tokenizer, general, batch_size, GENERAL_TOKENS)
+    answers = [scoring.without_thoughts(answer) for answer in answers]
+    return Measured(answers, tokens, seconds, losses, scoring.mean_loss(neutral)[0], most, kept)
 
 
 def main() -> None:
@@ -74,103 +113,93 @@ def main() -> None:
     )
     # What is scored
     factory.add_adapter_flag(parser)
+    base = "the base model, where it lies elsewhere now (default: the one of the training)"
+    parser.add_argument("--model", help=base)
     parser.add_argument("--train", action="store_true", help="run 01_train.py first")
     # On what
+    held_out = "held-out data set, by name or file (default: %(default)s)"
+    parser.add_argument("--test", default=profile.finetune.test, help=held_out)
+    parser.add_argument("--info", help="dataset_info.json that has the data set's entry")
+    first = "take only the first N rows (default: all)"
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help=first)
+    together = "requests that are answered at a time (default: %(default)s)"
     parser.add_argument(
-        "--test",
-        default=profile.finetune.test,
-        help="held-out data set, by name or path (default: %(default)s)",
+        "--batch-size", type=int, default=profile.finetune.batch_size, help=together
     )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="take only the first N rows (default: all)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=profile.finetune.batch_size,
-        help="requests that are answered at a time (default: %(default)s)",
-    )
+    answers = shown(RUNS / HERE.name / "answers.json")
+    parser.add_argument("--answers", default=answers, help="written (default: %(default)s)")
     args = parser.parse_args()
 
     # -----------------------------------------------------------------------------
-    # 1. The held-out rows, the adapter and its model
+    # 1. The held-out rows, and what has been trained
 
-    rows = data.rows(args.test)[: args.limit or None]
-    requests = [row["messages"][0]["content"] for row in rows]
-    wanted = [row["messages"][1]["content"] for row in rows]
-    if args.batch_size < 1:
-        fail("--batch-size must be at least 1")
+    if args.batch_size < 1 or args.limit < 0:
+        fail("--batch-size must be at least 1, --limit at least 0")
     jobs.refuse_taken_cards()
+    if not args.train:
+        factory.trained(args.adapter, args.model)  # what is not there is said at once
+    rows = scoring.converted_rows(args.test, args.info, args.limit)
     if args.train:
-        train_first()
-    adapter = factory.adapter_folder(args.adapter)
-    trained = json.loads((adapter / "adapter_config.json").read_text())
-    folder = factory.base_model(trained["base_model_name_or_path"])
+        factory.train_first(HERE / "01_train.py")
+    trained = factory.trained(args.adapter, args.model)
 
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     dtype = getattr(torch, profile.finetune.dtype)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(profile.device)
-    model = PeftModel.from_pretrained(base, adapter).eval()
+
+    def load(folder: Path):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(profile.device).eval()
+
+    source = trained.base or trained.folder
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    questions = scoring.questions(rows, tokenizer, trained.switches)
 
     # -----------------------------------------------------------------------------
-    # 2. Greedy answers, without the adapter and with it
+    # 2. Without the adapter, then with it; of a whole model, one after the other
 
-    # An answer that is longer than any expected one is wrong anyway.
-    most = max(len(tokenizer(text)["input_ids"]) for text in wanted) + 4
-    with torch.inference_mode():
-        began = time.monotonic()
-        with model.disable_adapter():
-            before = greedy_answers(model, tokenizer, requests, args.batch_size, most)
-        middle = time.monotonic()
-        after = greedy_answers(model, tokenizer, requests, args.batch_size, most)
-        ended = time.monotonic()
+    measured = {}
+    model = None
+    if trained.base:
+        model = load(trained.base)
+        measured["base"] = measure(model, tokenizer, questions, args.batch_size)
+    if trained.is_adapter:
+        model = scoring.put_on(model, trained.folder)
+    else:
+        model = None  # two might not fit on the card
+        model = load(trained.folder)
+    measured["tuned"] = measure(model, tokenizer, questions, args.batch_size)
 
     # -----------------------------------------------------------------------------
     # 3. Before and after
 
-    wrong = [row for row, answer in enumerate(after) if answer != wanted[row]]
-    right_before = [row for row, answer in enumerate(before) if answer == wanted[row]]
-    base_pct = 100 * len(right_before) / len(rows)
-    tuned_pct = 100 - 100 * len(wrong) / len(rows)
-    for row in range(min(3, len(rows))):
-        print(f"request   {requests[row]}")
-        print(f"  base    {on_one_line(before[row])}")
-        print(f"  tuned   {on_one_line(after[row])}")
-        print(f"  wanted  {wanted[row]}\n")
-    for row in wrong[:10]:
-        print(f"wrong     {requests[row]}")
-        print(f"  tuned   {on_one_line(after[row])}")
-        print(f"  wanted  {wanted[row]}")
-    print(
-        f"\nexact match on {len(rows)} held-out requests: "
-        f"base {base_pct:.1f} %, tuned {tuned_pct:.1f} % ({len(wrong)} wrong)"
-    )
-    file = RUNS / HERE.name / "answers.json"
-    columns = ("request", "wanted", "base", "tuned")
-    answers = [
-        dict(zip(columns, texts, strict=True))
-        for texts in zip(requests, wanted, before, after, strict=True)
-    ]
-    file.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
-    print(f"all answers: {shown(file)}")
-    metrics = {
-        "base_exact_pct": round(base_pct, 1),
-        "tuned_exact_pct": round(tuned_pct, 1),
-        "row_count": len(rows),
-        "wrong_count": len(wrong),
-        "base_s": round(middle - began, 1),
-        "tuned_s": round(ended - middle, 1),
-    }
-    config = {"adapter": shown(adapter), "test": args.test, "dtype": profile.finetune.dtype}
-    results.finish(__file__, metrics, config)
+    answers = {name: one.answers for name, one in measured.items()}
+    right = [scoring.is_right(*pair) for pair in zip(questions, answers["tuned"], strict=True)]
+    metrics = {"row_count": len(questions), "wrong_count": right.count(False)}
+    metrics["most_tok_count"] = measured["tuned"].most
+    for name, one in measured.items():
+        metrics |= scoring.measures(name, questions, one.answers)
+        for end, value in zip(("", "_low", "_high"), scoring.mean_loss(one.losses), strict=True):
+            metrics[f"{name}{end}_loss"] = round(value, 4)
+        metrics[f"{name}_neutral_loss"] = round(one.neutral, 4)
+        metrics[f"{name}_s"] = round(one.seconds, 1)
+    general = {name: one.general for name, one in measured.items()}
+    if "base" in measured:
+        pairs = zip(general["base"], general["tuned"], strict=True)
+        metrics["kept_count"] = sum(before == after for before, after in pairs)
+    showing.examples(questions, answers, right)
+    showing.measures(metrics, list(measured))
+    showing.forgetting(metrics, general, GENERAL)
+    saved = [question._asdict() for question in questions]
+    for name, one in measured.items():
+        for row, answer, tokens, loss in zip(
+            saved, one.answers, one.tokens, one.losses, strict=True
+        ):
+            row |= {name: answer, f"{name}_tokens": tokens, f"{name}_loss": loss[0] / loss[1]}
+    scoring.save(Path(args.answers), saved)
+    print(f"all answers: {args.answers}")
+    config = {"adapter": args.adapter, "test": args.test, "dtype": profile.finetune.dtype}
+    results.finish(__file__, metrics, config, "" if trained.base else "alone")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import checkpoints
 import unfinished
 
-from lab import ROOT, RUNS, fail, shown
+from lab import ROOT, RUNS, fail, models, shown
 
 FOLDER = RUNS / "06_LLaMA-Factory"
 # Of the engine's output, what tells a reader something: losses, and how much is trained.
@@ -151,6 +152,55 @@ def adapter_folder(path: str) -> Path:
         begun = ", RESUME=1 goes on with what has begun" * unfinished.inside(folder).is_dir()
         fail(f"there is no adapter in {shown(folder)}: run 'make lf-train' first{begun}")
     return folder
+
+
+class Trained(NamedTuple):
+    folder: Path  # with the adapter, or with a whole model
+    base: Path | None  # the model before the training; None: it is not said which
+    is_adapter: bool
+    switches: dict  # of the chat template, where training set one: {"enable_thinking": False}
+
+
+def trained(path: str, model: str | None = None) -> Trained:
+    """What a finished training, or a merging, has left in the folder.
+
+    A merged model says nothing of its base. `model` is the base where it lies elsewhere now; exit
+    code 2 where it is another one.
+    """
+    from omegaconf import OmegaConf
+
+    folder = ROOT / path
+    is_adapter = (folder / "adapter_config.json").is_file()
+    is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if is_adapter or not is_model:
+        folder = adapter_folder(path)
+    file = folder / "config.yaml"
+    settings = OmegaConf.load(file) if file.is_file() else {}
+    named = settings.get("model_name_or_path")
+    if is_adapter:
+        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    switches = {}
+    if settings.get("enable_thinking") is False:
+        switches["enable_thinking"] = False
+    if not model:
+        return Trained(folder, base_model(named) if named else None, is_adapter, switches)
+    given = models.model_folder(model)
+    if named and (ROOT / named).is_dir() and (ROOT / named).resolve() != given.resolve():
+        fail(f"{shown(folder)} was trained on {named}, and --model names {model}")
+    return Trained(folder, given, is_adapter, switches)
+
+
+def train_first(script: Path) -> None:
+    """Run 01_train.py to its end, or go on with it; end with its exit code where it fails."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
+    process = subprocess.Popen([sys.executable, str(script), "--resume-or-begin"])
+    try:
+        code = process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+    if code:
+        raise SystemExit(code)
 
 
 def base_model(path: str) -> Path:

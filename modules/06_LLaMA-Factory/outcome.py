@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
+
 
 class Outcome(NamedTuple):
     losses: list[float]  # of every `logging_steps` steps
@@ -17,6 +19,15 @@ class Outcome(NamedTuple):
     trained_parameters: int
     tokens_per_s: float  # of all processes, without padding; without the first logged steps
     peak_gib: float  # the most a GPU held, of process 0; on a CPU 0: nobody records it
+    eval_losses: list[float]  # on rows kept apart, every `eval_steps` steps
+    best_step: int | None  # of the lowest of them
+
+    def stopped_by_itself(self, patience: int | None) -> bool:
+        """Whether early stopping ended it: `patience` evaluations in a row, none of them better."""
+        if not patience or not self.eval_losses:
+            return False
+        since_best = len(self.eval_losses) - 1 - self.eval_losses.index(min(self.eval_losses))
+        return since_best >= patience
 
 
 def zero_stage(checkpoint: Path) -> int:
@@ -50,7 +61,9 @@ def read(output: Path, log: Path) -> Outcome:
     history = json.loads((output / "trainer_state.json").read_text())
     final = json.loads((output / "all_results.json").read_text())
     losses = [entry["loss"] for entry in history["log_history"] if "loss" in entry]
-    checkpoint = output / f"checkpoint-{history['global_step']}"
+    evaluated = [entry["eval_loss"] for entry in history["log_history"] if "eval_loss" in entry]
+    # The last one: after early stopping nothing has to be saved at the last step.
+    checkpoint = next(iter(checkpoints.numbered(output)), output / "none")
     written = [file.name for file in checkpoint.rglob("*.pt*")]
     # A running DeepSpeed leaves one of each process, which no other engine does.
     shards = [name for name in written if name.endswith("_optim_states.pt")]
@@ -70,4 +83,6 @@ def read(output: Path, log: Path) -> Outcome:
         trained_parameters=int(counted[1].replace(",", "")) if counted else 0,
         tokens_per_s=tokens_per_s(history["log_history"]),
         peak_gib=max(peaks, default=0.0),
+        eval_losses=evaluated,
+        best_step=history.get("best_global_step") if evaluated else None,
     )

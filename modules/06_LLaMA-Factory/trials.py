@@ -16,7 +16,7 @@ def result(script: str, *arguments: str) -> dict:
     try:
         for line in process.stdout:
             last = line
-            if line.startswith(("  {'loss'", "exact match")):
+            if line.startswith(("  {'loss'", "  exact match")):
                 print(line.rstrip(), flush=True)
         code = process.wait()
     finally:

@@ -132,8 +132,12 @@ def way_on(folder: Path) -> str:
 
 
 def refuse_early_end(output: Path, trained, settings) -> None:
-    """Exit code 143 where the engine was told to end: it saves, and ends as if all were done."""
-    if trained.steps < trained.planned_steps and not settings.get("early_stopping_steps"):
+    """Exit code 143 where the engine was told to end: it saves, and ends as if all were done.
+
+    What ends early by itself has done all it was to do.
+    """
+    by_itself = trained.stopped_by_itself(settings.get("early_stopping_steps"))
+    if trained.steps < trained.planned_steps and not by_itself:
         step = f"step {trained.steps} of {trained.planned_steps}"
         print(f"ended from outside at {step}{way_on(inside(output))}", file=sys.stderr)
         raise SystemExit(143)
