@@ -9,7 +9,7 @@ from conftest import ROOT, python, refused
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
 SAME = ("lora", "loraplus", "pissa", "qlora", "packing", "neat_packing", "train_on_prompt")
-TRAINED = (*SAME, "rslora", "dora", "freeze", "full", "mask_history", "qlora dora")
+TRAINED = (*SAME, "rslora", "dora", "freeze", "full", "mask_history")
 NEED_GPUS = {"liger", "fsdp"}
 BETWEEN_PROCESSES = {"ddp", "zero3"}
 ELSEWHERE = {"early_stopping"}  # tests/test_scoring.py
@@ -41,7 +41,7 @@ def trainings(tiny_model, tmp_path_factory):
 def test_every_method_is_trained_by_a_test():
     files = {file.stem for file in MODULE.glob("configs/methods/*.yaml")}
     tested = {*TRAINED, *NEED_GPUS, *BETWEEN_PROCESSES, *ELSEWHERE}
-    assert files == tested - {"lora", "qlora dora"}
+    assert files == tested - {"lora"}
 
 
 def test_what_is_trained(trainings):
@@ -51,7 +51,6 @@ def test_what_is_trained(trainings):
     assert count["rslora"] == 4 * count["lora"]  # its rank is 64
     assert count["lora"] < count["dora"] < 2 * count["lora"]
     assert count["lora"] < count["freeze"] < count["full"]
-    assert count["qlora dora"] == count["dora"]
     for name in ("freeze", "full"):
         assert (folder / name / "model.safetensors").is_file()
         assert not (folder / name / "adapter_config.json").exists()

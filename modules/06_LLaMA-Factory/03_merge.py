@@ -18,7 +18,7 @@ from pathlib import Path
 
 import factory
 
-from lab import ROOT, results, shown
+from lab import ROOT, fail, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +44,8 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. Model, template and system message as in the training; then LLaMA-Factory's own command
 
+    if not factory.trained(args.adapter).is_adapter:
+        fail(f"{args.adapter} is a whole model: make vllm-serve MODEL={args.adapter} serves it")
     source = HERE / "configs" / "merge.yaml"
     settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
     settings.export_dir = args.output

@@ -34,7 +34,7 @@ def main() -> None:
 
     source = HERE / "configs" / "infer.yaml"
     settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
-    comment = f"infer.yaml and {settings.adapter_name_or_path}/config.yaml"
+    comment = f"infer.yaml and {args.adapter}/config.yaml"
     config = factory.write(settings, "chat", comment)
     command = factory.prepare({"LLAMAFACTORY_VERBOSITY": "WARN"}, "chat", shown(config))
 

@@ -68,7 +68,7 @@ def main() -> None:
         jobs.refuse_taken_cards()
         source = HERE / "configs" / "infer.yaml"
         settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
-        comment = f"infer.yaml and {settings.adapter_name_or_path}/config.yaml"
+        comment = f"infer.yaml and {args.adapter}/config.yaml"
         arguments = ["api", shown(factory.write(settings, "api", comment))]
         environment = {"API_HOST": "127.0.0.1", "API_PORT": str(port), "API_MODEL_NAME": "tuned"}
     else:

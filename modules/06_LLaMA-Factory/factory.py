@@ -215,13 +215,18 @@ def settings_for(source: Path, adapter: str, dtype: str):
     """The settings in `source` with model, template and system message as in the training."""
     from omegaconf import OmegaConf
 
-    folder = adapter_folder(adapter)
-    trained = OmegaConf.load(folder / "config.yaml")
-    names = ("model_name_or_path", "template", "default_system")
-    same = {name: trained[name] for name in names if name in trained}
-    base_model(same["model_name_or_path"])
-    here = {"adapter_name_or_path": shown(folder), "infer_dtype": dtype}
-    return OmegaConf.merge(OmegaConf.load(source), same, here)
+    done = trained(adapter)
+    training = OmegaConf.load(done.folder / "config.yaml")
+    names = ("model_name_or_path", "template", "default_system", "enable_thinking")
+    same = {name: training[name] for name in names if name in training}
+    here = {"infer_dtype": dtype}
+    settings = OmegaConf.load(source)
+    if done.is_adapter:
+        here["adapter_name_or_path"] = shown(done.folder)
+    else:
+        here |= {"model_name_or_path": shown(done.folder), "finetuning_type": "full"}
+        del settings.adapter_name_or_path
+    return OmegaConf.merge(settings, same, here)
 
 
 # -----------------------------------------------------------------------------
