@@ -74,7 +74,7 @@ Put {model} on {gpus} cards in {dtype}; it should accept {max_len} tokens and an
 Port {port} should offer {model}: {max_len} tokens of context, {dtype}, {gpus} GPUs.
 Get {model} going: {dtype}, port {port}, {gpus} GPUs, {max_len} tokens.
 """
-# What a model trained on EN_TRAIN gets wrong is the order "... GPUs, ... tokens": more of that kind.
+# A model trained on EN_TRAIN gets the order "... GPUs, ... tokens" wrong: more of that kind.
 EN_MORE = """
 Start {model}: {dtype}, {gpus} GPUs, {max_len} tokens, port {port}.
 Give {model} {gpus} GPUs and {max_len} tokens; {dtype}, port {port}.

@@ -320,8 +320,16 @@ def faults(language: str) -> str:
 
 
 METHOD_HEADS = {
-    "zh": ("方法", "训练的参数", "峰值（GiB）", "tokens/s", "进程", "完全正确（%）"),
-    "en": ("method", "trained", "peak (GiB)", "tokens/s", "processes", "exact (%)"),
+    "zh": (
+        "方法",
+        "训练的参数",
+        "峰值（GiB）",
+        "tokens/s",
+        "进程",
+        "完全正确（%）",
+        "无关文本的损失",
+    ),
+    "en": ("method", "trained", "peak (GiB)", "tokens/s", "processes", "exact (%)", "neutral loss"),
 }
 ONE_PROCESS = (
     *("lora", "rslora", "loraplus", "dora", "pissa", "qlora", "freeze", "full"),
@@ -346,13 +354,15 @@ def methods(word: str, language: str) -> str:
             score = records(f"06_LLaMA-Factory/02_score{variant}").get(machine)
             names = ("trained_count", "peak_gib", "tokens_per_s", "world_size")
             cells = [number(record["metrics"][name]) for name in names]
-            cells.append(number(score["metrics"]["tuned_exact_pct"]) if score else ABSENT)
+            for name in ("tuned_exact_pct", "tuned_neutral_loss"):
+                value = score["metrics"].get(name) if score else None
+                cells.append(ABSENT if value is None else number(value))
             rows.append("| " + " | ".join([f"`{method}`", *cells]) + " |")
             used[f"01_train{variant}"] = record
         if len(rows) < 2:
             continue
         lines += [f"`{machine}`:", "", "| " + " | ".join(METHOD_HEADS[language]) + " |"]
-        lines += ["|---|" + "---:|" * 5, *rows, "", *remarks(used, language), ""]
+        lines += ["|---|" + "---:|" * 6, *rows, "", *remarks(used, language), ""]
     return "\n".join(lines) + "\n"
 
 

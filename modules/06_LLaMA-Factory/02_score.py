@@ -116,6 +116,7 @@ def main() -> None:
     base = "the base model, where it lies elsewhere now (default: the one of the training)"
     parser.add_argument("--model", help=base)
     parser.add_argument("--train", action="store_true", help="run 01_train.py first")
+    parser.add_argument("--no-base", action="store_true", help="score the tuned model only")
     # On what
     held_out = "held-out data set, by name or file (default: %(default)s)"
     parser.add_argument("--test", default=profile.finetune.test, help=held_out)
@@ -160,8 +161,9 @@ def main() -> None:
 
     measured = {}
     model = None
-    if trained.base:
+    if trained.base and (trained.is_adapter or not args.no_base):
         model = load(trained.base)
+    if model and not args.no_base:
         measured["base"] = measure(model, tokenizer, questions, args.batch_size)
     if trained.is_adapter:
         model = scoring.put_on(model, trained.folder)
@@ -199,7 +201,8 @@ def main() -> None:
     scoring.save(Path(args.answers), saved)
     print(f"all answers: {args.answers}")
     config = {"adapter": args.adapter, "test": args.test, "dtype": profile.finetune.dtype}
-    results.finish(__file__, metrics, config, "" if trained.base else "alone")
+    variant = "" if trained.folder.name == "lora" else trained.folder.name
+    results.finish(__file__, metrics, config, variant)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ COLUMNS = (
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("train_s", "train (s)", "{:.0f}"),
     ("tuned_exact_pct", "exact (%)", "{:.1f}"),
+    ("tuned_neutral_loss", "neutral loss", "{:.2f}"),
 )
 ORDER = (
     *("lora", "rslora", "loraplus", "dora", "pissa", "qlora", "freeze", "full"),

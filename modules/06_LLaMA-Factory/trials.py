@@ -30,5 +30,5 @@ def result(script: str, *arguments: str) -> dict:
 def train_and_score(folder: str, method: str, overrides: list[str], scored: bool = True) -> dict:
     """What both say of a training that writes to `folder`; only the first without `scored`."""
     trained = result("01_train.py", "--method", method, "--fresh", *overrides)
-    score = result("02_score.py", "--adapter", folder) if scored else {}
+    score = result("02_score.py", "--no-base", "--adapter", folder) if scored else {}
     return trained | score
