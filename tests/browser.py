@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import subprocess
 import time
 import urllib.request
@@ -24,6 +23,7 @@ class Page:
         """`folder`: the browser's, empty; `width`, `height`: of the window in pixels."""
         self.folder = folder
         self.asked: list[str] = []  # the URLs that the page has asked for
+        self.unanswered: set[str] = set()  # requests, by their ids
         self.number = 0  # of the last command
         log = (folder / "chromium.log").open("w")
         # Any free port of 127.0.0.1; the browser writes it into a file
@@ -48,21 +48,37 @@ class Page:
         return self
 
     def __exit__(self, *_) -> None:
-        self.socket.close()
         self.process.terminate()
         self.process.wait()
+        self.socket.close()
 
     def send(self, method: str, **parameters) -> dict:
-        """The protocol's answer to one command; a request of the page's that passes is noted."""
+        """The protocol's answer to one command; what the page asks meanwhile is noted."""
         self.number += 1
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": parameters}))
         while True:
             message = json.loads(self.socket.recv(timeout=PATIENCE))
-            if message.get("method") == "Network.requestWillBeSent":
-                self.asked.append(message["params"]["request"]["url"])
+            self.note(message.get("method"), message.get("params", {}))
             if message.get("id") == self.number:
                 assert "error" not in message, (method, message["error"])
                 return message["result"]
+
+    def note(self, event: str | None, facts: dict) -> None:
+        if event == "Network.requestWillBeSent":
+            self.asked.append(facts["request"]["url"])
+            self.unanswered.add(facts["requestId"])
+        elif event in ("Network.loadingFinished", "Network.loadingFailed"):
+            self.unanswered.discard(facts["requestId"])
+
+    def settle(self) -> None:
+        """Wait until what has just been done is answered; streams that stay open do not count."""
+        before = set(self.unanswered)
+        time.sleep(0.3)
+        self.value("0")
+        deadline = time.monotonic() + PATIENCE
+        while self.unanswered - before and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self.value("0")
 
     def value(self, expression: str):
         """What a JavaScript expression gives."""
@@ -99,8 +115,8 @@ class Page:
             where = {"x": x, "y": y, "button": "left", "clickCount": 1}
             self.send("Input.dispatchMouseEvent", type=kind, **where)
 
-    def press(self, key: str, text: str) -> None:
-        """A key, and the character that it makes."""
+    def press(self, key: str, text: str = "") -> None:
+        """A key, and the character that it makes, if any."""
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, text=text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
 

@@ -9,7 +9,6 @@ Both YAML files are the page's own: it writes such ones itself (llamafactory/web
 """
 
 import json
-import os
 from pathlib import Path
 
 import factory
@@ -74,11 +73,10 @@ def folder_for(finetune) -> Path:
         (FOLDER / "data").symlink_to(HERE / "data")
 
     entry = models.entry(finetune.model)[1]
-    hub = "modelscope" if models.from_modelscope() else "huggingface"
-    model = entry.get("modelscope" if models.from_modelscope() else "hub") or finetune.model
+    model = entry["modelscope" if models.from_modelscope() else "hub"] or finetune.model
     settings = OmegaConf.merge(OmegaConf.load(HERE / "configs/sft_lora.yaml"), finetune.args)
     settings = OmegaConf.to_container(settings) | {"template": entry.get("template", "default")}
-    if "package" in entry or os.path.isdir(finetune.model):  # it is here, and can be read
+    if "package" in entry:  # it needs no download, and can be read
         folder = models.model_folder(finetune.model)
         model = str(folder)
         system = factory.own_system_message(folder)
@@ -89,7 +87,7 @@ def folder_for(finetune) -> Path:
     page = {"lang": "zh", "last_model": "Custom", "path_dict": {}, "cache_dir": None}
     page |= read_yaml(chosen) if chosen.is_file() else {}
     # Without this the page undoes USE_MODELSCOPE_HUB=1: it begins with Hugging Face.
-    page["hub_name"] = hub
+    page["hub_name"] = "modelscope" if models.from_modelscope() else "huggingface"
     page["path_dict"].setdefault("Custom", model)
     write(chosen, page)
     return FOLDER
