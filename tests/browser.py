@@ -42,7 +42,7 @@ class Page:
         port = file.read_text().split()[0]
         targets = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list"))
         (page,) = [target for target in targets if target["type"] == "page"]
-        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None)
+        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None, close_timeout=1)
         for domain in ("Page", "Runtime", "Network"):
             self.send(f"{domain}.enable")
         return self
