@@ -39,6 +39,7 @@ PACKAGES = {
     "curl": "curl",
     "ip": "iproute2",
     "nginx": "nginx-light",
+    "chromium": "chromium",
     "openssl": "openssl",
     "libaio.h": "libaio-dev",  # a header, not a program
 }

@@ -850,14 +850,6 @@ def test_api(adapter, tuned_answers, no_jobs):
     assert members and not living(members) and not listening(8010)
 
 
-def test_webui(no_jobs):
-    out = run("make", "lf-webui", check=0).stdout
-    assert "http://127.0.0.1:7860" in out and listening(7860) == ["127.0.0.1:7860"]
-    page = urllib.request.urlopen("http://127.0.0.1:7860/config", timeout=300).read().decode()
-    assert "Model path" in page or "model_path" in page or "LLaMA" in page
-    assert "launch_en_train" in (RUNS / "06_LLaMA-Factory/webui/data/dataset_info.json").read_text()
-
-
 def test_port_in_use(adapter, no_jobs):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -3,11 +3,13 @@
     make lf-api                  # OpenAI-style, http://127.0.0.1:8010/v1, base model plus adapter
     make lf-webui                # http://127.0.0.1:7860: training, chat and export by mouse
     make lf-api ARGS="--port 8011"
+    API_KEY=change-me make lf-api    # who asks must send this key
     make stop                    # ends both
 
 Both listen on every network interface unless told otherwise, without a password: here they get
-127.0.0.1. The API is for trying out: it answers one request at a time. For load, merge (make
-lf-merge) and serve by vLLM.
+127.0.0.1. The web UI begins in Chinese, and holds the settings of `make lf-train` (board.py). The
+API is for trying out: it answers one request at a time. For load, merge (make lf-merge) and serve
+by vLLM.
 Look at: the printed command with its variables.
 """
 
@@ -17,21 +19,13 @@ import signal
 import sys
 from pathlib import Path
 
+import board
 import factory
 
 from lab import fail, jobs, results, shown
 from lab.profile import load_profile
 
 HERE = Path(__file__).resolve().parent
-
-
-def webui_folder() -> Path:
-    """Where the web UI runs: it looks for the folder data there, and writes its results there."""
-    folder = factory.FOLDER / "webui"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "data").exists():
-        (folder / "data").symlink_to(HERE / "data")
-    return folder
 
 
 def main() -> None:
@@ -85,7 +79,7 @@ def main() -> None:
     # 2. Start, and wait until it answers
 
     if args.what == "webui":
-        os.chdir(webui_folder())
+        os.chdir(board.folder_for(profile.finetune))
         os.environ["BROWSER"] = "true"  # a program that does nothing: there may be no screen here
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that wait_healthy ends the job
@@ -93,7 +87,7 @@ def main() -> None:
     cards = jobs.cards() if args.what == "api" else []
     process = jobs.start(name, command, log, address=address, cards=cards)
     api = "/v1" if args.what == "api" else ""
-    ready = f"{address}/v1/models" if api else f"{address}/"
+    ready = f"{address}/docs" if api else f"{address}/"  # both are answered without a key
     try:
         seconds = jobs.wait_healthy(
             name,
@@ -105,6 +99,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"healthy after {seconds:.0f} s: {address}{api}")
+    if api and os.environ.get("API_KEY"):  # LLaMA-Factory reads it itself
+        print("it asks for the key in API_KEY: send the header Authorization: Bearer ...")
     print(f"log: {shown(log)}   end it: make stop")
     results.note(results.name_of(__file__))
 

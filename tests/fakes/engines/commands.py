@@ -89,6 +89,7 @@ def llamafactory_cli(arguments: list[str]) -> None:
             "vllm serve",
             ["--model", str(model), "--served-model-name", os.environ["API_MODEL_NAME"]],
         )
+        api_server.KEY = os.environ.get("API_KEY")
         api_server.serve(os.environ["API_HOST"], int(os.environ["API_PORT"]))
 
 

@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if not self.allowed():
             return
-        if self.path in ("/health", "/ping", "/version", "/load"):
+        if self.path in ("/health", "/ping", "/version", "/load", "/docs"):
             self.send({"version": "0.26.0"} if self.path == "/version" else b"")
         elif self.path == "/metrics":
             self.send(prometheus.generate_latest(), kind=prometheus.CONTENT_TYPE_LATEST)
