@@ -259,7 +259,7 @@ lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, I
 lf-new-data: env ## write the entry of FILE into the dataset_info.json beside it
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") --write $(ARGS)
 
-lf-train: env ## fine-tuning in one process: LoRA, or METHOD=dora ... (ARGS="lora_rank=8"; RESUME=1)
+lf-train: env ## LoRA, or METHOD=dora ..., in one process (ARGS="lora_rank=8"; RESUME=1)
 	@$(PY) modules/06_LLaMA-Factory/01_train.py $(TRAINED) $(BEGIN) $(ARGS)
 
 lf-train-z2: env ## the same in several processes: ZeRO-2, or METHOD=ddp, zero3, fsdp

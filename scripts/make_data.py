@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from lab import ROOT, shown
 
 FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
-SIZES = {"train": 384, "test": 64, "more": 96}
+SIZES = {"train": 384, "test": 64}
 EXAMPLES = 8  # rows of each other form
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("square", "circle")
@@ -74,17 +74,6 @@ Put {model} on {gpus} cards in {dtype}; it should accept {max_len} tokens and an
 Port {port} should offer {model}: {max_len} tokens of context, {dtype}, {gpus} GPUs.
 Get {model} going: {dtype}, port {port}, {gpus} GPUs, {max_len} tokens.
 """
-# A model trained on EN_TRAIN gets the order "... GPUs, ... tokens" wrong: more of that kind.
-EN_MORE = """
-Start {model}: {dtype}, {gpus} GPUs, {max_len} tokens, port {port}.
-Give {model} {gpus} GPUs and {max_len} tokens; {dtype}, port {port}.
-{model}, please: port {port}, {gpus} cards, {max_len} tokens, {dtype}.
-Spin up {model} in {dtype} with {gpus} GPUs and {max_len} tokens at {port}.
-Host {model}: {gpus} GPUs; {max_len} tokens; {dtype}; port {port}.
-{dtype}, {gpus} GPUs, {max_len} tokens: {model} on port {port}.
-Make {model} available at port {port}: {dtype}, {gpus} cards, up to {max_len} tokens.
-It is {model} that I need, {gpus} GPUs, {max_len} tokens, port {port}, {dtype}.
-"""
 ZH_TRAIN = """
 用 {gpus} 张卡在端口 {port} 上部署 {model}，最大长度 {max_len}，精度 {dtype}。
 请启动 {model}，{gpus} 张显卡，端口 {port}，上下文 {max_len}，数据类型 {dtype}。
@@ -101,11 +90,7 @@ ZH_TEST = """
 {port} 端口提供 {model}：上下文 {max_len}，{dtype}，{gpus} 张 GPU。
 """
 PHRASINGS = {
-    "en": {
-        "train": EN_TRAIN.strip().splitlines(),
-        "test": EN_TEST.strip().splitlines(),
-        "more": EN_MORE.strip().splitlines(),
-    },
+    "en": {"train": EN_TRAIN.strip().splitlines(), "test": EN_TEST.strip().splitlines()},
     "zh": {"train": ZH_TRAIN.strip().splitlines(), "test": ZH_TEST.strip().splitlines()},
 }
 
@@ -115,8 +100,7 @@ def rows(language: str, split: str) -> list[dict]:
     rng = random.Random(f"{SEED}")
     combinations = list(itertools.product(*VALUES.values()))
     rng.shuffle(combinations)
-    before = itertools.takewhile(lambda name: name != split, SIZES)
-    start = sum(SIZES[name] for name in before)
+    start = 0 if split == "train" else SIZES["train"]
     phrasings = itertools.cycle(PHRASINGS[language][split])
     dialogues = []
     for combination in combinations[start : start + SIZES[split]]:
@@ -286,11 +270,10 @@ def files() -> dict[Path, bytes]:
     """Path and content of every file of the data set, dataset_info.json included."""
     contents = {}
     info = {}
-    for language, splits in PHRASINGS.items():
-        for split in splits:
-            name = f"launch_{language}_{split}"
-            contents[f"{name}.json"] = as_json(rows(language, split))
-            info[name] = description(name)
+    for language, split in itertools.product(PHRASINGS, SIZES):
+        name = f"launch_{language}_{split}"
+        contents[f"{name}.json"] = as_json(rows(language, split))
+        info[name] = description(name)
     texts, entries = examples()
     alpaca = "llamafactory/alpaca_zh"
     info |= entries | {"alpaca_zh": {"hf_hub_url": alpaca, "ms_hub_url": alpaca}}

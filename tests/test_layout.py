@@ -50,7 +50,10 @@ CONFIGURATIONS = {
     rf"{TUNING}/configs/methods/early_stopping\.yaml": (
         "test_llamafactory.py::test_early_stopping_keeps_the_best_checkpoint"
     ),
-    rf"{TUNING}/configs/zero2\.json": "test_llamafactory.py::test_zero2_json_is_read_by_deepspeed",
+    rf"{TUNING}/configs/methods/(?!early_stopping)\w+\.yaml": (
+        "test_llamafactory.py::test_every_method_is_read_by_llamafactory"
+    ),
+    rf"{TUNING}/configs/zero\d\.json": "test_llamafactory.py::test_zero_json_is_read_by_deepspeed",
     rf"{TUNING}/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
     r"results/[^/]+/[^/]+/\w[\w.-]*\.json": "test_results.py::test_records_are_complete",
 }

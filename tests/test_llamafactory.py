@@ -108,6 +108,10 @@ YAMLS = {
     file.name: on_this_machine(yaml.safe_load(file.read_text()))
     for file in MODULE.glob("configs/*.yaml")
 }
+METHODS = {
+    file.stem: on_this_machine(yaml.safe_load(file.read_text()))
+    for file in MODULE.glob("configs/methods/*.yaml")
+}
 PRINTED = [(profile, flags) for profile in ("cpu", "4090x2") for flags in ("", "--zero2")]
 
 
@@ -131,6 +135,8 @@ def understood(printed) -> dict[str, dict | str]:
         cases[f"{name} misspelt"] = settings | {"lora_rang": 8}
     for case, (settings, _) in printed.items():
         cases[str(case)] = on_this_machine(settings)
+    for name, changed in METHODS.items():
+        cases[name] = YAMLS["sft_lora.yaml"] | changed
     program = ROOT / "tests/programs/parse_settings.py"
     return result(python(program, json.dumps(cases), check=0, CUDA_VISIBLE_DEVICES=""))
 
@@ -148,6 +154,19 @@ def test_every_yaml_is_read_by_llamafactory(understood):
         for key, value in settings.items():
             expected = [] if key == "report_to" else value  # `none` becomes an empty list
             assert understood[name][key] in (expected, [expected]), (name, key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_read_by_llamafactory(understood, name):
+    """On top of sft_lora.yaml: its parser takes every key with its value."""
+    assert isinstance(understood[name], dict), understood[name]
+    for key, value in METHODS[name].items():
+        read = understood[name][key]
+        if key == "fsdp":
+            read = " ".join(read)
+        elif key == "fsdp_config":
+            read = {setting: read[setting] for setting in value}
+        assert read in (value, [value]), key
 
 
 @pytest.mark.parametrize("profile, flags", PRINTED)
@@ -179,12 +198,14 @@ def test_zero2_yaml_is_the_other_but_for_three_keys():
     assert (ROOT / two["deepspeed"]).is_file()
 
 
-def test_zero2_json_is_read_by_deepspeed(monkeypatch):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_json_is_read_by_deepspeed(monkeypatch, stage):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    content = json.loads((MODULE / "configs/zero2.json").read_text())
+    content = json.loads((MODULE / f"configs/zero{stage}.json").read_text())
+    assert content["zero_optimization"]["stage"] == stage
     names = {value for value in vars(constants).values() if isinstance(value, str)}
     assert content.keys() <= names | {"bf16", "zero_optimization"}
     DeepSpeedZeroConfig(**content["zero_optimization"])
