@@ -45,13 +45,13 @@ def test_the_four_ways_give_the_same_tokens(small_model, tmp_path, dora):
 
 
 @pytest.fixture
-def road(monkeypatch):
+def loop_parts(monkeypatch):
     monkeypatch.syspath_prepend(str(MODULE))
-    monkeypatch.delitem(sys.modules, "road", raising=False)
-    import road
+    monkeypatch.delitem(sys.modules, "loop_parts", raising=False)
+    import loop_parts
 
-    yield road
-    for name in ("road", "scoring", "entries", "rows", "fitting", "views"):
+    yield loop_parts
+    for name in ("loop_parts", "scoring", "entries", "rows", "fitting", "views"):
         sys.modules.pop(name, None)
 
 
@@ -63,25 +63,25 @@ def road(monkeypatch):
         ({"init_lora_weights": True}, ""),
     ],
 )
-def test_adapters_that_vllm_cannot_put_on(road, tmp_path, settings, reason):
+def test_adapters_that_vllm_cannot_put_on(loop_parts, tmp_path, settings, reason):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12, **settings}))
-    sentence = road.not_for_vllm(SimpleNamespace(folder=tmp_path, is_adapter=True))
+    sentence = loop_parts.not_for_vllm(SimpleNamespace(folder=tmp_path, is_adapter=True))
     assert sentence.startswith(reason) and bool(sentence) == bool(reason)
-    assert road.rank_of(tmp_path) == 16
+    assert loop_parts.rank_of(tmp_path) == 16
 
 
-def test_a_call_that_a_server_has_taken_out_is_a_text_again(road):
+def test_a_call_that_a_server_has_taken_out_is_a_text_again(loop_parts):
     call = SimpleNamespace(function=SimpleNamespace(name="is_free", arguments='{"port": 8000}'))
-    text = road.text_of(SimpleNamespace(content=None, tool_calls=[call]))
+    text = loop_parts.text_of(SimpleNamespace(content=None, tool_calls=[call]))
     assert json.loads(text) == [{"name": "is_free", "arguments": {"port": 8000}}]
-    assert road.text_of(SimpleNamespace(content="8000", tool_calls=[])) == "8000"
+    assert loop_parts.text_of(SimpleNamespace(content="8000", tool_calls=[])) == "8000"
 
 
-def test_ranks_are_those_of_vllm(road):
+def test_ranks_are_those_of_vllm(loop_parts):
     """The list in rank_of is vLLM's own."""
     import inspect
     import re
 
     source = next((ROOT / ".venv/lib").glob("python3*/site-packages/vllm/config/lora.py"))
     (known,) = re.findall(r"MaxLoRARanks = Literal\[([\d, ]+)\]", source.read_text())
-    assert f"({known})" in inspect.getsource(road.rank_of)
+    assert f"({known})" in inspect.getsource(loop_parts.rank_of)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import factory
-import road
+import loop_parts
 import scoring
 
 from lab import ROOT, fail, jobs, results, shown
@@ -77,7 +77,7 @@ def ask(client, model: str, row: dict, most: int, switches: dict) -> tuple[str, 
     tokens = list(choice.token_ids)
     if choice.finish_reason != "length":
         tokens = tokens[:-1]  # the end of the turn
-    return road.text_of(choice.message), tokens
+    return loop_parts.text_of(choice.message), tokens
 
 
 def served(name: str, flags: list[str], rows: list[dict], most: int, switches: dict):
@@ -149,7 +149,7 @@ def main() -> None:
     for name in ("base", "tuned"):
         stages[name] = [(row[name], row[f"{name}_tokens"]) for row in rows]
     merged = trained.folder
-    why_not = road.not_for_vllm(trained)
+    why_not = loop_parts.not_for_vllm(trained)
     if trained.is_adapter:
         merged = factory.FOLDER / "merged"
         merge = [HERE / "03_merge.py", "--adapter", args.adapter, "--output", shown(merged)]
@@ -168,7 +168,7 @@ def main() -> None:
     if why_not:
         print(why_not)
     else:
-        rank = road.rank_of(trained.folder)
+        rank = loop_parts.rank_of(trained.folder)
         lora = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules"]
         model = ["--model", shown(trained.base), *lora, f"tuned={shown(trained.folder)}"]
         name = "vLLM, adapter"
@@ -179,25 +179,25 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 4. One table, one plot
 
-    questions = [road.question_of(row) for row in rows]
+    questions = [loop_parts.question_of(row) for row in rows]
     measured = {"row_count": len(rows), "check_row_count": checked["row_count"]}
     tuned = [tokens for _, tokens in stages["tuned"]]
     for name, of in stages.items():
-        key = road.key(name)
+        key = loop_parts.key(name)
         texts = [scoring.without_thoughts(text) for text, _ in of]
         measured |= scoring.measures(key, questions, texts)
         pairs = zip(tuned, (tokens for _, tokens in of), strict=True)
         measured[f"{key}_same_count"] = sum(one == other for one, other in pairs)
     for name, value in seconds.items():
-        measured[f"{road.key(name)}_s"] = round(value, 1)
+        measured[f"{loop_parts.key(name)}_s"] = round(value, 1)
     print(f"\n{len(rows)} held-out requests")
     table(
         ["", "exact, %", "95 % interval", "fields, %", "same tokens"],
-        [road.line(name, measured) for name in stages],
+        [loop_parts.line(name, measured) for name in stages],
     )
     table(["step", "seconds"], [(name, f"{value:.0f}") for name, value in seconds.items()])
     print(f"whole output of the steps: {shown(LOG)}")
-    results.picture(__file__, "loop", road.draw(list(stages), seconds, measured))
+    results.picture(__file__, "loop", loop_parts.draw(list(stages), seconds, measured))
     config = {"adapter": args.adapter, "test": args.test, "dtype": profile.finetune.dtype}
     results.finish(__file__, measured, config)
 
