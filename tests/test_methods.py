@@ -65,7 +65,6 @@ def test_where_they_start_and_go(trainings):
     for name in ("rslora", "loraplus", "dora", "freeze", "full"):
         assert first[name] == pytest.approx(first["lora"], rel=1e-6), name
     assert first["pissa"] == pytest.approx(first["lora"], rel=1e-3)
-    assert first["pissa"] != first["lora"]
     assert first["qlora"] == pytest.approx(first["lora"], rel=0.05)
     assert first["qlora"] != first["lora"]
     assert first["train_on_prompt"] != first["lora"]

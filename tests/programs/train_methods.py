@@ -11,7 +11,12 @@ import os
 import sys
 from pathlib import Path
 
+# What a training would import by itself is imported once, before the forks.
+import bitsandbytes  # noqa: F401
+import datasets  # noqa: F401
+import peft  # noqa: F401
 import torch
+from llamafactory.train.sft import workflow  # noqa: F401
 from llamafactory.train.tuner import run_exp
 from omegaconf import OmegaConf
 from transformers import TrainerCallback
