@@ -3,6 +3,7 @@
     make lf-check-data                                    # the training data of this profile
     make lf-check-data FILE=my.jsonl                      # a file of yours; INFO=dataset_info.json
     make lf-check-data FILE=my.jsonl ARGS="--held-out my_test.jsonl --cutoff-len 512"
+    make lf-check-data ARGS="--training enable_thinking=false"      # as a training will be told
     make lf-new-data FILE=my.jsonl                        # write its entry into dataset_info.json
 
 Look at: the rows (`masked` is only read, `trained` counts in the loss), the token counts, and the
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import checks
 import entries
 import factory
 import views
@@ -45,6 +47,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=entries.STAGES, help="(default: by the entry)")
     longest = "tokens of a row, what is longer is cut (default: the training's)"
     parser.add_argument("--cutoff-len", type=int, metavar="N", help=longest)
+    told = "settings that the training will be given: template, mask_history ..."
+    parser.add_argument("--training", nargs="+", default=[], metavar="KEY=VALUE", help=told)
     # What is shown
     brief = "only a sentence where something is wrong, as before a training"
     parser.add_argument("--brief", action="store_true", help=brief)
@@ -53,8 +57,10 @@ def main() -> None:
 
     from omegaconf import OmegaConf
 
-    settings = OmegaConf.load(HERE / "configs" / "sft_lora.yaml")
-    settings = OmegaConf.merge(settings, profile.finetune.args)
+    source = HERE / "configs" / "sft_lora.yaml"
+    checks.overrides(args.training, source)
+    yours = OmegaConf.from_cli(args.training)
+    settings = OmegaConf.merge(OmegaConf.load(source), profile.finetune.args, yours)
     if (args.cutoff_len is not None and args.cutoff_len < 1) or args.rows < 0:
         fail("--cutoff-len must be at least 1, --rows at least 0")
 
@@ -88,7 +94,7 @@ def main() -> None:
     from llamafactory.data.mm_plugin import get_mm_plugin
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.processor.processor_utils import infer_seqlen
-    from llamafactory.data.template import get_template_and_fix_tokenizer
+    from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
@@ -96,11 +102,15 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     chat = AutoTokenizer.from_pretrained(model)  # LLaMA-Factory changes its tokenizer's template
     system = factory.own_system_message(model)
-    template_name = models.entry(args.model)[1].get("template")
+    template_name = yours.get("template", models.entry(args.model)[1].get("template"))
+    if template_name not in (None, *TEMPLATES):
+        fail(f"LLaMA-Factory has no template {template_name}")
     cutoff_len = args.cutoff_len or settings.cutoff_len
     told = DataArguments(
         template=template_name,
-        default_system=system if template_name else None,
+        default_system=settings.get("default_system", system if template_name else None),
+        enable_thinking=settings.get("enable_thinking", True),
+        mask_history=settings.get("mask_history", False),
         cutoff_len=2**20,  # whole rows; what will be cut is counted below
         media_dir=str(media or folder),
     )
@@ -189,7 +199,7 @@ def main() -> None:
     differ = None
     if chat.chat_template and stage != "pt":
         pairs = [
-            (ids, views.own_tokens(chat, row, answer))
+            (ids, views.own_tokens(chat, row, answer, factory.template_switches(settings)))
             for (ids, _), (row, answer) in zip(whole, texts, strict=True)
         ]
         unlike = [pair for pair in pairs if not views.same_tokens(*pair, chat)]
@@ -198,6 +208,9 @@ def main() -> None:
             f"template {template_name or '(none: derived)'}: {len(pairs) - differ} of {len(pairs)} "
             "texts are, token for token, what the model's own chat template makes of them"
         )
+        thoughts = views.empty_thoughts(template, texts)
+        if thoughts:
+            print(f"  {thoughts}")
         if unlike:
             views.print_difference(*unlike[0], chat)
     metrics = {
