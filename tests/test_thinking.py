@@ -5,6 +5,7 @@ The tokenizer is the small model's with Qwen's splitting of texts and Qwen3's tw
 
 import importlib
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -13,12 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, python
+from small_models import vision_model
 
 from lab import models
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
 CHECK = MODULE / "00_check_data.py"
+TRAIN = MODULE / "01_train.py"
 # Qwen3's published chat template, without its branches for tools
 QWEN3 = r"""{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
@@ -65,6 +68,7 @@ THOUGHT = "<think>\nthe usual\n</think>\n\n"
 QUESTION = {"role": "user", "content": "Which port?"}
 PLAIN = [QUESTION, {"role": "assistant", "content": "8000"}]
 THINKING = [QUESTION, {"role": "assistant", "content": f"{THOUGHT}8000"}]
+SHORT = ["max_samples=8", "max_steps=1", "plot_loss=false"]
 OFF = {"enable_thinking": False}
 
 
@@ -306,33 +310,92 @@ def test_a_call_with_thoughts_is_a_call(module06):
     assert message["content"] == "<think>\nhm\n</think>"
 
 
-def test_training_and_merging_carry_the_switch(module06, thinker, tmp_path, monkeypatch, capsys):
+# -----------------------------------------------------------------------------
+# LLaMA-Factory's own trainings
+
+
+@pytest.fixture(scope="module")
+def trainings(thinker, small_model, tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """{thoughts, pictures}: settings as 01_train.py prints them, what LLaMA-Factory says to them,
+    and the folder it writes to.
+    """
+    folder = tmp_path_factory.mktemp("trainings")
+    picturing = vision_model(folder / "pictures-model", small_model)
+    of_pictures = ["template=qwen2_vl", "dataset=example_picture", "num_train_epochs=12"]
+    commands = {
+        "thoughts": [thinker, "template=qwen3", "enable_thinking=false", *SHORT],
+        "pictures": [picturing, *of_pictures, "learning_rate=0.02", "plot_loss=false"],
+    }
+    files = []
+    for name, (model, *settings) in commands.items():
+        output = f"output_dir={folder / name}"
+        out = python(TRAIN, "--dry-run", "--model", model, *settings, output, check=0).stdout
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(out.rpartition("\n\n")[0])
+    python(ROOT / "tests/programs/llamafactory_trainings.py", *files, check=0)
+    return {
+        file.stem: SimpleNamespace(
+            settings=file.read_text(),
+            said=file.with_suffix(".log").read_text(),
+            folder=folder / file.stem / "unfinished",
+        )
+        for file in files
+    }
+
+
+def test_training_and_merging_carry_the_switch(
+    module06, trainings, tmp_path, monkeypatch, capsys
+):
     """The engine itself masks the empty thought; the merged folder knows of it, and what vLLM
     must be told is printed.
     """
     from llamafactory.train.tuner import export_model
 
-    folder, whole = tmp_path / "adapter", tmp_path / "merged"
-    settings = ["template=qwen3", "enable_thinking=false", "max_samples=8", "max_steps=1"]
-    flags = " ".join([f"--model {thinker}", *settings, f"output_dir={folder}"])
-    out = run("make", "lf-train", f"ARGS={flags}", check=0).stdout
-    inputs, labels = out.split("inputs:")[1].split("labels:")
-    assert "assistant\n  <think>\n  \n  </think>\n  \n  {" in inputs
+    training = trainings["thoughts"]
+    inputs, labels = training.said.split("inputs:")[1].split("labels:")
+    assert f"<|im_start|>assistant\n{EMPTY}{{" in inputs
     assert "think>" not in labels and '{"model"' in labels
-    assert yaml.safe_load((folder / "config.yaml").read_text())["enable_thinking"] is False
+    adapter, merged = training.folder.parent, tmp_path / "merged"
+    (training.folder / module06.unfinished.RUN).write_text("{}")
+    module06.unfinished.finish(adapter, training.settings)
     main = runpy.run_path(str(MODULE / "03_merge.py"), run_name="imported")["main"]
+    config = module06.factory.FOLDER / "merge.yaml"
     monkeypatch.setattr(
         module06.factory, "run", lambda *_: export_model(yaml.safe_load(config.read_text()))
     )
-    config = module06.factory.FOLDER / "merge.yaml"
-    monkeypatch.setattr(sys, "argv", ["", "--adapter", str(folder), "--output", str(whole)])
+    monkeypatch.setattr(sys, "argv", ["", "--adapter", str(adapter), "--output", str(merged)])
     monkeypatch.setitem(main.__globals__, "results", SimpleNamespace(finish=lambda *_: None))
     main()
     out = capsys.readouterr().out
     assert 'ARGS="--default-chat-template-kwargs.enable_thinking=false"' in out
-    trained = module06.factory.trained(str(whole))
-    assert trained == (whole, None, False, OFF)
-    kept = yaml.safe_load((whole / "config.yaml").read_text())
-    assert kept == {"template": "qwen3", "default_system": "", "enable_thinking": False}
+    assert module06.factory.trained(str(merged)) == (merged, None, False, OFF)
+    kept = yaml.safe_load((merged / "config.yaml").read_text())
+    assert kept == {"template": "qwen3", "enable_thinking": False}
     source = MODULE / "configs/infer.yaml"
-    assert module06.factory.settings_for(source, str(whole), "float32").template == "qwen3"
+    assert module06.factory.settings_for(source, str(merged), "float32").template == "qwen3"
+    assert (merged / "chat_template.jinja").read_text() == QWEN3
+
+
+def test_the_readers_example_goes_on_after_a_thought(module06, capsys):
+    """What the training shows of the engine's log: the empty lines of a thought end nothing."""
+    log = f"inputs:\n{ASKED}{EMPTY}{SAID}label_ids:\n[1, 2]\nlabels:\n{SAID}\nmore\n"
+    module06.factory.show(log.splitlines(keepends=True), SimpleNamespace(write=len))
+    out = capsys.readouterr().out
+    assert out.count("8000<|im_end|>") == 2 and "label_ids" not in out and "more" not in out
+
+
+def test_pictures_train_the_language_layers_only(trainings):
+    """A LoRA of Qwen2.5-VL's kind on drawn pictures: its tower and its merger have no adapter."""
+    from safetensors import safe_open
+
+    training = trainings["pictures"]
+    inputs = training.said.split("inputs:")[1].split("label_ids:")[0]
+    assert re.search(r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is drawn", inputs)
+    steps = (training.folder / "trainer_log.jsonl").read_text().splitlines()
+    losses = [step["loss"] for step in map(json.loads, steps) if "loss" in step]
+    assert losses[-1] < losses[0] - 1
+    with safe_open(training.folder / "adapter_model.safetensors", "pt") as stored:
+        names = list(stored.keys())
+        learnt = [name for name in names if stored.get_tensor(name).abs().sum() > 0]
+    assert names == learnt and all(".language_model.layers." in name for name in names)
+    assert len(names) == 2 * 2 * 7  # A and B, of two layers' seven matrices
