@@ -68,7 +68,7 @@ THOUGHT = "<think>\nthe usual\n</think>\n\n"
 QUESTION = {"role": "user", "content": "Which port?"}
 PLAIN = [QUESTION, {"role": "assistant", "content": "8000"}]
 THINKING = [QUESTION, {"role": "assistant", "content": f"{THOUGHT}8000"}]
-SHORT = ["max_samples=8", "max_steps=1", "plot_loss=false"]
+SHORT = ["max_samples=8", "plot_loss=false", "save_steps=100"]
 OFF = {"enable_thinking": False}
 
 
@@ -94,7 +94,7 @@ def thinker(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(thinker):
     from transformers import AutoTokenizer
 
@@ -123,14 +123,13 @@ def made():
     from llamafactory.data import template
     from llamafactory.hparams import DataArguments
 
-    before = copy.deepcopy(template.TEMPLATES)
+    before = {name: copy.copy(made) for name, made in template.TEMPLATES.items()}
 
     def make(tokenizer, name: str | None, thinks: bool | None = True):
         told = DataArguments(template=name, enable_thinking=thinks)
         return template.get_template_and_fix_tokenizer(tokenizer, told)
 
     yield make
-    template.TEMPLATES.clear()
     template.TEMPLATES.update(before)
 
 
@@ -212,9 +211,9 @@ def test_several_turns(made, module06, tokenizer):
     assert [token for pair in last for part in pair for token in part] == own
 
 
-def test_a_prompt_that_opens_the_thought(made, module06, tokenizer):
+def test_a_prompt_that_opens_the_thought(made, module06, tokenizer, monkeypatch):
     """Derived, the answer is learnt as a thought; by name and false, all is as a server has it."""
-    tokenizer.chat_template = OPENED
+    monkeypatch.setattr(tokenizer, "chat_template", OPENED)
     assert own_prompt(tokenizer, PLAIN[:1]) == ASKED + "<think>\n"
     derived = made(tokenizer, None)
     assert encoded(derived, tokenizer, PLAIN)[:2] == (ASKED + "<think>\n", SAID)
@@ -321,15 +320,15 @@ def trainings(thinker, small_model, tmp_path_factory) -> dict[str, SimpleNamespa
     """
     folder = tmp_path_factory.mktemp("trainings")
     picturing = vision_model(folder / "pictures-model", small_model)
-    of_pictures = ["template=qwen2_vl", "dataset=example_picture", "num_train_epochs=12"]
+    of_pictures = ["template=qwen2_vl", "dataset=example_picture", "num_train_epochs=8"]
     commands = {
-        "thoughts": [thinker, "template=qwen3", "enable_thinking=false", *SHORT],
-        "pictures": [picturing, *of_pictures, "learning_rate=0.02", "plot_loss=false"],
+        "thoughts": [thinker, "template=qwen3", "enable_thinking=false", "max_steps=1"],
+        "pictures": [picturing, *of_pictures, "learning_rate=0.02", "logging_steps=1"],
     }
     files = []
     for name, (model, *settings) in commands.items():
         output = f"output_dir={folder / name}"
-        out = python(TRAIN, "--dry-run", "--model", model, *settings, output, check=0).stdout
+        out = python(TRAIN, "--dry-run", "--model", model, *settings, *SHORT, output, check=0).stdout
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(out.rpartition("\n\n")[0])
     python(ROOT / "tests/programs/llamafactory_trainings.py", *files, check=0)
