@@ -328,7 +328,8 @@ def trainings(thinker, small_model, tmp_path_factory) -> dict[str, SimpleNamespa
     files = []
     for name, (model, *settings) in commands.items():
         output = f"output_dir={folder / name}"
-        out = python(TRAIN, "--dry-run", "--model", model, *settings, *SHORT, output, check=0).stdout
+        flags = ["--dry-run", "--model", model, *settings, *SHORT, output]
+        out = python(TRAIN, *flags, check=0).stdout
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(out.rpartition("\n\n")[0])
     python(ROOT / "tests/programs/llamafactory_trainings.py", *files, check=0)
@@ -342,9 +343,7 @@ def trainings(thinker, small_model, tmp_path_factory) -> dict[str, SimpleNamespa
     }
 
 
-def test_training_and_merging_carry_the_switch(
-    module06, trainings, tmp_path, monkeypatch, capsys
-):
+def test_training_and_merging_carry_the_switch(module06, trainings, tmp_path, monkeypatch, capsys):
     """The engine itself masks the empty thought; the merged folder knows of it, and what vLLM
     must be told is printed.
     """
