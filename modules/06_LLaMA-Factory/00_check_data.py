@@ -47,20 +47,15 @@ def main() -> None:
     parser.add_argument("--stage", choices=entries.STAGES, help="(default: by the entry)")
     longest = "tokens of a row, what is longer is cut (default: the training's)"
     parser.add_argument("--cutoff-len", type=int, metavar="N", help=longest)
-    told = "settings that the training will be given: template, mask_history ..."
-    parser.add_argument("--training", nargs="+", default=[], metavar="KEY=VALUE", help=told)
+    given = "settings that the training will be given: template, mask_history ..."
+    parser.add_argument("--training", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     # What is shown
     brief = "only a sentence where something is wrong, as before a training"
     parser.add_argument("--brief", action="store_true", help=brief)
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default: %(default)s)")
     args = parser.parse_args()
 
-    from omegaconf import OmegaConf
-
-    source = HERE / "configs" / "sft_lora.yaml"
-    checks.overrides(args.training, source)
-    yours = OmegaConf.from_cli(args.training)
-    settings = OmegaConf.merge(OmegaConf.load(source), profile.finetune.args, yours)
+    settings, yours = checks.told(args.training, profile)
     if (args.cutoff_len is not None and args.cutoff_len < 1) or args.rows < 0:
         fail("--cutoff-len must be at least 1, --rows at least 0")
 
@@ -94,7 +89,7 @@ def main() -> None:
     from llamafactory.data.mm_plugin import get_mm_plugin
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.processor.processor_utils import infer_seqlen
-    from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
+    from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
@@ -103,9 +98,7 @@ def main() -> None:
     chat = AutoTokenizer.from_pretrained(model)  # LLaMA-Factory changes its tokenizer's template
     system = factory.own_system_message(model)
     template_name = yours.get("template", models.entry(args.model)[1].get("template"))
-    if template_name not in (None, *TEMPLATES):
-        fail(f"LLaMA-Factory has no template {template_name}")
-    cutoff_len = args.cutoff_len or settings.cutoff_len
+    checks.template(template_name)
     told = DataArguments(
         template=template_name,
         default_system=settings.get("default_system", system if template_name else None),
@@ -144,6 +137,7 @@ def main() -> None:
     ]
     print(f"tokenizing {len(texts):,} texts ...", file=sys.stderr, flush=True)
     whole = [encode(row, answer) for row, answer in texts]
+    cutoff_len = args.cutoff_len or settings.cutoff_len
     told.cutoff_len = cutoff_len
     kept = [encode(row, answer) for row, answer in texts]
 

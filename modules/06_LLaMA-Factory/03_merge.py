@@ -65,8 +65,8 @@ def main() -> None:
 
     merged = ROOT / settings.export_dir
     # Its chat template is the base model's, which knows nothing of the switch of thinking.
-    said = {name: settings[name] for name in factory.OF_TEMPLATE if name in settings}
-    (merged / "config.yaml").write_text(OmegaConf.to_yaml(said), encoding="utf-8")
+    of_texts = {name: settings[name] for name in factory.OF_TEMPLATE if name in settings}
+    (merged / "config.yaml").write_text(OmegaConf.to_yaml(of_texts), encoding="utf-8")
     merged_gb = size_gb(merged)
     adapter_gb = size_gb(ROOT / settings.adapter_name_or_path)
     print(

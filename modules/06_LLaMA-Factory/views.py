@@ -60,9 +60,9 @@ def empty_thoughts(template, texts: list[tuple[dict, dict]]) -> str | None:
 
     if not isinstance(template, ReasoningTemplate):
         return None
-    words = [word.strip() for word in template.thought_words]
-    bare = sum(not any(word in answer["content"] for word in words) for _, answer in texts)
-    block = "".join(words)
+    marks = [mark.strip() for mark in template.thought_words]
+    bare = sum(not any(mark in answer["content"] for mark in marks) for _, answer in texts)
+    block = "".join(marks)
     if template.enable_thinking:
         where = "counts in the loss: the model learns not to think, and is asked to"
     else:
