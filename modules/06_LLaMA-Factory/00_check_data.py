@@ -50,8 +50,7 @@ def main() -> None:
     given = "settings that the training will be given: template, mask_history ..."
     parser.add_argument("--training", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     # What is shown
-    brief = "only a sentence where something is wrong, as before a training"
-    parser.add_argument("--brief", action="store_true", help=brief)
+    parser.add_argument("--brief", action="store_true", help="only say what is wrong")
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default: %(default)s)")
     args = parser.parse_args()
 
