@@ -10,8 +10,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import prometheus_client as prometheus
 import fake_road
+import prometheus_client as prometheus
 
 ARGS = KEY = None
 GAUGES = {
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def refuse(self, status: int, message: str) -> None:
-        with (road.MEET / "refused").open("a") as file:
+        with (fake_road.MEET / "refused").open("a") as file:
             file.write(f"{status} {message}\n")
         self.send({"error": {"message": message, "type": "Error", "code": status}}, status)
 
