@@ -39,3 +39,37 @@ def random_model(name: str, folder: Path, tokenizer_of: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
     return folder
+
+
+def vision_model(folder: Path, tokenizer_of: Path) -> Path:
+    """`folder`, with a model of Qwen2.5-VL's kind, two layers of each part, and its processor's
+    settings: it looks at pictures of at most 112 x 112.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2VLImageProcessorPil as Pictures
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    names = ["vision_start", "vision_end", "image_pad", "video_pad"]
+    tokens = [f"<|{name}|>" for name in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(tokens)
+    rope = SIZES["rope_parameters"] | {"mrope_section": [2, 3, 3]}
+    sizes = SIZES | {"hidden_size": 64, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+    config = Qwen2_5_VLConfig(
+        text_config=sizes,
+        vision_config=vision | {"out_hidden_size": 64, "fullatt_block_indexes": [1]},
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Pictures(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(folder)
+    return folder

@@ -113,7 +113,9 @@ class Machine:
             )
             (binaries / name).chmod(0o755)
         for name in COMPUTE:
-            (engines / f"{name}.py").write_text(f"import road\n\nroad.reached({name!r})\n")
+            (engines / f"{name}.py").write_text(
+                f"import fake_road\n\nfake_road.reached({name!r})\n"
+            )
         (engines / "bitsandbytes.py").touch()  # only looked for
         (engines / "sitecustomize.py").write_text(
             "import time\n\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 20)\n"

@@ -385,6 +385,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser, commands = make_arg_parser(FlexibleArgumentParser()), json.loads(sys.argv[1])
 for words in commands:
     parser.parse_args(words)
+told = parser.parse_args(["--default-chat-template-kwargs.enable_thinking=false"])  # of lf-merge
+assert told.default_chat_template_kwargs == {"enable_thinking": False}
 try:
     parser.parse_args([*commands[0], "--no-such-flag"])
 except SystemExit as e:

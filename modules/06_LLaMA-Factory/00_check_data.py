@@ -3,6 +3,7 @@
     make lf-check-data                                    # the training data of this profile
     make lf-check-data FILE=my.jsonl                      # a file of yours; INFO=dataset_info.json
     make lf-check-data FILE=my.jsonl ARGS="--held-out my_test.jsonl --cutoff-len 512"
+    make lf-check-data ARGS="--training enable_thinking=false"      # as a training will be told
     make lf-new-data FILE=my.jsonl                        # write its entry into dataset_info.json
 
 Look at: the rows (`masked` is only read, `trained` counts in the loss), the token counts, and the
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import checks
 import entries
 import factory
 import views
@@ -45,16 +47,14 @@ def main() -> None:
     parser.add_argument("--stage", choices=entries.STAGES, help="(default: by the entry)")
     longest = "tokens of a row, what is longer is cut (default: the training's)"
     parser.add_argument("--cutoff-len", type=int, metavar="N", help=longest)
+    given = "settings that the training will be given: template, mask_history ..."
+    parser.add_argument("--training", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     # What is shown
-    brief = "only a sentence where something is wrong, as before a training"
-    parser.add_argument("--brief", action="store_true", help=brief)
+    parser.add_argument("--brief", action="store_true", help="only say what is wrong")
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default: %(default)s)")
     args = parser.parse_args()
 
-    from omegaconf import OmegaConf
-
-    settings = OmegaConf.load(HERE / "configs" / "sft_lora.yaml")
-    settings = OmegaConf.merge(settings, profile.finetune.args)
+    settings, yours = checks.told(args.training, profile)
     if (args.cutoff_len is not None and args.cutoff_len < 1) or args.rows < 0:
         fail("--cutoff-len must be at least 1, --rows at least 0")
 
@@ -96,11 +96,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     chat = AutoTokenizer.from_pretrained(model)  # LLaMA-Factory changes its tokenizer's template
     system = factory.own_system_message(model)
-    template_name = models.entry(args.model)[1].get("template")
-    cutoff_len = args.cutoff_len or settings.cutoff_len
+    template_name = yours.get("template", models.entry(args.model)[1].get("template"))
+    checks.template(template_name)
     told = DataArguments(
         template=template_name,
-        default_system=system if template_name else None,
+        default_system=settings.get("default_system", system if template_name else None),
+        enable_thinking=settings.get("enable_thinking", True),
+        mask_history=settings.get("mask_history", False),
         cutoff_len=2**20,  # whole rows; what will be cut is counted below
         media_dir=str(media or folder),
     )
@@ -134,6 +136,7 @@ def main() -> None:
     ]
     print(f"tokenizing {len(texts):,} texts ...", file=sys.stderr, flush=True)
     whole = [encode(row, answer) for row, answer in texts]
+    cutoff_len = args.cutoff_len or settings.cutoff_len
     told.cutoff_len = cutoff_len
     kept = [encode(row, answer) for row, answer in texts]
 
@@ -189,7 +192,7 @@ def main() -> None:
     differ = None
     if chat.chat_template and stage != "pt":
         pairs = [
-            (ids, views.own_tokens(chat, row, answer))
+            (ids, views.own_tokens(chat, row, answer, factory.template_switches(settings)))
             for (ids, _), (row, answer) in zip(whole, texts, strict=True)
         ]
         unlike = [pair for pair in pairs if not views.same_tokens(*pair, chat)]
@@ -198,6 +201,9 @@ def main() -> None:
             f"template {template_name or '(none: derived)'}: {len(pairs) - differ} of {len(pairs)} "
             "texts are, token for token, what the model's own chat template makes of them"
         )
+        thoughts = views.empty_thoughts(template, texts)
+        if thoughts:
+            print(f"  {thoughts}")
         if unlike:
             views.print_difference(*unlike[0], chat)
     metrics = {

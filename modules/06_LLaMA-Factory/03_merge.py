@@ -6,7 +6,8 @@
 
 LoRA leaves each weight W as it is and learns two thin matrices: W + (alpha / rank) B A. Merging
 multiplies them out once, after which the model is as fast as before and needs neither PEFT nor
-LLaMA-Factory. The tokenizer with its chat template is stored too.
+LLaMA-Factory. The tokenizer with its chat template is stored too; of a thinking model that was
+trained without thoughts, the printed command tells the server not to ask for any.
 Look at: the printed command, the size of the adapter beside that of the model.
 """
 
@@ -41,6 +42,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    from omegaconf import OmegaConf
+
     # -----------------------------------------------------------------------------
     # 1. Model, template and system message as in the training; then LLaMA-Factory's own command
 
@@ -61,13 +64,18 @@ def main() -> None:
     # 2. What is there now
 
     merged = ROOT / settings.export_dir
+    # Its chat template is the base model's, which knows nothing of the switch of thinking.
+    of_texts = {name: settings[name] for name in factory.OF_TEMPLATE if name in settings}
+    (merged / "config.yaml").write_text(OmegaConf.to_yaml(of_texts), encoding="utf-8")
     merged_gb = size_gb(merged)
     adapter_gb = size_gb(ROOT / settings.adapter_name_or_path)
     print(
         f"{shown(merged)}: {merged_gb:.3f} GB in {settings.infer_dtype}; "
         f"the adapter alone: {adapter_gb:.3f} GB"
     )
-    print(f"serve it: make vllm-serve MODEL={shown(merged)}")
+    switches = factory.template_switches(settings)
+    asked = ' ARGS="--default-chat-template-kwargs.enable_thinking=false"' if switches else ""
+    print(f"serve it: make vllm-serve MODEL={shown(merged)}{asked}")
     metrics = {
         "merged_gb": round(merged_gb, 3),
         "adapter_gb": round(adapter_gb, 3),

@@ -28,6 +28,24 @@ def overrides(pairs: list[str], source: Path) -> None:
             fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
 
 
+def told(pairs: list[str], profile):
+    """(settings of a training that is given these KEY=VALUE, those of the pairs alone)."""
+    from omegaconf import OmegaConf
+
+    source = HERE / "configs" / "sft_lora.yaml"
+    overrides(pairs, source)
+    yours = OmegaConf.from_cli(pairs)
+    return OmegaConf.merge(OmegaConf.load(source), profile.finetune.args, yours), yours
+
+
+def template(name: str | None) -> None:
+    """LLaMA-Factory has a template of this name; none is derived."""
+    from llamafactory.data.template import TEMPLATES
+
+    if name not in (None, *TEMPLATES):
+        fail(f"LLaMA-Factory has no template {name}")
+
+
 def data_sets(settings) -> None:
     """dataset_info.json knows every data set, and no row of a local one is wrong.
 

@@ -16,6 +16,8 @@ import unfinished
 from lab import ROOT, RUNS, fail, models, shown
 
 FOLDER = RUNS / "06_LLaMA-Factory"
+# Settings of a training that decide the text around a request
+OF_TEMPLATE = ("template", "default_system", "enable_thinking")
 # Of the engine's output, what tells a reader something: losses, and how much is trained.
 TELLING = r"\{'(loss|train_runtime)|.*trainable params:"
 
@@ -52,15 +54,18 @@ def prepare(environment: dict[str, str], *arguments: str) -> list[str]:
 def show(lines, log) -> None:
     """Copy the engine's `lines` to the file `log`, and what tells something to the screen.
 
-    The training example is a text of several lines; a line of token ids or an empty one ends it.
+    The training example is a text of several lines; a line of token ids or an empty one ends it,
+    but not the empty ones of a thought.
     """
     in_example = False
+    before = ""
     for line in lines:
         log.write(line)
         if line.startswith("error: "):
             fail(line.removeprefix("error: ").strip())
         begins = line.startswith(("inputs:", "labels:"))
-        ends = re.match(r"label_ids:|\[|$", line)
+        ends = re.match(r"label_ids:|\[" if before.endswith("think>") else r"label_ids:|\[|$", line)
+        before = line.rstrip()
         in_example = begins or (in_example and not ends)
         if in_example or re.match(TELLING, line):
             text = re.sub(r"^.*>> ", "", line.rstrip())
@@ -179,15 +184,22 @@ def trained(path: str, model: str | None = None) -> Trained:
     named = settings.get("model_name_or_path")
     if is_adapter:
         named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    switches = {}
-    if settings.get("enable_thinking") is False:
-        switches["enable_thinking"] = False
+    switches = template_switches(settings)
     if not model:
         return Trained(folder, base_model(named) if named else None, is_adapter, switches)
     given = models.model_folder(model)
     if named and (ROOT / named).is_dir() and (ROOT / named).resolve() != given.resolve():
         fail(f"{shown(folder)} was trained on {named}, and --model names {model}")
     return Trained(folder, given, is_adapter, switches)
+
+
+def template_switches(settings) -> dict:
+    """What the model's own chat template must be told for the prompts that training had.
+
+    LLaMA-Factory puts an empty thought into the prompt for `null` as for `false`.
+    """
+    thinks = settings.get("enable_thinking", True)
+    return {} if thinks else {"enable_thinking": False}
 
 
 def train_first(script: Path) -> None:
@@ -217,7 +229,7 @@ def settings_for(source: Path, adapter: str, dtype: str):
 
     done = trained(adapter)
     training = OmegaConf.load(done.folder / "config.yaml")
-    names = ("model_name_or_path", "template", "default_system", "enable_thinking")
+    names = ("model_name_or_path", *OF_TEMPLATE)
     same = {name: training[name] for name in names if name in training}
     here = {"infer_dtype": dtype}
     settings = OmegaConf.load(source)

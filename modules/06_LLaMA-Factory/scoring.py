@@ -76,6 +76,8 @@ def questions(converted: list[dict], tokenizer, switches: dict) -> list[Question
     asked = []
     for number, row in enumerate(converted, 1):
         answer = row["_response"][0]
+        if switches.get("enable_thinking") is False:  # the training has left them out too
+            answer = answer | {"content": without_thoughts(answer["content"])}
         messages = views.as_chat(row, answer)
         tools = json.loads(row["_tools"]) if row["_tools"] else None
         is_call = answer["role"] == "function"
@@ -95,7 +97,7 @@ def questions(converted: list[dict], tokenizer, switches: dict) -> list[Question
             target = f"{answer['content']}{end}"
         elif end in target:
             target = target[: target.rindex(end) + len(end)]
-        wanted = target.removesuffix(end) if is_call else answer["content"]
+        wanted = target.removesuffix(end) if is_call else without_thoughts(answer["content"])
         if is_call and not calls_in(wanted):  # the template has no place for it
             fail(f"row {number} is a call of a tool, which the model's chat template leaves out")
         before = messages[:-1]

@@ -25,23 +25,49 @@ def as_chat(row: dict, answer: dict) -> list[dict]:
     for message in (*row["_prompt"], answer):
         role = {"observation": "tool"}.get(message["role"], message["role"])
         if role == "function":
-            calls = json.loads(message["content"])
+            thoughts, end, text = message["content"].rpartition("</think>")
+            calls = json.loads(text)
             calls = calls if isinstance(calls, list) else [calls]
             calls = [{"type": "function", "function": call} for call in calls]
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({"role": "assistant", "content": thoughts + end, "tool_calls": calls})
         else:
             messages.append({"role": role, "content": message["content"]})
     return messages
 
 
-def own_tokens(tokenizer, row: dict, answer: dict) -> list[int]:
-    """Token ids of the row by the tokenizer's own chat template; none where that refuses it."""
-    tools = json.loads(row["_tools"]) if row["_tools"] else None
+def own_tokens(tokenizer, row: dict, answer: dict, switches: dict) -> list[int]:
+    """Token ids of the row by the tokenizer's own chat template; none where that refuses it.
+
+    First the prompt as a server makes it, then the rest: an answer never shares a token with it.
+    `switches` go to the chat template.
+    """
+    messages = as_chat(row, answer)
+    given = {"tools": json.loads(row["_tools"]) if row["_tools"] else None} | switches
     try:
-        text = tokenizer.apply_chat_template(as_chat(row, answer), tools=tools, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True, **given
+        )
     except TemplateError:  # for example of a system message
         return []
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [prompt, whole.removeprefix(prompt)] if whole.startswith(prompt) else [whole]
+    return [t for text in texts for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def empty_thoughts(template, texts: list[tuple[dict, dict]]) -> str | None:
+    """What LLaMA-Factory does to the answers without thoughts; None where it does nothing."""
+    from llamafactory.data.template import ReasoningTemplate
+
+    if not isinstance(template, ReasoningTemplate):
+        return None
+    marks = [mark.strip() for mark in template.thought_words]
+    bare = sum(not any(mark in answer["content"] for mark in marks) for _, answer in texts)
+    block = "".join(marks)
+    if template.enable_thinking:
+        where = "counts in the loss: the model learns not to think, and is asked to"
+    else:
+        where = "is masked: ask for answers with enable_thinking=false"
+    return f"{bare} of {len(texts)} answers have no thoughts: an empty {block} that {where}"
 
 
 def same_tokens(ids: list[int], own: list[int], tokenizer) -> bool:

@@ -10,14 +10,14 @@ import sys
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import road
+import fake_road
 import yaml
 
 
 def launch(count: int, arguments: list[str], **variables) -> None:
     """Run the script of `arguments` as process 0 of `count`, each with a card or CPU of its own."""
-    if os.environ.get("PROFILE") != "cpu" and count > len(road.visible()):
-        sys.exit(f"ValueError: {count} processes, {len(road.visible())} cards")
+    if os.environ.get("PROFILE") != "cpu" and count > len(fake_road.visible()):
+        sys.exit(f"ValueError: {count} processes, {len(fake_road.visible())} cards")
     world = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -63,7 +63,7 @@ def llamafactory_cli(arguments: list[str]) -> None:
     if verb == "webui":
         page(os.environ["GRADIO_SERVER_NAME"], int(os.environ["GRADIO_SERVER_PORT"]))
     settings = yaml.safe_load(Path(rest[0]).read_text())
-    if unknown := [key for key in settings if key not in road.accepted("llamafactory")]:
+    if unknown := [key for key in settings if key not in fake_road.accepted("llamafactory")]:
         sys.exit(f"ValueError: Some keys are not used by the HfArgumentParser: {unknown}")
     model = Path(settings["model_name_or_path"])
     config = json.loads((model / "config.json").read_text())
@@ -82,10 +82,10 @@ def llamafactory_cli(arguments: list[str]) -> None:
         shutil.copytree(model, merged, dirs_exist_ok=True)
         (merged / "config.json").write_text(json.dumps(config))
     elif verb == "api":
-        road.take_cards()
+        fake_road.take_cards()
         from vllm.entrypoints.openai import api_server
 
-        api_server.ARGS = road.engine_args(
+        api_server.ARGS = fake_road.engine_args(
             "vllm serve",
             ["--model", str(model), "--served-model-name", os.environ["API_MODEL_NAME"]],
         )
@@ -95,7 +95,7 @@ def llamafactory_cli(arguments: list[str]) -> None:
 
 def train(settings: dict, output: Path) -> None:
     """The files that a training leaves."""
-    road.take_cards()
+    fake_road.take_cards()
     info = json.loads(Path(settings["dataset_dir"], "dataset_info.json").read_text())
     assert settings["dataset"] in info, settings["dataset"]
     checkpoint = output / "checkpoint-1"

@@ -3,7 +3,7 @@
 The engine's arguments are checked.
 """
 
-import road
+import fake_road
 
 
 class SamplingParams:
@@ -24,10 +24,10 @@ class EngineArgs:
 class LLMEngine:
     @staticmethod
     def from_engine_args(_):
-        road.reached("vLLM's engine")
+        fake_road.reached("vLLM's engine")
 
 
 def __getattr__(name: str):
     if not name.startswith("__"):
-        road.reached(f"vllm.{name}")
+        fake_road.reached(f"vllm.{name}")
     raise AttributeError(name)

@@ -1,8 +1,8 @@
-import road
+import fake_road
 
 
 class FlexibleArgumentParser:
     command = "vllm serve"
 
     def parse_args(self, words):
-        return road.engine_args(self.command, words)
+        return fake_road.engine_args(self.command, words)

@@ -10,8 +10,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fake_road
 import prometheus_client as prometheus
-import road
 
 ARGS = KEY = None
 GAUGES = {
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def refuse(self, status: int, message: str) -> None:
-        with (road.MEET / "refused").open("a") as file:
+        with (fake_road.MEET / "refused").open("a") as file:
             file.write(f"{status} {message}\n")
         self.send({"error": {"message": message, "type": "Error", "code": status}}, status)
 
@@ -240,7 +240,7 @@ def serve(host: str, port: int, handler=Handler) -> None:
 
 
 if __name__ == "__main__":
-    ARGS = road.engine_args("vllm serve", sys.argv[1:])
+    ARGS = fake_road.engine_args("vllm serve", sys.argv[1:])
     KEY = ARGS.api_key or os.environ.get("VLLM_API_KEY")
-    road.take_cards(ARGS.tensor_parallel_size * ARGS.pipeline_parallel_size)
+    fake_road.take_cards(ARGS.tensor_parallel_size * ARGS.pipeline_parallel_size)
     serve(ARGS.host or "0.0.0.0", ARGS.port)
