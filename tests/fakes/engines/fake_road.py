@@ -64,7 +64,8 @@ def engine_args(command: str, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--lora-modules", nargs="+", default=[])
     args, rest = parser.parse_known_args(arguments)
-    flags = {argument.split("=")[0] for argument in rest if argument.startswith("--")}
+    given = [argument.split("=")[0] for argument in rest if argument.startswith("--")]
+    flags = {flag.split(".")[0] for flag in given}  # --flag.key=value: a value of a dictionary
     if unknown := flags - accepted(command):
         parser.error(f"unrecognized arguments: {' '.join(sorted(unknown))}")
     if command == "vllm serve":
