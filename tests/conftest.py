@@ -3,6 +3,7 @@ server.
 """
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import workers
@@ -172,6 +174,20 @@ def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str,
     done = python(program, modules, json.dumps(words), check=0, **kwargs)
     lines = map(json.loads, done.stdout.splitlines())
     return dict(zip(commands, lines, strict=True))
+
+
+@pytest.fixture
+def module06(monkeypatch):
+    """Its helper files, imported as its scripts import them."""
+    names = ("checkpoints", "unfinished", "factory", "rows", "fitting", "entries", "checks")
+    names += ("views", "scoring", "showing")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(ROOT / "modules/06_LLaMA-Factory"))
+    monkeypatch.setenv("PROFILE", "cpu")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Module 06's scoring: what is asked, what is right, how sure a share is, what is refused."""
 
-import importlib
 import json
 import re
 import runpy
@@ -29,20 +28,6 @@ TOOL = {
     "description": "Whether a port is free.",
     "parameters": {"type": "object", "properties": {"port": {"type": "integer"}}},
 }
-
-
-@pytest.fixture
-def module06(monkeypatch):
-    """Its helper files, imported as its scripts import them."""
-    names = ("checkpoints", "unfinished", "factory", "rows", "fitting", "entries", "views")
-    names += ("scoring", "showing")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(MODULE))
-    monkeypatch.setenv("PROFILE", "cpu")
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

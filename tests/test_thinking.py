@@ -3,7 +3,6 @@
 The tokenizer is the small model's with Qwen's splitting of texts and Qwen3's two tokens.
 """
 
-import importlib
 import json
 import re
 import runpy
@@ -99,20 +98,6 @@ def tokenizer(thinker):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(thinker)
-
-
-@pytest.fixture
-def module06(monkeypatch):
-    """Its helper files, imported as its scripts import them."""
-    names = ("checkpoints", "unfinished", "factory", "rows", "fitting", "entries", "checks")
-    names += ("views", "scoring")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(MODULE))
-    monkeypatch.setenv("PROFILE", "cpu")
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -46,20 +46,12 @@ def step(*command) -> tuple[dict, float]:
     environment = {name: value for name, value in os.environ.items() if name != "STORE"}
     with LOG.open("a", encoding="utf-8") as log:
         log.write(f"--- {shlex.join([script, *flags])}\n")
-        process = subprocess.Popen(
-            [sys.executable, script, *flags], text=True, stdout=subprocess.PIPE, env=environment
-        )
+        command = [sys.executable, script, *flags]
         last = ""
-        try:
+        with factory.child(command, text=True, stdout=subprocess.PIPE, env=environment) as process:
             for line in process.stdout:
                 log.write(line)
                 last = line
-            code = process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-    if code:
-        raise SystemExit(code)
     return json.loads(last) if last.startswith("{") else {}, time.monotonic() - began
 
 

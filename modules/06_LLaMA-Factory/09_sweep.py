@@ -4,8 +4,8 @@
     make lf-sweep ARGS="--ranks 4 16 --rates 1e-3 2e-3"  # a smaller grid
 
 Every training is 01_train.py with two settings changed, every score is 02_score.py's.
-Look at: the training loss reaches almost nothing nearly everywhere, the score does not; a rank that
-is 16 times larger changes less than a learning rate that is 4 times larger.
+Look at: which of the three changes the score most, and where the training loss is low and the score
+is low too.
 """
 
 import argparse

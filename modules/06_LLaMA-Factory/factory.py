@@ -1,5 +1,6 @@
 """What the scripts share: LLaMA-Factory's command as a job, and settings as in the training."""
 
+import contextlib
 import json
 import os
 import re
@@ -106,6 +107,20 @@ def run(name: str, command: list[str], training: Path | None = None) -> None:
         fail(f"{reason(code, log.read_text(errors='replace'))}{left} {whole}")
 
 
+@contextlib.contextmanager
+def child(command: list[str], **options):
+    """The process of a command, which ends with us; an exit code of it that is not 0 is ours."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+        code = process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+    if code:
+        raise SystemExit(code)
+
+
 def peak_gib() -> float:
     """The most memory that one process of the finished jobs has held, of the host (GiB)."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -205,14 +220,8 @@ def template_switches(settings) -> dict:
 def train_first(script: Path) -> None:
     """Run 01_train.py to its end, or go on with it; end with its exit code where it fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with us
-    process = subprocess.Popen([sys.executable, str(script), "--resume-or-begin"])
-    try:
-        code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code:
-        raise SystemExit(code)
+    with child([sys.executable, str(script), "--resume-or-begin"]):
+        pass
 
 
 def base_model(path: str) -> Path:

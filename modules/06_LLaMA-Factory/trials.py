@@ -5,25 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import factory
+
 HERE = Path(__file__).resolve().parent
 
 
 def result(script: str, *arguments: str) -> dict:
     """The JSON object on the last line of the script's output; its exit code 2 is ours."""
     command = [sys.executable, str(HERE / script), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     last = ""
-    try:
+    with factory.child(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             last = line
             if line.startswith(("  {'loss'", "  exact match")):
                 print(line.rstrip(), flush=True)
-        code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code:
-        raise SystemExit(code)
     return json.loads(last)
 
 
