@@ -165,6 +165,8 @@ def refuse_taken_port(port: int, way_out: str) -> None:
 
     `way_out` says how to take another one.
     """
+    if not 0 < port < 2**16:
+        fail(f"there is no port {port}: ports go from 1 to 65535")
     if port_taken(port):
         fail(f"port {port} is in use by another program: end it, or {way_out}")
 

@@ -89,6 +89,16 @@ ZH_TEST = """
 {model} 放到 {gpus} 张显卡上，用 {dtype}，接受 {max_len} 个 token，在 {port} 端口应答。
 {port} 端口提供 {model}：上下文 {max_len}，{dtype}，{gpus} 张 GPU。
 """
+# What every second row of launch_en_varied is put together from: the same five things in a random
+# order, so that each is known by its own look or unit, and none by its place.
+OPENINGS = ("", "Please: ", "New server: ", "Wanted: ")
+PARTS = {
+    "model": ("{model}", "serve {model}", "run {model}", "model {model}"),
+    "gpus": ("{gpus} GPUs", "{gpus} cards"),
+    "port": ("port {port}",),
+    "max_len": ("{max_len} tokens",),
+    "dtype": ("{dtype}",),
+}
 PHRASINGS = {
     "en": {"train": EN_TRAIN.strip().splitlines(), "test": EN_TEST.strip().splitlines()},
     "zh": {"train": ZH_TRAIN.strip().splitlines(), "test": ZH_TEST.strip().splitlines()},
@@ -108,6 +118,19 @@ def rows(language: str, split: str) -> list[dict]:
         request = {"role": "user", "content": next(phrasings).format(**values)}
         answer = {"role": "assistant", "content": json.dumps(values)}
         dialogues.append({"messages": [request, answer]})
+    return dialogues
+
+
+def varied() -> list[dict]:
+    """The English training rows, every second one a phrasing with its fields in any order."""
+    rng = random.Random(f"{SEED}")
+    dialogues = rows("en", "train")
+    for dialogue in dialogues[1::2]:
+        request, answer = dialogue["messages"]
+        parts = [rng.choice(wordings) for wordings in PARTS.values()]
+        rng.shuffle(parts)
+        phrasing = rng.choice(OPENINGS) + rng.choice((", ", "; ")).join(parts) + "."
+        request["content"] = phrasing.format(**json.loads(answer["content"]))
     return dialogues
 
 
@@ -274,6 +297,8 @@ def files() -> dict[Path, bytes]:
         name = f"launch_{language}_{split}"
         contents[f"{name}.json"] = as_json(rows(language, split))
         info[name] = description(name)
+    contents["launch_en_varied.json"] = as_json(varied())
+    info["launch_en_varied"] = description("launch_en_varied")
     texts, entries = examples()
     alpaca = "llamafactory/alpaca_zh"
     info |= entries | {"alpaca_zh": {"hf_hub_url": alpaca, "ms_hub_url": alpaca}}

@@ -335,7 +335,10 @@ ONE_PROCESS = (
     *("lora", "rslora", "loraplus", "dora", "pissa", "qlora", "freeze", "full"),
     *("packing", "neat_packing", "train_on_prompt", "liger"),
 )
-SEVERAL_PROCESSES = ("lora", "ddp", "zero2", "zero3", "fsdp")  # lora: one, to compare with
+SEVERAL_PROCESSES = (
+    *("lora", "ddp", "zero2"),  # lora: one process, to compare with
+    *("zero3", "zero3-reentrant", "zero3-14b", "fsdp"),
+)
 
 
 def methods(word: str, language: str) -> str:

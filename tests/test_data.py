@@ -53,6 +53,25 @@ def test_the_held_out_split_is_held_out(language):
     assert 3 <= len(phrasings) < len(trained_phrasings) < 20
 
 
+def test_varied_rows_have_their_fields_in_many_orders():
+    """launch_en_varied: the answers of launch_en_train, half of its requests, none of the test."""
+    whole = data.rows("launch_en_train")
+    varied = data.rows("launch_en_varied")
+    assert varied[::2] == whole[::2]
+    answers, phrasings = split("launch_en_varied")
+    assert answers == split("launch_en_train")[0]
+    assert not phrasings & split("launch_en_test")[1]
+    orders = set()
+    for row in varied[1::2]:
+        request, answer = (message["content"] for message in row["messages"])
+        values = json.loads(answer)
+        texts = [str(values[name]) for name in ("model", "max_len", "dtype")]
+        texts += ["port ", " GPUs" if "GPU" in request else " cards"]
+        places = [request.index(text) for text in texts]
+        orders.add(tuple(sorted(range(5), key=places.__getitem__)))
+    assert len(orders) > 60  # of 120
+
+
 USER = {"role": "user", "content": "a"}
 BROKEN = {
     '[{"messages": [': "not valid JSON at line 1",

@@ -124,6 +124,18 @@ WRONG = {
         "its rows are under `data`: save only that list",
     ),
     "a list of texts": ("a.json", ["hello"], {}, "row 1 must be an object {...}, it is str"),
+    "texts and numbers": (
+        "a.json",
+        dialogue(ASKED, SAID | {"content": 7}),
+        {},
+        "a.json: row 2: `messages[].content` is a number, in row 1 it is a text",
+    ),
+    "a text for true": (
+        "a.json",
+        dialogue(ASKED, SAID),
+        {"ranking": "false"},
+        "`ranking` must be true or false, it is 'false'",
+    ),
     "another encoding": ("a.json", '["你好"]'.encode("gb18030"), {}, "a.json is no UTF-8 text"),
     "JSON in .txt": (
         "a.txt",
@@ -215,7 +227,7 @@ WRONG = {
         "a.json",
         [{"messages": "text"}, {"messages": [ASKED]}],
         {},
-        "a.json cannot be read as a table, every field of one type in all rows",
+        "a.json: row 2: `messages` is a list, in row 1 it is a text",
     ),
     "wrong tags": (
         "a.json",
@@ -281,7 +293,7 @@ WRONG = {
         "a.json",
         dialogue(ASKED, SAID),
         {"num_samples": "1"},
-        "`num_samples` must be a whole number, it is '1'",
+        "`num_samples` must be a whole number from 1, it is '1'",
     ),
     "a KTO set in stage sft": (
         "a.json",
@@ -396,6 +408,17 @@ def test_the_examples_are_right_and_their_entries_are_guessed(tmp_path, entries,
             ALPACA | {"verified": True},
             {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
         ),
+        (
+            ALPACA | {"label": 0},  # else both answers would be learnt, the good one and the bad
+            {
+                "columns": {
+                    "kto_tag": "label",
+                    "prompt": "instruction",
+                    "query": "input",
+                    "response": "output",
+                }
+            },
+        ),
         ({"instruction": "a", "reply": "b"}, None),
         ({"text": "a"}, {"columns": {"prompt": "text"}}),
         ({"问题": "a", "回答": "b"}, None),
@@ -407,6 +430,10 @@ def test_the_examples_are_right_and_their_entries_are_guessed(tmp_path, entries,
         (
             {"messages": [ASKED, SAID | {"tool_calls": []}]},
             {"formatting": "sharegpt", "tags": TAGS},
+        ),
+        (
+            {"messages": [ASKED | {"role": "User"}, SAID | {"role": "Assistant"}]},
+            {"tags": TAGS | {"user_tag": "User", "assistant_tag": "Assistant"}},
         ),
         (
             {"messages": [ASKED, called(port=1)]},
@@ -469,6 +496,9 @@ def test_every_wrong_row_is_listed_with_an_entry_that_fits(tmp_path):
             ["nowhere.json"],
             "there is no data set and no file nowhere.json: modules/06_LLaMA-Factory/data/",
         ),
+        (["launch_en_tran"], "; did you mean `launch_en_train`?"),
+        (["--info", str(DATA)], "is a folder: name the dataset_info.json in it"),
+        (["--training", "templat=chatml"], "no setting templat; did you mean `template`?"),
         (["--cutoff-len", "0"], "--cutoff-len must be at least 1"),
         (["alpaca_zh"], "the rows of alpaca_zh are in no file here"),
         (["launch_en_test", "--held-out", "alpaca_zh"], "the rows of alpaca_zh are in no file"),

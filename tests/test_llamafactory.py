@@ -82,7 +82,8 @@ def module06(monkeypatch):
 
 
 # Of a training that a model without content feels: 8 steps
-SHORT = ("template=chatml", "max_samples=64", "logging_steps=1", "learning_rate=0.02")
+SHORT = ("dataset=launch_en_train", "template=chatml", "max_samples=64", "logging_steps=1")
+SHORT += ("learning_rate=0.02",)
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +545,7 @@ def test_zero2_goes_on_exactly_beside_an_older_training(
 def stopped_early(tiny_model, tmp_path_factory):
     """(folder, result, command) of a training that soon knows its few rows by heart, and stops."""
     folder = tmp_path_factory.mktemp("early") / "x"
-    settings = [*SHORT[:1], "max_samples=32", "val_size=16", "learning_rate=0.01"]
+    settings = [*SHORT[:2], "max_samples=32", "val_size=16", "learning_rate=0.01"]
     settings += ["num_train_epochs=20", "eval_steps=2", "save_steps=2", "logging_steps=2"]
     flags = f"ARGS=--model {tiny_model} {' '.join(settings)}"
     command = ["make", "lf-train", "METHOD=early_stopping", flags]
@@ -925,6 +926,10 @@ def test_chat_with_piped_input(adapter, tuned_answers):
         ),
         (["dataset_dir=nowhere"], "there is no nowhere/dataset_info.json"),
         (["learning_rate=fast"], "learning_rate=fast is no number"),
+        (["max_steps=some"], "max_steps=some is no number"),
+        (["num_train_epochs=0"], "num_train_epochs=0: it must be more than 0"),
+        (["bf16=maybe"], "bf16=maybe: it is true or false"),
+        (["dataset=launch_en_tran"], "did you mean `launch_en_train`?"),
         (["--learning-rate"], None),
         (["1e-4"], "write KEY=VALUE"),
         (["--zero2", "--processes", "1"], "at least 2"),
@@ -960,6 +965,48 @@ def test_broken_row(tmp_path):
 @pytest.mark.parametrize("target", ["lf-score", "lf-merge", "lf-chat", "lf-api"])
 def test_missing_adapter(target, tmp_path):
     assert "run 'make lf-train' first" in refused("make", target, f"ARGS=--adapter {tmp_path}")
+
+
+@pytest.mark.parametrize("target", ["lf-score", "lf-merge", "lf-chat", "lf-api"])
+def test_adapter_that_does_not_fit(target, adapter, tmp_path):
+    """Cut weights, and the adapter of a model of another width: said before a model is loaded."""
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter[0], broken)
+    file = broken / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cannot be read" in refused("make", target, f"ARGS=--adapter {broken}")
+    weights = load_file(adapter[0] / file.name)
+    narrow = {name: each[:, :-1] if "lora_A" in name else each for name, each in weights.items()}
+    save_file({name: each.copy() for name, each in narrow.items()}, file)
+    assert "is of another model than" in refused("make", target, f"ARGS=--adapter {broken}")
+
+
+def test_merging_overwrites_nothing_else(adapter, tmp_path):
+    base = json.loads((adapter[0] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    folders = {adapter[0]: "adapter's folder", base: "its base model", tmp_path: "something else"}
+    for folder, reason in folders.items():
+        flags = f"ARGS=--adapter {adapter[0]} --output {folder}"
+        assert reason in refused("make", "lf-merge", flags)
+
+
+@pytest.mark.skipif(not workers.can_be_alone(), reason="no namespaces can be made here")
+def test_merging_that_fails_leaves_the_earlier_one(adapter, merged, tmp_path):
+    """The disk takes the small files, not the weights."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    earlier = disk / "merged"
+    script = (
+        f"mkdir {earlier} && cp {merged}/config.* {earlier} && "
+        f"! make lf-merge 'ARGS=--adapter {adapter[0]} --output {earlier}' && "
+        f"for name in json yaml; do cmp {merged}/config.$name {earlier}/config.$name; done && "
+        f"ls {disk}"
+    )
+    done = mounted(disk, script, check=0)
+    assert "no room was left on the disk" in last_words(done)
+    assert done.stdout.splitlines()[-1] == "merged"  # and no merged.partial
 
 
 def contents(folder) -> dict[str, bytes]:

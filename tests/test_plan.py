@@ -164,7 +164,8 @@ def test_no_suggestion_where_nothing_helps(answer):
 TWO_CARDS = {
     *(f"make vllm-serve RECIPE={name}-tp2" for name in ("32b-awq", "qwen3.5-27b-fp8")),
     *(f"make vllm-serve RECIPE={name}-tp2" for name in ("gemma-4-31b-w4a16", "qwen3-vl-8b")),
-    *("make lf-train-z2 METHOD=ddp", "make lf-train-z2"),
+    *("make lf-train-z2 METHOD=ddp", "make lf-train-z2", "make lf-train-z2 METHOD=zero3"),
+    "make lf-train-z2 METHOD=zero3 MODEL=qwen2.5-14b-instruct",
     *("make train-ddp", "make train-z2-offload", "make train-z3-nvme"),
     *("make train-z3-offload", "make train-z3-offload CONFIG=z3-offload-64gb"),
     *(f"make train-z{stage}" for stage in range(4)),

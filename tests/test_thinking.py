@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import ROOT, python
+from safetensors.numpy import save_file
 from small_models import vision_model
 
 from lab import models
@@ -232,14 +233,14 @@ def test_chat_and_api_ask_as_scoring_and_the_server_do(
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(thinker)})
     )
+    save_file({}, tmp_path / "adapter_model.safetensors")
     text = f"model_name_or_path: {thinker}\ntemplate: qwen3\nenable_thinking: {thinks}\n"
     (tmp_path / "config.yaml").write_text(text)
-    settings = module06.factory.settings_for(
-        MODULE / "configs/infer.yaml", str(tmp_path), "float32"
-    )
+    done = module06.factory.trained(str(tmp_path))
+    settings = module06.factory.settings_for(MODULE / "configs/infer.yaml", done, "float32")
     assert "enable_thinking" in settings
     assert settings.enable_thinking == {"true": True, "false": False, "null": None}[thinks]
-    switches = module06.factory.trained(str(tmp_path)).switches
+    switches = done.switches
     template = made(tokenizer, settings.template, settings.enable_thinking)
     answer = {"role": "assistant", "content": ""}
     prompt, _ = template.encode_oneturn(tokenizer, [QUESTION, answer])
@@ -355,7 +356,8 @@ def test_training_and_merging_carry_the_switch(module06, trainings, tmp_path, mo
     kept = yaml.safe_load((merged / "config.yaml").read_text())
     assert kept == {"template": "qwen3", "enable_thinking": False}
     source = MODULE / "configs/infer.yaml"
-    assert module06.factory.settings_for(source, str(merged), "float32").template == "qwen3"
+    done = module06.factory.trained(str(merged))
+    assert module06.factory.settings_for(source, done, "float32").template == "qwen3"
     assert (merged / "chat_template.jinja").read_text() == QWEN3
 
 

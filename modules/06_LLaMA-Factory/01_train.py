@@ -125,6 +125,8 @@ def main() -> None:
     log = factory.FOLDER / f"{config.stem}.log"
     trained = outcome.read(unfinished.inside(output), log)
     peak_gib = trained.peak_gib or factory.peak_gib()
+    if not trained.steps:
+        fail("no step was taken: there is too little of num_train_epochs, max_steps or rows")
     unfinished.refuse_early_end(output, trained, settings)
     methods.keep_plain_adapter(unfinished.inside(output))
     # Merging, chat and API go by this file: they must say what training said.

@@ -150,7 +150,11 @@ def main() -> None:
     dtype = getattr(torch, profile.finetune.dtype)
 
     def load(folder: Path):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(profile.device).eval()
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as e:
+            fail(f"the model in {shown(folder)} cannot be loaded: {str(e).splitlines()[0]}")
+        return loaded.to(profile.device).eval()
 
     source = trained.base or trained.folder
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")

@@ -12,6 +12,7 @@ Look at: the printed command, the size of the adapter beside that of the model.
 """
 
 import argparse
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,22 @@ HERE = Path(__file__).resolve().parent
 
 def size_gb(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+
+
+def output_of(path: str, done: factory.Trained) -> Path:
+    """The folder, which is new, empty or an earlier merging's. Exit code 2 where it is not."""
+    from omegaconf import OmegaConf
+
+    output = ROOT / path
+    if output.resolve() in {used.resolve() for used in (done.folder, done.base) if used}:
+        fail(f"--output {path} is the adapter's folder or its base model: name another folder")
+    if output.is_file():
+        fail(f"--output {path} is a file: name a folder")
+    file = output / "config.yaml"
+    merged_before = file.is_file() and set(OmegaConf.load(file)) <= set(factory.OF_TEMPLATE)
+    if output.is_dir() and any(output.iterdir()) and not merged_before:
+        fail(f"--output {path} holds files of something else: name a new folder")
+    return output
 
 
 def main() -> None:
@@ -47,35 +64,44 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. Model, template and system message as in the training; then LLaMA-Factory's own command
 
-    if not factory.trained(args.adapter).is_adapter:
+    done = factory.trained(args.adapter)
+    if not done.is_adapter:
         fail(f"{args.adapter} is a whole model: make vllm-serve MODEL={args.adapter} serves it")
+    output = output_of(args.output, done)
+    partial = output.with_name(f"{output.name}.partial")  # the earlier one stays until the end
+    shutil.rmtree(partial, ignore_errors=True)
     source = HERE / "configs" / "merge.yaml"
-    settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
-    settings.export_dir = args.output
+    settings = factory.settings_for(source, done, profile.finetune.dtype)
+    settings.export_dir = shown(partial)
     comment = f"merge.yaml and {settings.adapter_name_or_path}/config.yaml"
     config = factory.write(settings, "merge", comment)
     command = factory.prepare({}, "export", shown(config))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the merging ends with us
     began = time.monotonic()
-    factory.run("merge", command)
+    try:
+        factory.run("merge", command)
+    except SystemExit:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     wall_s = time.monotonic() - began
 
     # -----------------------------------------------------------------------------
     # 2. What is there now
 
-    merged = ROOT / settings.export_dir
     # Its chat template is the base model's, which knows nothing of the switch of thinking.
     of_texts = {name: settings[name] for name in factory.OF_TEMPLATE if name in settings}
-    (merged / "config.yaml").write_text(OmegaConf.to_yaml(of_texts), encoding="utf-8")
-    merged_gb = size_gb(merged)
+    (partial / "config.yaml").write_text(OmegaConf.to_yaml(of_texts), encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    merged_gb = size_gb(output)
     adapter_gb = size_gb(ROOT / settings.adapter_name_or_path)
     print(
-        f"{shown(merged)}: {merged_gb:.3f} GB in {settings.infer_dtype}; "
+        f"{shown(output)}: {merged_gb:.3f} GB in {settings.infer_dtype}; "
         f"the adapter alone: {adapter_gb:.3f} GB"
     )
     switches = factory.template_switches(settings)
     asked = ' ARGS="--default-chat-template-kwargs.enable_thinking=false"' if switches else ""
-    print(f"serve it: make vllm-serve MODEL={shown(merged)}{asked}")
+    print(f"serve it: make vllm-serve MODEL={shown(output)}{asked}")
     metrics = {
         "merged_gb": round(merged_gb, 3),
         "adapter_gb": round(adapter_gb, 3),

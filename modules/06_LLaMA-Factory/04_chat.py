@@ -33,7 +33,8 @@ def main() -> None:
     # 1. The settings that agree with training, and LLaMA-Factory's own command
 
     source = HERE / "configs" / "infer.yaml"
-    settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
+    done = factory.trained(args.adapter)
+    settings = factory.settings_for(source, done, profile.finetune.dtype)
     comment = f"infer.yaml and {args.adapter}/config.yaml"
     config = factory.write(settings, "chat", comment)
     command = factory.prepare({"LLAMAFACTORY_VERBOSITY": "WARN"}, "chat", shown(config))
@@ -50,7 +51,7 @@ def main() -> None:
         print()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         fail(f"LLaMA-Factory stopped: {str(e).strip().splitlines()[0][:300]}")
     results.note(results.name_of(__file__))
 

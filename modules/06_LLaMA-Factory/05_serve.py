@@ -61,7 +61,8 @@ def main() -> None:
     if args.what == "api":
         jobs.refuse_taken_cards()
         source = HERE / "configs" / "infer.yaml"
-        settings = factory.settings_for(source, args.adapter, profile.finetune.dtype)
+        done = factory.trained(args.adapter)
+        settings = factory.settings_for(source, done, profile.finetune.dtype)
         comment = f"infer.yaml and {args.adapter}/config.yaml"
         arguments = ["api", shown(factory.write(settings, "api", comment))]
         environment = {"API_HOST": "127.0.0.1", "API_PORT": str(port), "API_MODEL_NAME": "tuned"}

@@ -1,6 +1,6 @@
 """The same task by every method: LoRA and its relatives, QLoRA, freeze, full, packing.
 
-    make lf-methods                                   # all of them, about 30 minutes on a CPU
+    make lf-methods                                   # all of them, about 45 minutes on a CPU
     make lf-methods ARGS="--methods lora dora"        # only these
     make lf-methods ARGS="--no-score max_steps=10"    # speed and memory only; any setting of 01
 

@@ -10,6 +10,8 @@ import os
 import zipfile
 from pathlib import Path
 
+from lab import shown
+
 SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers/trainer_jit_checkpoint.py, while saving
 
 
@@ -108,6 +110,40 @@ def damage(file: Path) -> str:
         tag = file.read_text()
         return "" if tag == f"global_step{step_of(file.parent)}" else f"names {tag or 'nothing'}"
     return ""
+
+
+def misfit(adapter: Path, base: Path | None) -> str:
+    """Why the adapter's weights are broken or of another model; "" where they fit, by their shapes.
+
+    `base` is the folder of the model, None where it is not known.
+    """
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return f"there is no {shown(file)}: train again"
+    if reason := damage(file):
+        return f"{shown(file)} {reason}"
+    weights = {}
+    for part in base.glob("*.safetensors") if base else ():
+        weights |= {} if damage(part) else shapes(part)
+    for name, shape in shapes(file).items():
+        # lora_A is [rank, in] and lora_B [out, rank], beside a weight of [out, in].
+        layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
+        axis = {"A.weight": 1, "B.weight": 0}.get(matrix)
+        there = weights.get(f"{layer}.weight")
+        if there and axis is not None and there[axis] != shape[axis]:
+            return (
+                f"the adapter in {shown(adapter)} is of another model than {shown(base)}: "
+                f"its {layer} is for {shape[axis]} values, the model's has {there[axis]}"
+            )
+    return ""
+
+
+def shapes(file: Path) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a safetensors file, by its header."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as stored:
+        return {name: stored.get_slice(name).get_shape() for name in stored.keys()}
 
 
 def date_by_step(folder: Path) -> None:

@@ -12,6 +12,10 @@ from lab import ROOT, fail, shown
 from lab.profile import need_cards
 
 HERE = Path(__file__).resolve().parent
+ABOVE_ZERO = (
+    *("num_train_epochs", "max_samples", "cutoff_len", "lora_rank", "learning_rate"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"),
+)
 
 
 def overrides(pairs: list[str], source: Path) -> None:
@@ -24,8 +28,14 @@ def overrides(pairs: list[str], source: Path) -> None:
     defaults = OmegaConf.load(source)
     for key, value in OmegaConf.from_cli(pairs).items():
         default = defaults.get(key)
-        if type(default) in (int, float) and not isinstance(value, int | float):
-            fail(f"{key}={value} is no number: configs/{source.name} has {key}={default}")
+        number = type(default) in (int, float) or key in (*ABOVE_ZERO, "max_steps")
+        if number and not isinstance(value, int | float | None):
+            usual = f": configs/{source.name} has {key}={default}" if key in defaults else ""
+            fail(f"{key}={value} is no number{usual}")
+        if key in ABOVE_ZERO and value is not None and value <= 0:
+            fail(f"{key}={value}: it must be more than 0")
+        if type(default) is bool and not isinstance(value, bool):
+            fail(f"{key}={value}: it is true or false")
 
 
 def told(pairs: list[str], profile):
@@ -35,7 +45,22 @@ def told(pairs: list[str], profile):
     source = HERE / "configs" / "sft_lora.yaml"
     overrides(pairs, source)
     yours = OmegaConf.from_cli(pairs)
+    known = engine_settings()
+    for key in yours:
+        if key not in known:
+            fail(f"LLaMA-Factory has no setting {key}{entries.meant(key, known)}")
     return OmegaConf.merge(OmegaConf.load(source), profile.finetune.args, yours), yours
+
+
+def engine_settings() -> list[str]:
+    """The names of every setting that a training of LLaMA-Factory takes."""
+    from dataclasses import fields
+
+    from llamafactory import hparams
+
+    kinds = ("Data", "Model", "Finetuning", "Generating", "Training")
+    classes = [getattr(hparams, f"{kind}Arguments") for kind in kinds]
+    return [field.name for each in classes for field in fields(each)]
 
 
 def template(name: str | None) -> None:
@@ -57,7 +82,8 @@ def data_sets(settings) -> None:
     for name in filter(None, ",".join(map(str, named)).split(",")):
         if name.strip() not in known:
             names = ", ".join(known)
-            fail(f"there is no data set {name.strip()}: {shown(info)} has {names}")
+            near = entries.meant(name.strip(), known)
+            fail(f"there is no data set {name.strip()}: {shown(info)} has {names}{near}")
         question = [name.strip(), "--info", str(info), "--stage", settings.stage, "--brief"]
         if settings.get("media_dir"):
             question += ["--media-dir", settings.media_dir]

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from fitting import fitting
+from reading import load, wrong_in_files
 from rows import COLUMNS, wrong_rows
 
 from lab import fail, shown
@@ -30,6 +31,8 @@ STAGES = ("sft", "dpo", "rm", "kto", "pt")
 
 def read_info(file: Path) -> dict:
     """The entries of a dataset_info.json. Exit code 2 where it is none."""
+    if file.is_dir():
+        fail(f"{shown(file)} is a folder: name the dataset_info.json in it")
     if not file.is_file():
         fail(
             f"there is no {shown(file)}: it names the data sets; "
@@ -44,6 +47,12 @@ def read_info(file: Path) -> dict:
     return info
 
 
+def meant(word: str, known) -> str:
+    """How a sentence about an unknown name ends, where a known one is near."""
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
 def wrong_in_entry(entry) -> str:
     """How a sentence that begins with the entry's name goes on; "" where the entry is right."""
     if not isinstance(entry, dict):
@@ -54,10 +63,9 @@ def wrong_in_entry(entry) -> str:
             return f": `{place}` must be an object"
         for word in part:
             if word not in known:
-                near = difflib.get_close_matches(word, known, 1, 0.5)
-                meant = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+                near = meant(word, known) or f"; known are {', '.join(known)}"
                 within = f" in `{place}`" if place else ""
-                return f": LLaMA-Factory ignores `{word}`{within} without a word; {meant}"
+                return f": LLaMA-Factory ignores `{word}`{within} without a word{near}"
             if place and not isinstance(part[word], str | None):
                 return f": `{place}.{word}` must be the name of a field, it is {part[word]!r}"
     sources = [source for source in SOURCES if source in entry]
@@ -68,8 +76,10 @@ def wrong_in_entry(entry) -> str:
     for word in {*sources, "split"} & set(entry):
         if not isinstance(entry[word], str) or not entry[word]:
             return f": `{word}` must be a text, it is {entry[word]!r}"
-    if not isinstance(entry.get("num_samples"), int | None):
-        return f": `num_samples` must be a whole number, it is {entry['num_samples']!r}"
+    if not isinstance(entry.get("num_samples"), int | None) or entry.get("num_samples") == 0:
+        return f": `num_samples` must be a whole number from 1, it is {entry['num_samples']!r}"
+    if not isinstance(entry.get("ranking"), bool | None):
+        return f": `ranking` must be true or false, it is {entry['ranking']!r}"
     if entry.get("formatting", "alpaca") not in FORMATS:
         return f": `formatting` is {entry['formatting']!r}, not one of {', '.join(FORMATS)}"
     # What `columns` or `tags` leaves out is not its usual name then, but nothing at all.
@@ -102,95 +112,6 @@ def usual_stage(entry) -> str:
         return "kto"
     alpaca = entry.get("formatting", "alpaca") == "alpaca"
     return "pt" if alpaca and columns and "response" not in columns else "sft"
-
-
-# -----------------------------------------------------------------------------
-# The file
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file, or those of the folder."""
-    return sorted(path.iterdir()) if path.is_dir() else [path]
-
-
-def wrong_in_files(path: Path) -> str:
-    """What is wrong with the file, or with the folder of files; "" where it can be read."""
-    from llamafactory.extras.constants import FILEEXT2TYPE
-
-    if not path.exists():
-        return f"there is no file {shown(path)}"
-    files = files_of(path)
-    kinds = {FILEEXT2TYPE.get(file.suffix[1:]) for file in files}
-    if not files or len(kinds) > 1:
-        names = ", ".join(file.name for file in files[:5]) or "nothing"
-        return f"the folder {shown(path)} must hold files of one type, it holds {names}"
-    if None in kinds:
-        known = ", ".join(f".{kind}" for kind in FILEEXT2TYPE)
-        return f"{shown(path)} is of no type that LLaMA-Factory reads: {known}"
-    for file in files:
-        if kinds == {"text"} and not wrong_in_json(file):
-            return f"{shown(file)} holds JSON, and a .txt is read line by line: call it .json"
-        problem = wrong_in_json(file) if kinds == {"json"} else ""
-        if problem:
-            return f"{shown(file)}{problem}"
-    return ""
-
-
-def wrong_in_json(file: Path) -> str:
-    """Why it is neither one JSON list of objects nor objects after each other; "" where it is."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        return f" is no UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}"
-    marked = text.startswith("\ufeff")
-    text = text.removeprefix("\ufeff")
-    rows = []
-    blank = re.compile(r"\s*")
-    decoder = json.JSONDecoder()
-    place = blank.match(text).end()
-    while place < len(text):
-        try:
-            row, end = decoder.raw_decode(text, place)
-        except ValueError as e:
-            line = text.count("\n", 0, place if rows else e.pos) + 1
-            return f" is not valid JSON in line {line}: {e.msg}"
-        rows.append(row)
-        place = blank.match(text, end).end()
-    if len(rows) == 1 and isinstance(rows[0], list):
-        if marked:
-            return " begins with a byte order mark (BOM): save it without one"
-        rows = rows[0]
-    if not rows:
-        return " has no rows"
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            return f": row {number} must be an object {{...}}, it is {type(row).__name__}"
-    for name in ("data", "rows", "train", "examples") if len(rows) == 1 else ():
-        if isinstance(rows[0].get(name), list):
-            return f": its rows are under `{name}`: save only that list"
-    return ""
-
-
-def load(path: Path, split: str | None):
-    """The rows as LLaMA-Factory sees them: datasets.Dataset, a field that a row lacks is None."""
-    import datasets
-    from llamafactory.extras.constants import FILEEXT2TYPE
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the sentence below is enough
-    files = files_of(path)
-    kind = FILEEXT2TYPE[files[0].suffix[1:]]
-    try:
-        return datasets.load_dataset(kind, data_files=list(map(str, files)), split=split or "train")
-    except Exception as e:  # of datasets, pyarrow and pandas
-        cause = e
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        fail(
-            f"{shown(path)} cannot be read as a table, every field of one type in all rows: "
-            f"{' '.join(lines[:2])[:300]}"
-        )
 
 
 # -----------------------------------------------------------------------------
@@ -253,7 +174,8 @@ def find(text: str, info: Path | None, folder: Path) -> tuple[str, dict, Path]:
     path = Path(text).expanduser()
     if not path.exists():
         file = shown(info or folder / "dataset_info.json")
-        fail(f"there is no data set and no file {text}: {file} has {', '.join(known)}")
+        names = ", ".join(known)
+        fail(f"there is no data set and no file {text}: {file} has {names}{meant(text, known)}")
     beside = info or path.parent / "dataset_info.json"
     if beside.is_file():
         for name, entry in read_info(beside).items():
@@ -267,10 +189,21 @@ def find(text: str, info: Path | None, folder: Path) -> tuple[str, dict, Path]:
         fail(problem)
     rows = load(path, None)
     entry = fitting(path.name, list(rows))
+    if entry is None and isinstance(rows[0].get("chosen"), list):
+        fail(
+            f"{text}: `chosen` and `rejected` are lists of messages: LLaMA-Factory takes one "
+            "message or text there, and what comes before it as `messages` or `prompt`"
+        )
     if entry is None:
         fail(
             f"{text}: its fields ({', '.join(rows.column_names)}) do not tell which is the prompt "
             "and which the answer: write its entry by hand (your_data.md of module 06, section 2)"
+        )
+    problem = wrong_in_entry(entry)
+    if problem:
+        fail(
+            f"{text}: an entry by the names of its fields is not enough{problem}; write it by hand "
+            f"from {json.dumps(entry, ensure_ascii=False)}"
         )
     name = re.sub(r"[\s,]+", "_", path.stem)  # a name with a comma would be two
     return name, entry, path.parent
@@ -281,7 +214,7 @@ def write(name: str, entry: dict, folder: Path) -> None:
     file = folder / "dataset_info.json"
     info = read_info(file) if file.is_file() else {}
     if name in info:
-        fail(f"{shown(file)} has an entry {name} already: remove it first, or change it there")
+        fail(f"{shown(file)} has an entry {name} already: change it there, or rename the file")
     partial = file.with_suffix(".partial")
     content = json.dumps({**info, name: entry}, indent=2, ensure_ascii=False)
     try:

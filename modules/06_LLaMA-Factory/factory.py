@@ -198,14 +198,18 @@ def trained(path: str, model: str | None = None) -> Trained:
     settings = OmegaConf.load(file) if file.is_file() else {}
     named = settings.get("model_name_or_path")
     if is_adapter:
-        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    switches = template_switches(settings)
-    if not model:
-        return Trained(folder, base_model(named) if named else None, is_adapter, switches)
-    given = models.model_folder(model)
-    if named and (ROOT / named).is_dir() and (ROOT / named).resolve() != given.resolve():
+        try:
+            described = json.loads((folder / "adapter_config.json").read_text())
+            named = described["base_model_name_or_path"]
+        except (ValueError, KeyError):
+            fail(f"{shown(folder)}/adapter_config.json is broken: train again")
+    base = models.model_folder(model) if model else base_model(named) if named else None
+    if model and named and (ROOT / named).is_dir() and (ROOT / named).resolve() != base.resolve():
         fail(f"{shown(folder)} was trained on {named}, and --model names {model}")
-    return Trained(folder, given, is_adapter, switches)
+    problem = checkpoints.misfit(folder, base) if is_adapter else ""
+    if problem:
+        fail(problem)
+    return Trained(folder, base, is_adapter, template_switches(settings))
 
 
 def template_switches(settings) -> dict:
@@ -232,11 +236,10 @@ def base_model(path: str) -> Path:
     return folder
 
 
-def settings_for(source: Path, adapter: str, dtype: str):
+def settings_for(source: Path, done: Trained, dtype: str):
     """The settings in `source` with model, template and system message as in the training."""
     from omegaconf import OmegaConf
 
-    done = trained(adapter)
     training = OmegaConf.load(done.folder / "config.yaml")
     names = ("model_name_or_path", *OF_TEMPLATE)
     same = {name: training[name] for name in names if name in training}

@@ -4,6 +4,8 @@ from rows import MEDIA
 
 ROLES = ("role", "from", "speaker", "author")
 CONTENTS = ("content", "value", "text", "message")
+# Values of a label; rows.py refuses what is no boolean, rather than that it is passed over.
+TRUTHS = (True, False, "true", "false", "True", "False", "0", "1")
 
 
 def fitting(file_name: str, rows: list[dict]) -> dict | None:
@@ -16,7 +18,7 @@ def fitting(file_name: str, rows: list[dict]) -> dict | None:
     if pairs:
         columns |= {"chosen": "chosen", "rejected": "rejected"}
     for name in ("kto_tag", "label", "desirable"):
-        if all(isinstance(row.get(name), bool) for row in rows):
+        if all(row.get(name) in TRUTHS for row in rows):
             columns["kto_tag"] = name
     entry = {"file_name": file_name}
     ranking = {"ranking": True} if pairs else {}
@@ -67,11 +69,11 @@ def form_of(messages: list[dict]) -> dict:
         "assistant_tag": ("assistant", "gpt", "bot", "model", "agent"),
         "observation_tag": ("tool", "observation", "function_response"),
         "function_tag": ("function_call", "tool_call", "function"),
-        "system_tag": ("system",),
+        "system_tag": ("system", "developer"),
     }
     tags = {"role_tag": role, "content_tag": content}
     for tag, candidates in names.items():
-        there = [name for name in candidates if name in roles]
+        there = [role for name in candidates for role in sorted(roles) if role.lower() == name]
         if there:
             tags[tag] = there[0]
     if calls:  # LLaMA-Factory gives messages with tool_calls this role

@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 def chosen(text: str, several: bool) -> list[str]:
     """The methods named in `text`, between blanks; `several`: in several processes."""
-    named = text.split()
+    named = [name for name in text.split() if name != "lora"]  # which is the default
     for name in named:
         if name not in names():
             fail(f"there is no method {name}: configs/methods/ has {', '.join(names())}")

@@ -110,10 +110,13 @@ def begin(output: Path, run: dict, args, name: str) -> Path | None:
         state = "has finished" if (output / "config.yaml").is_file() else "has no whole checkpoint"
         fail(f"there is nothing to resume: the training in {shown(output)} {state}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     partial = folder / f"{RUN}.tmp"
-    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(folder / RUN)
+    try:
+        folder.mkdir(parents=True)
+        partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
+        partial.replace(folder / RUN)
+    except OSError as e:
+        fail(f"cannot write {shown(folder)}: {e.strerror}")
     return None
 
 

@@ -189,13 +189,16 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
 # 06: LLaMA-Factory. 02: Qwen-Image-Edit
 
 
-# lab/planner knows neither few layers nor logits in parts; by ZeRO-3 and FSDP LLaMA-Factory holds
-# other things than our trainings do: ZeRO-3 took 20.7 GiB (results/h200x2-cap24) for 13.2 planned.
-NOT_PLANNED = ("freeze", "liger", "zero3", "fsdp")
-# Models beside the profile's, and what has to change for them
-QLORA_MODELS = {
-    "Qwen/Qwen2.5-14B-Instruct": {},
-    "Qwen/Qwen2.5-32B-Instruct": {"per_device_train_batch_size": 1},
+# lab/planner knows neither few layers nor logits in parts; with FSDP, LLaMA-Factory puts the whole
+# model on each card before it is divided.
+NOT_PLANNED = ("freeze", "liger", "fsdp")
+# Models beside the profile's by a method, and what has to change for them
+LARGER = {
+    "qlora": {
+        "Qwen/Qwen2.5-14B-Instruct": {},
+        "Qwen/Qwen2.5-32B-Instruct": {"per_device_train_batch_size": 1},
+    },
+    "zero3": {"Qwen/Qwen2.5-14B-Instruct": {}},
 }
 
 
@@ -218,13 +221,12 @@ def fine_tunings(cards: Cards, profile: dict) -> list[Recipe]:
         if recipe.request in (written[0].request, written[1].request):
             continue  # it needs as much: dora, packing ...
         written.append(recipe)
-        if name == "qlora":
-            for model, values in QLORA_MODELS.items():
-                command = f"make lf-train METHOD=qlora MODEL={model.split('/')[1].lower()}"
-                if values:
-                    command += ' ARGS="' + " ".join(f"{k}={v}" for k, v in values.items()) + '"'
-                larger = config | {"model_name_or_path": model} | values
-                written.append(fine_tuning(cards, command, file, larger))
+        for model, values in LARGER.get(name, {}).items():
+            command = f"make {target} METHOD={name} MODEL={model.split('/')[1].lower()}"
+            if values:
+                command += ' ARGS="' + " ".join(f"{k}={v}" for k, v in values.items()) + '"'
+            larger = config | {"model_name_or_path": model} | values
+            written.append(fine_tuning(cards, command, file, larger))
     return written
 
 
