@@ -180,7 +180,7 @@ def in_processes(modules: str, commands: dict[str, list], **kwargs) -> dict[str,
 def module06(monkeypatch):
     """Its helper files, imported as its scripts import them."""
     names = ("checkpoints", "unfinished", "factory", "rows", "fitting", "entries", "checks")
-    names += ("views", "scoring", "showing")
+    names += ("views", "scoring", "showing", "trials")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(ROOT / "modules/06_LLaMA-Factory"))

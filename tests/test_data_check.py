@@ -288,6 +288,12 @@ WRONG = {
         {"columns": {"messages": "messages", "images": "images"}},
         "row 1: there is no file a.png",
     ),
+    "a picture without a path": (
+        "a.json",
+        [{"messages": [{"role": "user", "content": "<image>"}, SAID], "images": [5]}],
+        {"columns": {"messages": "messages", "images": "images"}},
+        "row 1: field `images` has 5 where the path of a file belongs",
+    ),
     "two sources": ("a.json", dialogue(ASKED, SAID), {"hf_hub_url": "a/b"}, "by one of file_name,"),
     "num_samples": (
         "a.json",

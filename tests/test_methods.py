@@ -119,3 +119,65 @@ def test_pissa_becomes_a_plain_adapter(trainings, monkeypatch):
 def test_what_cannot_be(flags, reason):
     command = ["python", MODULE / "01_train.py", *flags.split()]
     assert reason in refused(*command, PROFILE="cpu")
+
+
+@pytest.mark.parametrize(
+    "together, first, second",
+    [
+        ("dora full", "full", "dora"),
+        ("qlora pissa", "pissa", "qlora"),
+        ("packing zero3 ddp", "ddp", "zero3"),
+    ],
+)
+def test_methods_that_exclude_each_other(together, first, second):
+    command = ["python", MODULE / "01_train.py", "--zero2", "--method", together]
+    reason = refused(*command, PROFILE="cpu")
+    assert f"{first} and {second} exclude each other: take one of them" in reason
+
+
+TRAINS = """
+import json, os, sys, time
+folder = sys.argv[-1].removeprefix("output_dir=")
+os.makedirs(folder)
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write(f"begins {os.environ['OMP_NUM_THREADS']}\\n")
+time.sleep(1 if "fails" not in folder else 0)
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write("ends\\n")
+assert "fails" not in folder
+print(json.dumps({"step_count": 4}))
+"""
+
+
+def test_trials_of_a_sweep(module06, tmp_path, monkeypatch):
+    """Two at a time, each is kept, and one that fails ends the others; what trains is a stand-in.
+
+    The trainings themselves: the readme's own block, a grid of one point.
+    """
+    trials = module06.trials
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setattr(trials, "HERE", tmp_path)
+    monkeypatch.setattr(trials, "POINTS", tmp_path / "points")
+    monkeypatch.setattr(trials.factory, "FOLDER", tmp_path)
+    monkeypatch.setattr(trials, "shown", str)
+    (tmp_path / "01_train.py").write_text(TRAINS)
+    (tmp_path / "02_score.py").write_text("print('{\"tuned_exact_pct\": 50.0}')")
+    monkeypatch.setattr(trials.os, "sched_getaffinity", lambda _: range(4))
+    spaces = trials.environments("cpu", 2)
+    own = {name: [f"lora_rank={name}"] for name in ("1", "2", "3", "4")}
+    rows = trials.run_all(own, {}, spaces)
+    assert rows == dict.fromkeys(own, {"step_count": 4, "tuned_exact_pct": 50.0})
+    lines = seen.read_text().split("\n")[:-1]
+    assert lines[:2] == ["begins 2"] * 2  # two of four cores each
+    assert "ends" in lines[2:4]
+    assert len(lines) == 8
+    assert not list(tmp_path.glob("sweep-*"))
+    # The same again is not trained again; with other settings it is.
+    assert trials.run_all(own, {}, spaces) == rows
+    assert len(seen.read_text().split()) == 12
+    with pytest.raises(SystemExit) as end:
+        trials.run_all({"fails": [], "5": []}, {}, spaces[:1])
+    assert end.value.code == 1
+    assert len(list((tmp_path / "points").iterdir())) == 4
+    assert not trials.factory.children

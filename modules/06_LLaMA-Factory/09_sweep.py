@@ -2,20 +2,23 @@
 
     make lf-sweep                                        # 12 trainings, about 40 minutes on a CPU
     make lf-sweep ARGS="--ranks 4 16 --rates 1e-3 4e-3"  # a smaller grid
+    make lf-sweep ARGS="--at-once 2"                     # on a CPU: two at a time, a core each
 
-Every training is 01_train.py with two settings changed, every score is 02_score.py's.
+Every training is 01_train.py with two settings changed, every score is 02_score.py's. Each GPU has
+a training of its own. What has been measured is kept: the same command goes on after Ctrl+C.
 Look at: which of the three changes the score most, and where the training loss is low and the score
 is low too.
 """
 
 import argparse
+import itertools
+import shutil
 import signal
 import sys
 
-import factory
 import trials
 
-from lab import jobs, results, shown
+from lab import fail, jobs, results
 from lab.profile import load_profile
 
 ALPHA_OVER_RANK = 2  # kept, as in sft_lora.yaml: else a larger rank also means a smaller update
@@ -29,31 +32,41 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--rates", type=float, nargs="+", default=[2.5e-4, 1e-3, 4e-3])
     parser.add_argument("--epochs", type=float, nargs="+", default=[0.5, 1, 2])
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        help="trainings that run at the same time (default: one on each GPU; one on a CPU)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
     args = parser.parse_args()
+    if args.at_once is not None and args.at_once < 1:
+        fail("--at-once must be 1 or more")
     jobs.refuse_taken_cards()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training ends with us
 
     # -----------------------------------------------------------------------------
     # 1. The grid of ranks and learning rates, then the epochs at the profile's own values
 
-    folder = shown(factory.FOLDER / "sweep")
+    def name(rank: int, rate: float) -> str:
+        return f"rank-{rank}-rate-{rate:g}"
 
-    def trial(name: str, *changed: str) -> dict:
-        print(f"{name} ...", flush=True)
-        return trials.train_and_score(folder, "", [*changed, f"output_dir={folder}"])
-
-    grid = {}
-    for rank in args.ranks:
-        for rate in args.rates:
-            settings = (
-                f"lora_rank={rank}",
-                f"lora_alpha={ALPHA_OVER_RANK * rank}",
-                f"learning_rate={rate}",
-            )
-            grid[rank, rate] = trial(f"rank {rank}, learning rate {rate:g}", *settings)
-    lengths = {
-        epochs: trial(f"{epochs:g} epochs", f"num_train_epochs={epochs}") for epochs in args.epochs
+    own = {
+        name(rank, rate): [
+            f"lora_rank={rank}",
+            f"lora_alpha={ALPHA_OVER_RANK * rank}",
+            f"learning_rate={rate}",
+        ]
+        for rank, rate in itertools.product(args.ranks, args.rates)
     }
+    own |= {f"epochs-{epochs:g}": [f"num_train_epochs={epochs}"] for epochs in args.epochs}
+    if args.fresh:
+        shutil.rmtree(trials.POINTS, ignore_errors=True)
+    same = {"model": profile.finetune.model, "args": dict(profile.finetune.args)}
+    spaces = trials.environments(profile.device, args.at_once)
+    print(f"{len(own)} trainings, {len(spaces)} at a time", flush=True)
+    came = trials.run_all(own, same, spaces)
+    grid = {pair: came[name(*pair)] for pair in itertools.product(args.ranks, args.rates)}
+    lengths = {epochs: came[f"epochs-{epochs:g}"] for epochs in args.epochs}
 
     # -----------------------------------------------------------------------------
     # 2. A table, a picture, a record
@@ -70,7 +83,7 @@ def main() -> None:
         metrics[f"rank_{rank}_rate_{rate:g}_exact_pct"] = row["tuned_exact_pct"]
     for epochs, row in lengths.items():
         metrics[f"epochs_{epochs:g}_exact_pct"] = row["tuned_exact_pct"]
-    results.finish(__file__, metrics, vars(args) | {"args": dict(profile.finetune.args)})
+    results.finish(__file__, metrics, vars(args) | same)
 
 
 def draw(grid: dict, lengths: dict, args) -> None:

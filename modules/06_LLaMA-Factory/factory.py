@@ -21,6 +21,7 @@ FOLDER = RUNS / "06_LLaMA-Factory"
 OF_TEMPLATE = ("template", "default_system", "enable_thinking")
 # Of the engine's output, what tells a reader something: losses, and how much is trained.
 TELLING = r"\{'(loss|train_runtime)|.*trainable params:"
+children: set[subprocess.Popen] = set()  # those of `child` that run
 
 # -----------------------------------------------------------------------------
 # Its command
@@ -111,12 +112,14 @@ def run(name: str, command: list[str], training: Path | None = None) -> None:
 def child(command: list[str], **options):
     """The process of a command, which ends with us; an exit code of it that is not 0 is ours."""
     process = subprocess.Popen(command, **options)
+    children.add(process)
     try:
         yield process
         code = process.wait()
     finally:
         process.terminate()
         process.wait()
+        children.discard(process)
     if code:
         raise SystemExit(code)
 

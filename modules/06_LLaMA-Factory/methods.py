@@ -8,6 +8,9 @@ from lab import fail, models
 
 FOLDER = Path(__file__).resolve().parent / "configs" / "methods"
 BETWEEN_PROCESSES = ("ddp", "zero3", "fsdp")  # what else than ZeRO-2 joins several processes
+# Of each line at most one at a time. full and freeze train no adapter.
+APART = [BETWEEN_PROCESSES, ("pissa", "qlora"), ("pissa", "zero3")]
+APART += [("full", "freeze", name) for name in ("dora", "loraplus", "pissa", "qlora", "rslora")]
 
 
 def add_flags(parser, finetune) -> None:
@@ -35,6 +38,10 @@ def chosen(text: str, several: bool) -> list[str]:
             fail(f"there is no method {name}: configs/methods/ has {', '.join(names())}")
         if name in BETWEEN_PROCESSES and not several:
             fail(f'{name} needs several processes: make lf-train-z2 METHOD="{text}"')
+    for line in APART:
+        together = [name for name in line if name in named]
+        if len(together) > 1:
+            fail(f"{' and '.join(together)} exclude each other: take one of them")
     return named
 
 

@@ -227,6 +227,8 @@ def wrong_media(row: dict, attr, folder: Path) -> str:
                 f"{column}"
             )
         for file in files:
+            if not isinstance(file, (str, bytes, dict, list)):  # a list: the frames of a video
+                return f": field `{field}` has {file!r} where the path of a file belongs"
             if isinstance(file, str) and not (folder / file).is_file() and not Path(file).is_file():
                 return f": there is no file {file} in {shown(folder)}"
     return ""

@@ -1,24 +1,38 @@
 """One training by 01_train.py and its score by 02_score.py, each in a process of its own."""
 
 import json
+import os
+import queue
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import factory
 
+from lab import machine, shown
+
 HERE = Path(__file__).resolve().parent
+POINTS = factory.FOLDER / "sweep"  # what came of each trial of a sweep, so that it is kept
+
+# -----------------------------------------------------------------------------
+# One trial
 
 
-def result(script: str, *arguments: str) -> dict:
-    """The JSON object on the last line of the script's output; its exit code 2 is ours."""
+def result(script: str, *arguments: str, said: str = "", environment: dict | None = None) -> dict:
+    """The JSON object on the last line of the script's output; its exit code 2 is ours.
+
+    Its losses and scores are shown, each after the words `said`.
+    """
     command = [sys.executable, str(HERE / script), *arguments]
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
     last = ""
-    with factory.child(command, stdout=subprocess.PIPE, text=True) as process:
+    with factory.child(command, **options) as process:
         for line in process.stdout:
             last = line
             if line.startswith(("  {'loss'", "  exact match")):
-                print(line.rstrip(), flush=True)
+                print(f"{said}{line.rstrip()}", flush=True)
     return json.loads(last)
 
 
@@ -27,3 +41,65 @@ def train_and_score(folder: str, method: str, overrides: list[str], scored: bool
     trained = result("01_train.py", "--method", method, "--fresh", *overrides)
     score = result("02_score.py", "--no-base", "--adapter", folder) if scored else {}
     return trained | score
+
+
+# -----------------------------------------------------------------------------
+# Many
+
+
+def environments(device: str, at_once: int | None) -> list[dict]:
+    """One for each trial that runs at the same time: a GPU of its own, or a share of the cores."""
+    own = os.environ | {"STORE": ""}  # the record is that of the whole sweep
+    if device == "cuda":
+        cards = [str(gpu["index"]) for gpu in machine.gpus()][:at_once]
+        return [own | {"CUDA_VISIBLE_DEVICES": card} for card in cards]
+    count = at_once or 1
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return [own | {"OMP_NUM_THREADS": str(threads)}] * count
+
+
+def kept(name: str, settings: dict) -> dict | None:
+    """What came of this trial before, with the same settings."""
+    try:
+        point = json.loads((POINTS / f"{name}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return point["row"] if point["settings"] == settings else None
+
+
+def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dict[str, dict]:
+    """{name: what came of it} of the trials {name: settings that are its own}.
+
+    `same` are the settings that all of them share, `spaces` the environments of those that run at
+    the same time. What has been measured is not measured again.
+    """
+    free = queue.SimpleQueue()
+    for space in spaces:
+        free.put(space)
+
+    def one(name: str) -> dict:
+        settings = {"own": trials[name], "same": same}
+        if row := kept(name, settings):
+            print(f"{name}: measured before", flush=True)
+            return row
+        space = free.get()
+        folder = factory.FOLDER / f"sweep-{name}"
+        told = {"said": f"{name}:", "environment": space}
+        where = f"output_dir={shown(folder)}"
+        row = result("01_train.py", "--fresh", *trials[name], where, **told)
+        row |= result("02_score.py", "--no-base", "--adapter", str(folder), **told)
+        free.put(space)
+        shutil.rmtree(folder)
+        POINTS.mkdir(parents=True, exist_ok=True)
+        point = json.dumps({"settings": settings, "row": row}, indent=1)
+        (POINTS / f"{name}.json").write_text(point, encoding="utf-8")
+        return row
+
+    pool = ThreadPoolExecutor(len(spaces))
+    try:
+        return dict(zip(trials, pool.map(one, trials), strict=True))
+    except BaseException:  # one has failed, or Ctrl+C: the others end too
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(factory.children):
+            process.terminate()
+        raise
