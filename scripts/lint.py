@@ -92,7 +92,7 @@ LESSON = {
     "06_LLaMA-Factory/06_mini_lora.py": r"get_peft_model\(",
     "06_LLaMA-Factory/07_loop.py": r"chat\.completions\.create\(",
     "06_LLaMA-Factory/08_methods.py": r"trials\.train_and_score\(",
-    "06_LLaMA-Factory/09_sweep.py": r"trials\.train_and_score\(",
+    "06_LLaMA-Factory/09_sweep.py": r"trials\.run_all\(",
 }
 
 # -----------------------------------------------------------------------------

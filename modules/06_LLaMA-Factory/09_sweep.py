@@ -1,6 +1,7 @@
 """Rank, learning rate, epochs: one of them changed at a time, and what each does to the score.
 
     make lf-sweep                                        # 12 trainings, about 40 minutes on a CPU
+    make lf-sweep ARGS="--samples 320"                   # longer ones
     make lf-sweep ARGS="--ranks 4 16 --rates 1e-3 4e-3"  # a smaller grid
     make lf-sweep ARGS="--at-once 2"                     # on a CPU: two at a time, a core each
 
@@ -33,14 +34,20 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2.5e-4, 1e-3, 4e-3])
     parser.add_argument("--epochs", type=float, nargs="+", default=[0.5, 1, 2])
     parser.add_argument(
+        "--samples",
+        type=int,
+        default=128,
+        help="rows that a training has; with many, every setting gets there (default: %(default)s)",
+    )
+    parser.add_argument(
         "--at-once",
         type=int,
         help="trainings that run at the same time (default: one on each GPU; one on a CPU)",
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
     args = parser.parse_args()
-    if args.at_once is not None and args.at_once < 1:
-        fail("--at-once must be 1 or more")
+    if min(args.samples, args.at_once or 1) < 1:
+        fail("--samples and --at-once must be 1 or more")
     jobs.refuse_taken_cards()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training ends with us
 
@@ -59,9 +66,12 @@ def main() -> None:
         for rank, rate in itertools.product(args.ranks, args.rates)
     }
     own |= {f"epochs-{epochs:g}": [f"num_train_epochs={epochs}"] for epochs in args.epochs}
+    for overrides in own.values():
+        overrides.append(f"max_samples={args.samples}")
     if args.fresh:
         shutil.rmtree(trials.POINTS, ignore_errors=True)
-    same = {"model": profile.finetune.model, "args": dict(profile.finetune.args)}
+    settings = dict(profile.finetune.args) | {"max_samples": args.samples}
+    same = {"model": profile.finetune.model, "args": settings}
     spaces = trials.environments(profile.device, args.at_once)
     print(f"{len(own)} trainings, {len(spaces)} at a time", flush=True)
     came = trials.run_all(own, same, spaces)

@@ -20,10 +20,10 @@ POINTS = factory.FOLDER / "sweep"  # what came of each trial of a sweep, so that
 # One trial
 
 
-def result(script: str, *arguments: str, said: str = "", environment: dict | None = None) -> dict:
+def result(script: str, *arguments: str, label: str = "", environment: dict | None = None) -> dict:
     """The JSON object on the last line of the script's output; its exit code 2 is ours.
 
-    Its losses and scores are shown, each after the words `said`.
+    Its losses and scores are shown, each after `label`.
     """
     command = [sys.executable, str(HERE / script), *arguments]
     options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -32,7 +32,7 @@ def result(script: str, *arguments: str, said: str = "", environment: dict | Non
         for line in process.stdout:
             last = line
             if line.startswith(("  {'loss'", "  exact match")):
-                print(f"{said}{line.rstrip()}", flush=True)
+                print(f"{label}{line.rstrip()}", flush=True)
     return json.loads(last)
 
 
@@ -84,7 +84,7 @@ def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dic
             return row
         space = free.get()
         folder = factory.FOLDER / f"sweep-{name}"
-        told = {"said": f"{name}:", "environment": space}
+        told = {"label": f"{name}:", "environment": space}
         where = f"output_dir={shown(folder)}"
         row = result("01_train.py", "--fresh", *trials[name], where, **told)
         row |= result("02_score.py", "--no-base", "--adapter", str(folder), **told)
