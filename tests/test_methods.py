@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, python, refused
@@ -181,3 +182,7 @@ def test_trials_of_a_sweep(module06, tmp_path, monkeypatch):
     assert end.value.code == 1
     assert len(list((tmp_path / "points").iterdir())) == 4
     assert not trials.factory.children
+    workers = [each for each in threading.enumerate() if "ThreadPool" in each.name]
+    for worker in workers:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)  # else this process never ends

@@ -6,6 +6,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,12 +68,23 @@ def kept(name: str, settings: dict) -> dict | None:
     return point["row"] if point["settings"] == settings else None
 
 
+def measured(name: str, own: list[str], environment: dict) -> dict:
+    """What came of the trial with settings of its own; its weights are not kept."""
+    folder = factory.FOLDER / f"sweep-{name}"
+    told = {"label": f"{name}:", "environment": environment}
+    trained = result("01_train.py", "--fresh", *own, f"output_dir={shown(folder)}", **told)
+    score = result("02_score.py", "--no-base", "--adapter", str(folder), **told)
+    shutil.rmtree(folder)
+    return trained | score
+
+
 def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dict[str, dict]:
     """{name: what came of it} of the trials {name: settings that are its own}.
 
     `same` are the settings that all of them share, `spaces` the environments of those that run at
     the same time. What has been measured is not measured again.
     """
+    ended = threading.Event()
     free = queue.SimpleQueue()
     for space in spaces:
         free.put(space)
@@ -82,14 +94,16 @@ def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dic
         if row := kept(name, settings):
             print(f"{name}: measured before", flush=True)
             return row
+        if ended.is_set():
+            raise SystemExit(1)
         space = free.get()
-        folder = factory.FOLDER / f"sweep-{name}"
-        told = {"label": f"{name}:", "environment": space}
-        where = f"output_dir={shown(folder)}"
-        row = result("01_train.py", "--fresh", *trials[name], where, **told)
-        row |= result("02_score.py", "--no-base", "--adapter", str(folder), **told)
-        free.put(space)
-        shutil.rmtree(folder)
+        try:
+            row = measured(name, trials[name], space)
+        except BaseException:
+            ended.set()
+            raise
+        finally:
+            free.put(space)
         POINTS.mkdir(parents=True, exist_ok=True)
         point = json.dumps({"settings": settings, "row": row}, indent=1)
         (POINTS / f"{name}.json").write_text(point, encoding="utf-8")
@@ -99,6 +113,7 @@ def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dic
     try:
         return dict(zip(trials, pool.map(one, trials), strict=True))
     except BaseException:  # one has failed, or Ctrl+C: the others end too
+        ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(factory.children):
             process.terminate()
