@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -267,6 +267,9 @@ lf-train-z2: env ## the same in several processes: ZeRO-2, or METHOD=ddp, zero3,
 
 mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 	@$(PY) modules/06_LLaMA-Factory/06_mini_lora.py $(ARGS)
+
+mini-dpo: env ## DPO from scratch: pairs of answers, and a reference that needs no memory
+	@$(PY) modules/06_LLaMA-Factory/10_mini_dpo.py $(ARGS)
 
 lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)

@@ -56,6 +56,11 @@ def wrong_in(row) -> str:
     return ""
 
 
+def pairs(name: str) -> list[dict]:
+    """Rows {"messages": [user], "chosen": assistant, "rejected": assistant} of our own data set."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def blocks(tokenizer, name: str, length: int):
     """The data set as chat texts one after another, cut: LongTensor [blocks, length].
 

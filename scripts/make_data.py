@@ -24,6 +24,7 @@ from lab import ROOT, shown
 FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 SIZES = {"train": 384, "test": 64}
 EXAMPLES = 8  # rows of each other form
+PAIRS = 256  # of answers, and as many judged ones
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("square", "circle")
 SEED = 4090
@@ -203,10 +204,37 @@ def preferences() -> list[dict]:
     return pairs
 
 
-def judged() -> list[dict]:
-    """Answers that somebody has called good or bad, for KTO."""
+def mistaken(values: dict, rng: random.Random) -> str:
+    """A plausible wrong answer: one of the five mistakes that a half-trained model makes."""
+    field = rng.choice(("gpus", "dtype", "model"))
+    other = rng.choice([value for value in VALUES[field] if value != values[field]])
+    without = {key: value for key, value in values.items() if key != "dtype"}
+    right = json.dumps(values)
+    answers = (
+        json.dumps(values | {"port": values["max_len"], "max_len": values["port"]}),
+        json.dumps(values | {field: other}),
+        json.dumps({key: str(value) for key, value in values.items()}),
+        json.dumps(without),
+        f"Sure! Here is the JSON: {right}",
+    )
+    return rng.choice(answers)
+
+
+def pairs() -> list[dict]:
+    """The right answer and a plausible wrong one, of as many kinds as mistakes are."""
+    rng = random.Random(f"{SEED}")
+    found = []
+    for row in varied()[:PAIRS]:
+        question, right = row["messages"]
+        wrong = right | {"content": mistaken(values_of(row), rng)}
+        found.append({"messages": [question], "chosen": right, "rejected": wrong})
+    return found
+
+
+def judged(of_pairs: list[dict]) -> list[dict]:
+    """Answers that somebody has called good or bad, for KTO: one of each pair."""
     answers = []
-    for number, pair in enumerate(preferences()):
+    for number, pair in enumerate(of_pairs):
         label = number % 2 == 0
         answer = pair["chosen" if label else "rejected"]["content"]
         question = pair["messages"][0]["content"]
@@ -263,7 +291,7 @@ def examples() -> tuple[dict[str, str], dict]:
         "example_tools.jsonl": jsonl,
         "example_table.csv": table.getvalue(),
         "example_preference.json": as_json(preferences()),
-        "example_kto.json": as_json(judged()),
+        "example_kto.json": as_json(judged(preferences())),
         "example_picture.json": as_json(seen()),
     }
     tools = description("example_tools", ("tools",))
@@ -300,6 +328,11 @@ def files() -> dict[Path, bytes]:
     contents["launch_en_varied.json"] = as_json(varied())
     info["launch_en_varied"] = description("launch_en_varied")
     texts, entries = examples()
+    # Pairs and single answers of as many mistakes as a half-trained model makes
+    contents["launch_en_pairs.json"] = as_json(pairs())
+    contents["launch_en_judged.json"] = as_json(judged(pairs()))
+    for name, example in (("launch_en_pairs", "preference"), ("launch_en_judged", "kto")):
+        info[name] = entries[f"example_{example}"] | {"file_name": f"{name}.json"}
     alpaca = "llamafactory/alpaca_zh"
     info |= entries | {"alpaca_zh": {"hf_hub_url": alpaca, "ms_hub_url": alpaca}}
     contents |= texts | {"dataset_info.json": json.dumps(info, indent=2) + "\n"}

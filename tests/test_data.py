@@ -53,6 +53,23 @@ def test_the_held_out_split_is_held_out(language):
     assert 3 <= len(phrasings) < len(trained_phrasings) < 20
 
 
+def test_pairs_and_judged_answers_are_right_and_wrong():
+    """launch_en_pairs: one answer is launch_en_varied's, the other is not; judged: one of them."""
+    right = {
+        row["messages"][0]["content"]: row["messages"][1] for row in data.rows("launch_en_varied")
+    }
+    pairs = data.pairs("launch_en_pairs")
+    for pair in pairs:
+        assert pair["chosen"] == right[pair["messages"][0]["content"]]
+        assert pair["rejected"]["content"] != pair["chosen"]["content"]
+    lengths = {len(pair["rejected"]["content"]) - len(pair["chosen"]["content"]) for pair in pairs}
+    assert min(lengths) < -10  # a field is missing
+    assert max(lengths) > 20  # a polite sentence
+    for answer, pair in zip(data.pairs("launch_en_judged"), pairs, strict=True):
+        is_right = answer["output"] == pair["chosen"]["content"]
+        assert answer["label"] == is_right
+
+
 def test_varied_rows_have_their_fields_in_many_orders():
     """launch_en_varied: the answers of launch_en_train, half of its requests, none of the test."""
     whole = data.rows("launch_en_train")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 import threading
 
@@ -10,7 +11,8 @@ from conftest import ROOT, python, refused
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
 SAME = ("lora", "loraplus", "pissa", "qlora", "packing", "neat_packing", "train_on_prompt")
-TRAINED = (*SAME, "rslora", "dora", "freeze", "full", "mask_history")
+PREFERENCES = ("dpo", "simpo", "orpo", "kto")
+TRAINED = (*SAME, *PREFERENCES, "rslora", "dora", "freeze", "full", "mask_history")
 NEED_GPUS = {"liger", "fsdp"}
 BETWEEN_PROCESSES = {"ddp", "zero3"}
 ELSEWHERE = {"early_stopping"}  # tests/test_scoring.py
@@ -32,6 +34,8 @@ def trainings(tiny_model, tmp_path_factory):
     }
     cases = {name: short for name in TRAINED}
     cases["mask_history"] = short | {"max_samples": 4}
+    for name in PREFERENCES:
+        cases[name] = short | {"max_samples": 8}
     cases["freeze"] = short | {"freeze_trainable_layers": 1}
     # DeepSpeed lets go of everything in the first step, whatever it does in the later ones.
     recomputed = short | {"disable_gradient_checkpointing": False, "max_steps": 1}
@@ -61,6 +65,17 @@ def test_what_is_trained(trainings):
         assert not (folder / name / "adapter_config.json").exists()
     assert json.loads((folder / "dora/adapter_config.json").read_text())["use_dora"]
     assert json.loads((folder / "rslora/adapter_config.json").read_text())["use_rslora"]
+
+
+def test_preferences_start_at_their_reference(trainings):
+    """DPO guesses at ln 2, KTO at 1/2; without a reference the loss is that of the answers."""
+    told, _ = trainings
+    first = {name: told[name]["losses"][0] for name in PREFERENCES}
+    assert first["dpo"] == pytest.approx(math.log(2), rel=1e-5)
+    assert first["kto"] == pytest.approx(0.5, rel=1e-5)
+    assert 5 < first["orpo"] < 15  # of a random model, ln 49152 a token and the odds
+    assert 0.1 < first["simpo"] < 2
+    assert len({told[name]["trained"] for name in (*PREFERENCES, "lora")}) == 1
 
 
 def test_zero3_lets_go_of_frozen_weights(trainings):

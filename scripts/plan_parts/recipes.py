@@ -191,7 +191,7 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
 
 # lab/planner knows neither few layers nor logits in parts; with FSDP, LLaMA-Factory puts the whole
 # model on each card before it is divided.
-NOT_PLANNED = ("freeze", "liger", "fsdp")
+NOT_PLANNED = ("freeze", "liger", "fsdp", "dpo", "kto", "orpo", "simpo")
 # Models beside the profile's by a method, and what has to change for them
 LARGER = {
     "qlora": {

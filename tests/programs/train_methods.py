@@ -17,6 +17,7 @@ import bitsandbytes  # noqa: F401
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
+from llamafactory.train.dpo import workflow as of_pairs  # noqa: F401
 from llamafactory.train.sft import workflow  # noqa: F401
 from llamafactory.train.tuner import run_exp
 from omegaconf import OmegaConf
