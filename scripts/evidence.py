@@ -43,7 +43,7 @@ TARGETS = [
     'train-two-machines ARGS="--launchers torchrun --cut 2"',
     # 06; the adapter that lf-score trains is scored at once
     *("lf-check-data", "mini-lora", "mini-dpo", "lf-score ARGS=--train", "lf-train-z2", "lf-merge"),
-    *("lf-methods", "lf-sweep"),  # about an hour on 2 cores
+    *("lf-methods", "lf-sweep"),  # about two hours on 2 cores
     "lf-loop",  # with the adapter that lf-score has trained
 ]
 

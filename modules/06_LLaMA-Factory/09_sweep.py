@@ -1,6 +1,6 @@
 """Rank, learning rate, epochs: one of them changed at a time, and what each does to the score.
 
-    make lf-sweep                                        # 12 trainings, about 40 minutes on a CPU
+    make lf-sweep                                        # 12 trainings, about 50 minutes on a CPU
     make lf-sweep ARGS="--samples 320"                   # longer ones
     make lf-sweep ARGS="--ranks 4 16 --rates 1e-3 4e-3"  # a smaller grid
     make lf-sweep ARGS="--at-once 2"                     # on a CPU: two at a time, a core each
@@ -108,7 +108,8 @@ def draw(grid: dict, lengths: dict, args) -> None:
     left.imshow(scores, vmin=0, vmax=100, cmap="YlGn", aspect="auto")
     for row, values in enumerate(scores):
         for column, value in enumerate(values):
-            left.text(column, row, f"{value:.0f} %", ha="center", va="center")
+            colour = "white" if value > 60 else "black"
+            left.text(column, row, f"{value:.0f} %", ha="center", va="center", color=colour)
     left.set_xticks(range(len(args.rates)), [f"{rate:g}" for rate in args.rates])
     left.set_yticks(range(len(args.ranks)), [str(rank) for rank in args.ranks])
     left.set(xlabel="learning rate", ylabel="LoRA rank", title="exact match, held-out")
