@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -192,16 +193,24 @@ def tool_calls() -> list[dict]:
     return dialogues
 
 
-def preferences() -> list[dict]:
-    """A right answer and a plausible wrong one: two numbers have changed places."""
-    pairs = []
-    for row in rows("en", "train")[:EXAMPLES]:
+def swapped(values: dict) -> str:
+    """A plausible wrong answer: two numbers have changed places."""
+    return json.dumps(values | {"port": values["max_len"], "max_len": values["port"]})
+
+
+def paired(dialogues: list[dict], mistake: Callable[[dict], str]) -> list[dict]:
+    """Each row's right answer beside the wrong one that `mistake` makes of its values."""
+    found = []
+    for row in dialogues:
         question, right = row["messages"]
-        values = values_of(row)
-        swapped = values | {"port": values["max_len"], "max_len": values["port"]}
-        wrong = right | {"content": json.dumps(swapped)}
-        pairs.append({"messages": [question], "chosen": right, "rejected": wrong})
-    return pairs
+        wrong = right | {"content": mistake(values_of(row))}
+        found.append({"messages": [question], "chosen": right, "rejected": wrong})
+    return found
+
+
+def preferences() -> list[dict]:
+    """A right answer and a plausible wrong one."""
+    return paired(rows("en", "train")[:EXAMPLES], swapped)
 
 
 def mistaken(values: dict, rng: random.Random) -> str:
@@ -211,7 +220,7 @@ def mistaken(values: dict, rng: random.Random) -> str:
     without = {key: value for key, value in values.items() if key != "dtype"}
     right = json.dumps(values)
     answers = (
-        json.dumps(values | {"port": values["max_len"], "max_len": values["port"]}),
+        swapped(values),
         json.dumps(values | {field: other}),
         json.dumps({key: str(value) for key, value in values.items()}),
         json.dumps(without),
@@ -223,12 +232,7 @@ def mistaken(values: dict, rng: random.Random) -> str:
 def pairs() -> list[dict]:
     """The right answer and a plausible wrong one, of as many kinds as mistakes are."""
     rng = random.Random(f"{SEED}")
-    found = []
-    for row in varied()[:PAIRS]:
-        question, right = row["messages"]
-        wrong = right | {"content": mistaken(values_of(row), rng)}
-        found.append({"messages": [question], "chosen": right, "rejected": wrong})
-    return found
+    return paired(varied()[:PAIRS], lambda values: mistaken(values, rng))
 
 
 def judged(of_pairs: list[dict]) -> list[dict]:
@@ -329,8 +333,9 @@ def files() -> dict[Path, bytes]:
     info["launch_en_varied"] = description("launch_en_varied")
     texts, entries = examples()
     # Pairs and single answers of as many mistakes as a half-trained model makes
-    contents["launch_en_pairs.json"] = as_json(pairs())
-    contents["launch_en_judged.json"] = as_json(judged(pairs()))
+    of_pairs = pairs()
+    contents["launch_en_pairs.json"] = as_json(of_pairs)
+    contents["launch_en_judged.json"] = as_json(judged(of_pairs))
     for name, example in (("launch_en_pairs", "preference"), ("launch_en_judged", "kto")):
         info[name] = entries[f"example_{example}"] | {"file_name": f"{name}.json"}
     alpaca = "llamafactory/alpaca_zh"

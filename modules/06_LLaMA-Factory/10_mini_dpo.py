@@ -51,13 +51,14 @@ def main() -> None:
     torch.manual_seed(42)
     policy = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=2 * args.rank))
     policy.eval()  # no dropout
-    groups = [pairs[first : first + args.pairs] for first in range(0, len(pairs), args.pairs)]
-    batches = [
-        {name: value.to(profile.device) for name, value in made.items()}
-        for made in (preference.concatenated(group, tokenizer) for group in groups[: args.steps])
-    ]
-    held_out = preference.concatenated(pairs[-HELD_OUT:], tokenizer)
-    held_out = {name: value.to(profile.device) for name, value in held_out.items()}
+
+    def batch_of(group: list[dict]) -> dict[str, torch.Tensor]:
+        made = preference.concatenated(group, tokenizer)
+        return {name: value.to(profile.device) for name, value in made.items()}
+
+    firsts = range(0, args.steps * args.pairs, args.pairs)
+    batches = [batch_of(pairs[first : first + args.pairs]) for first in firsts]
+    held_out = batch_of(pairs[-HELD_OUT:])
     with torch.no_grad(), policy.disable_adapter():
         references = [preference.logps(policy, batch) for batch in batches]
         held_out_reference = preference.logps(policy, held_out)

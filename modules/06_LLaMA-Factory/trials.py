@@ -37,10 +37,15 @@ def result(script: str, *arguments: str, label: str = "", environment: dict | No
     return json.loads(last)
 
 
-def train_and_score(folder: str, method: str, overrides: list[str], scored: bool = True) -> dict:
-    """What both say of a training that writes to `folder`; only the first without `scored`."""
-    trained = result("01_train.py", "--method", method, "--fresh", *overrides)
-    score = result("02_score.py", "--no-base", "--adapter", folder) if scored else {}
+def train_and_score(
+    folder: str, method: str, overrides: list[str], scored: bool = True, **told
+) -> dict:
+    """What both say of a training that writes to `folder`; only the first without `scored`.
+
+    `told` is what `result` takes.
+    """
+    trained = result("01_train.py", "--method", method, "--fresh", *overrides, **told)
+    score = result("02_score.py", "--no-base", "--adapter", folder, **told) if scored else {}
     return trained | score
 
 
@@ -71,11 +76,11 @@ def kept(name: str, settings: dict) -> dict | None:
 def measured(name: str, own: list[str], environment: dict) -> dict:
     """What came of the trial with settings of its own; its weights are not kept."""
     folder = factory.FOLDER / f"sweep-{name}"
+    overrides = [*own, f"output_dir={shown(folder)}"]
     told = {"label": f"{name}:", "environment": environment}
-    trained = result("01_train.py", "--fresh", *own, f"output_dir={shown(folder)}", **told)
-    score = result("02_score.py", "--no-base", "--adapter", str(folder), **told)
+    row = train_and_score(shown(folder), "", overrides, **told)
     shutil.rmtree(folder)
-    return trained | score
+    return row
 
 
 def run_all(trials: dict[str, list[str]], same: dict, spaces: list[dict]) -> dict[str, dict]:
