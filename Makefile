@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-score lf-evaluate lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -273,6 +273,9 @@ mini-dpo: env ## DPO from scratch: pairs of answers, and a reference that needs 
 
 lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
+
+lf-evaluate: env ## beyond the task: another form, texts, choices, which differences are noise
+	@$(PY) modules/06_LLaMA-Factory/13_evaluate.py $(ARGS)
 
 lf-methods: env ## the same task by LoRA, DoRA, QLoRA, full ... (ARGS="--methods lora dora")
 	@$(PY) modules/06_LLaMA-Factory/08_methods.py $(ARGS)

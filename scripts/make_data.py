@@ -101,6 +101,23 @@ PARTS = {
     "max_len": ("{max_len} tokens",),
     "dtype": ("{dtype}",),
 }
+# The same requests, asked in another way: for one value instead of a line of JSON.
+ASKED = {
+    "en": {
+        "model": "Which model does this request ask for? Answer with its name only.",
+        "gpus": "How many GPUs does this request ask for? Answer with the number only.",
+        "port": "Which port does this request ask for? Answer with the number only.",
+        "max_len": "How many tokens does this request allow? Answer with the number only.",
+        "dtype": "Which dtype does this request ask for? Answer with its name only.",
+    },
+    "zh": {
+        "model": "下面的请求要哪个模型？只回答名字。",
+        "gpus": "下面的请求要几张卡？只回答数字。",
+        "port": "下面的请求要哪个端口？只回答数字。",
+        "max_len": "下面的请求允许多少个 token？只回答数字。",
+        "dtype": "下面的请求要哪种精度？只回答名字。",
+    },
+}
 PHRASINGS = {
     "en": {"train": EN_TRAIN.strip().splitlines(), "test": EN_TEST.strip().splitlines()},
     "zh": {"train": ZH_TRAIN.strip().splitlines(), "test": ZH_TEST.strip().splitlines()},
@@ -133,6 +150,17 @@ def varied() -> list[dict]:
         rng.shuffle(parts)
         phrasing = rng.choice(OPENINGS) + rng.choice((", ", "; ")).join(parts) + "."
         request["content"] = phrasing.format(**json.loads(answer["content"]))
+    return dialogues
+
+
+def asked(language: str) -> list[dict]:
+    """The held-out requests, of each one value only: the five fields in turn."""
+    dialogues = rows(language, "test")
+    for dialogue, field in zip(dialogues, itertools.cycle(VALUES), strict=False):
+        request, answer = dialogue["messages"]
+        value = json.loads(answer["content"])[field]
+        request["content"] = f"{ASKED[language][field]}\n\n{request['content']}"
+        answer["content"] = str(value)
     return dialogues
 
 
@@ -328,6 +356,10 @@ def files() -> dict[Path, bytes]:
     for language, split in itertools.product(PHRASINGS, SIZES):
         name = f"launch_{language}_{split}"
         contents[f"{name}.json"] = as_json(rows(language, split))
+        info[name] = description(name)
+    for language in ASKED:
+        name = f"launch_{language}_asked"
+        contents[f"{name}.json"] = as_json(asked(language))
         info[name] = description(name)
     contents["launch_en_varied.json"] = as_json(varied())
     info["launch_en_varied"] = description("launch_en_varied")

@@ -24,7 +24,10 @@ ALWAYS = {
 SINCE = "2026-11-27T01"  # records also hold these; older ones do not
 NEWER = {"profile_values", "lock", "environment"}
 SOMETIMES = {"measured_as", "versions_differ", "notes"}
-UNITS = r"_(count|ratio|s|ms|us|gb|gib|gb_per_s|tok_per_s|tflop_per_s|pct|w|mhz|px|bytes|nat)$"
+UNITS = (
+    r"_(count|ratio|s|ms|us|gb|gib|gb_per_s|tok_per_s|tflop_per_s|pct|w|mhz|px|bytes|nat"
+    r"|bits_per_byte)$"
+)
 
 
 @pytest.fixture(scope="module")

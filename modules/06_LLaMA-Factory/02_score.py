@@ -144,18 +144,9 @@ def main() -> None:
         factory.train_first(HERE / "01_train.py")
     trained = factory.trained(args.adapter, args.model)
 
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    dtype = getattr(torch, profile.finetune.dtype)
-
-    def load(folder: Path):
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as e:
-            fail(f"the model in {shown(folder)} cannot be loaded: {str(e).splitlines()[0]}")
-        return loaded.to(profile.device).eval()
-
+    load = scoring.loader(profile)
     source = trained.base or trained.folder
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     questions = scoring.questions(rows, tokenizer, trained.switches)

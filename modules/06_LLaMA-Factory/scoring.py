@@ -215,7 +215,24 @@ def measures(name: str, questions: list[Question], answers: list[str]) -> dict[s
 
 
 # -----------------------------------------------------------------------------
-# The adapter on its model, and what is kept
+# The model, the adapter on it, and what is kept
+
+
+def loader(profile):
+    """load(folder): its model, ready to answer. Exit code 2 where that cannot be loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, profile.finetune.dtype)
+
+    def load(folder: Path):
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as e:
+            fail(f"the model in {shown(folder)} cannot be loaded: {str(e).splitlines()[0]}")
+        return loaded.to(profile.device).eval()
+
+    return load
 
 
 def put_on(base, folder: Path):
