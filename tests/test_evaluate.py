@@ -59,38 +59,45 @@ def test_the_choices_are_balanced_and_different(likelihood, language):
     assert all(len(set(one.choices)) == 4 for one in asked)
 
 
-def test_perplexity_is_that_of_transformers(likelihood, model, tokenizer):
-    """Of several padded rows, against the loss that the model itself gives for each alone."""
+def test_perplexity_is_that_of_transformers(module06, model, tokenizer):
+    """Against the loss that the model itself gives; the bits are those of the whole text."""
     import torch
 
-    paragraphs = (MODULE / "data/neutral_zh.txt").read_text().split("\n\n")[:3]
+    evaluate = importlib.import_module("13_evaluate")
+    loss_of = importlib.import_module("02_score").loss_of
+    paragraph = evaluate.TEXTS["zh"].read_text().split("\n\n")[0]
+    ids = tokenizer("\n" + paragraph, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        texts = likelihood.of_paragraphs(model, tokenizer, paragraphs, 2)
-        for paragraph, text in zip(paragraphs, texts, strict=True):
-            ids = tokenizer("\n" + paragraph, return_tensors="pt")["input_ids"]
-            assert text.tokens == ids.shape[1] - 1
-            loss = model(ids, labels=ids).loss.item()
-            nats, tokens = likelihood.per("loss", text)
-            assert nats / tokens == pytest.approx(loss, rel=1e-5)
-            bits, size = likelihood.per("bits_per_byte", text)
-            assert size == len(paragraph.encode())
-            assert bits * math.log(2) == pytest.approx(loss * text.tokens, rel=1e-5)
+        nats, tokens = loss_of(model, tokenizer, "\n", paragraph)
+        loss = model(ids, labels=ids).loss.item()
+    assert tokens == ids.shape[1] - 1
+    text = evaluate.Text(nats, tokens, len(paragraph.encode()))
+    nats, size = evaluate.per("loss", text)
+    assert nats / size == pytest.approx(loss, rel=1e-5)
+    bits, size = evaluate.per("bits_per_byte", text)
+    assert 2**-bits == pytest.approx(math.exp(-nats))
+    assert size == 3 * len(paragraph)  # every one is a character of three bytes
 
 
-def test_options_are_scored_one_by_one(likelihood, model, tokenizer):
-    """Batched and sorted by length, each gets the log p that it has alone, of its tokens only."""
+@pytest.mark.parametrize("language", SETS)
+def test_options_are_scored_as_each_alone(likelihood, model, tokenizer, language):
+    """From the question's cache and padded, each gets the log p of its own tokens."""
     import torch
 
-    asked = likelihood.read_choices(SETS["en"])[:3]
-    with torch.no_grad():
-        scored = likelihood.of_choices(model, tokenizer, asked, "en", 5)
-        for one, logps in zip(asked, scored, strict=True):
-            context = tokenizer(f"Question: {one.question}\nAnswer:")["input_ids"]
-            for option, logp in zip(one.choices, logps, strict=True):
-                ids = tokenizer(f"Question: {one.question}\nAnswer: {option}")["input_ids"]
+    form, space = likelihood.FORMS[language]
+    lengths = set()
+    for one in likelihood.read_choices(SETS[language])[:6]:
+        with torch.no_grad():
+            logps = likelihood.option_logps(model, tokenizer, one, language)
+        context = tokenizer(form.format(one.question))["input_ids"]
+        for option, logp in zip(one.choices, logps, strict=True):
+            ids = tokenizer(form.format(one.question) + space + option)["input_ids"]
+            with torch.no_grad():
                 every = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                alone = sum(every[place - 1, ids[place]] for place in range(len(context), len(ids)))
-                assert logp == pytest.approx(alone.item(), abs=1e-4)
+            alone = sum(every[place - 1, ids[place]] for place in range(len(context), len(ids)))
+            assert logp == pytest.approx(alone.item(), abs=1e-4)
+            lengths.add(len(ids) - len(context))
+    assert len(lengths) > 1
 
 
 def test_acc_and_acc_norm_by_hand(likelihood):
@@ -202,11 +209,6 @@ def test_both_models_are_evaluated_in_one_loading(module06, adapter, monkeypatch
     assert metrics["acc_zh_item_count"] == metrics["trained_item_count"] == 3
     assert metrics["base_trained_pct"] == metrics["tuned_other_pct"] == 0
     assert metrics["base_text_en_loss"] != metrics["tuned_text_en_loss"]
-    for language, size in (("en", 1), ("zh", 1)):
-        ratio = (
-            metrics[f"base_text_{language}_bits_per_byte"] / metrics[f"base_text_{language}_loss"]
-        )
-        assert 0 < ratio < 1 / math.log(2) * size
     shares = [metrics[f"{name}_wins_pct"] for name in ("base", "tuned")]
     assert sum(shares) <= 100.1
     for label in ("another form, exact", "choices zh, acc_norm", "text zh, bits per byte"):

@@ -1,12 +1,12 @@
 """Evaluate the base and the tuned model beyond the one task that was trained.
 
     make lf-evaluate                        # after make lf-train
-    make lf-evaluate ARGS="--limit 8"       # the first 8 of everything: quick, and says little
+    make lf-evaluate ARGS="--limit 64"      # all requests too, not only ten: takes longer
     make lf-evaluate ARGS="--adapter runs/06_LLaMA-Factory/merged --model smollm2-135m"
 
 Both models get the same items: requests in the form that was trained, the same requests asked in
-another form, texts and general questions, English and Chinese. likelihood.py measures texts and
-options, comparing.py judges answers and says whether two results differ.
+another form, texts and general questions, English and Chinese. likelihood.py measures options,
+comparing.py judges answers and says whether two results differ.
 Look at: the two forms of one skill side by side; what was lost (bits per byte, acc); and the last
 column. An interval says how sure a number is, the last column whether the *difference* is more
 than noise: the items are the same, and so it sees more than the two intervals do.
@@ -30,8 +30,7 @@ from lab.table import table
 
 DATA = Path(__file__).resolve().parent / "data"
 TEXTS = {"en": DATA / "neutral.txt", "zh": DATA / "neutral_zh.txt"}
-REQUESTS = 32  # of each form: writing answers takes most of the time
-TOKENS = 48  # of an answer: a line of our JSON has fewer
+REQUESTS = 10  # of each form, without --limit: writing answers takes most of the time
 SHARES = {  # measures that are right or wrong for each item
     "trained": "trained form, exact (%)",
     "other": "another form, exact (%)",
@@ -44,9 +43,15 @@ SHARES = {  # measures that are right or wrong for each item
 }
 
 
+class Text(NamedTuple):
+    nats: float  # its summed loss
+    tokens: int
+    bytes: int  # in UTF-8
+
+
 class Measured(NamedTuple):
     right: dict[str, list[bool]]  # of each measure of SHARES, each item
-    texts: dict[str, list]  # likelihood.Text of each paragraph, of each language
+    texts: dict[str, list[Text]]  # of each paragraph, of each language
     answers: dict[str, list[str]]  # to the requests in each form
 
 
@@ -56,30 +61,41 @@ def holds(question: scoring.Question, answer: str) -> bool:
     return re.search(value, answer) is not None
 
 
+def per(unit: str, text: Text) -> tuple[float, int]:
+    """(amount, size): nats and tokens, or the bits that the text takes where it is coded by the
+    model's probabilities, and its bytes."""
+    if unit == "loss":
+        return text.nats, text.tokens
+    return text.nats / math.log(2), text.bytes
+
+
 def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -> Measured:
     """Everything, of one model. `forms`: the questions in the trained and in the other form."""
     import likelihood
     import torch
 
-    greedy_answers = importlib.import_module("02_score").greedy_answers
+    score = importlib.import_module("02_score")
+    targets = [question.target for question in forms["trained"]]
+    most = max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4  # tokens of an answer
     answers = {}
     right = {}
     texts = {}
     with torch.inference_mode():
         for name, questions in forms.items():
             prompts = [question.prompt for question in questions]
-            answers[name], _ = greedy_answers(model, tokenizer, prompts, batch_size, TOKENS)
+            answers[name], _ = score.greedy_answers(model, tokenizer, prompts, batch_size, most)
             pairs = list(zip(questions, answers[name], strict=True))
             right[name] = [scoring.is_right(*pair) for pair in pairs]
         right["holds"] = [holds(*pair) for pair in pairs]
         for language, file in TEXTS.items():
-            paragraphs = file.read_text(encoding="utf-8").strip().split("\n\n")[:limit]
-            few = max(1, batch_size // 8)  # a paragraph has as many tokens as 8 options
-            texts[language] = likelihood.of_paragraphs(model, tokenizer, paragraphs, few)
+            texts[language] = []
+            for paragraph in file.read_text(encoding="utf-8").strip().split("\n\n")[:limit]:
+                nats, tokens = score.loss_of(model, tokenizer, "\n", paragraph)
+                texts[language].append(Text(nats, tokens, len(paragraph.encode())))
             asked = likelihood.read_choices(DATA / f"choices_{language}.jsonl")[:limit]
-            logps = likelihood.of_choices(model, tokenizer, asked, language, batch_size)
-            for measure, per_character in (("acc", False), ("acc_norm", True)):
-                right[f"{measure}_{language}"] = [
+            logps = [likelihood.option_logps(model, tokenizer, one, language) for one in asked]
+            for metric, per_character in (("acc", False), ("acc_norm", True)):
+                right[f"{metric}_{language}"] = [
                     likelihood.chosen(one, each, per_character) == one.answer
                     for one, each in zip(asked, logps, strict=True)
                 ]
@@ -92,9 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     factory.add_adapter_flag(parser)
     parser.add_argument("--model", help="the base model (default: the one of the training)")
-    first = "take only the first N items of each kind (default: all)"
+    first = f"take the first N items of each kind (default: all, but {REQUESTS} requests)"
     parser.add_argument("--limit", type=int, default=0, metavar="N", help=first)
-    together = "rows of a forward pass (default: %(default)s)"
+    together = "requests that are answered at a time (default: %(default)s)"
     parser.add_argument(
         "--batch-size", type=int, default=profile.finetune.batch_size, help=together
     )
@@ -109,7 +125,6 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 1. The same items for both models
 
-    import likelihood
     from transformers import AutoTokenizer
 
     load = scoring.loader(profile)
@@ -150,7 +165,7 @@ def main() -> None:
         name = f"text_{language}"
         both = (base.texts[language], tuned.texts[language])
         for unit in ("bits_per_byte", "loss"):
-            rows = [[likelihood.per(unit, text) for text in texts] for texts in both]
+            rows = [[per(unit, text) for text in texts] for texts in both]
             metrics |= comparing.rates(name, unit, *rows)
         label = f"text {language}, bits per byte"
         lines.append(comparing.line(label, metrics, name, "bits_per_byte", ".3f"))

@@ -1,15 +1,13 @@
-"""How probable a model finds a text: whole paragraphs, and the options of a question."""
+"""How probable a model finds each option of a question, as lm-evaluation-harness asks it."""
 
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-import preference
+import torch
 
-# A question and what stands before its options, as lm-evaluation-harness's doc_to_text and
-# target_delimiter; no letters: what is compared is the probability of the option's own text.
-FORMS = {"en": ("Question: {}\nAnswer:", " "), "zh": ("问题：{}\n答案：", "")}
+# A question, and what stands before its options. No letters: an option counts by its own text.
+FORMS = {"en": ("Question: {}\nAnswer:", " "), "zh": ("问：{}\n答：", "")}
 
 
 class Choice(NamedTuple):
@@ -18,67 +16,38 @@ class Choice(NamedTuple):
     answer: int  # the place of the right one
 
 
-class Text(NamedTuple):
-    nats: float  # its summed loss
-    tokens: int
-    bytes: int  # in UTF-8
-
-
-def summed_logps(model, tokenizer, texts: list[tuple[str, str]], batch_size: int):
-    """[log p of each continuation after its context, in nats], [tokens of each continuation].
-
-    Context and continuation are tokenized as one text, which is cut where the tokens of the
-    context alone end: as lm-evaluation-harness does. Rows of one length go together.
-    """
-    pairs = []
-    for context, continuation in texts:
-        before = tokenizer(context)["input_ids"]
-        pairs.append((before, tokenizer(context + continuation)["input_ids"][len(before) :]))
-    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0] + pairs[row][1]))
-    logps = [0.0] * len(pairs)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = preference.padded([pairs[row] for row in rows], tokenizer.pad_token_id)
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        for row, logp in zip(rows, preference.logps(model, batch).tolist(), strict=True):
-            logps[row] = logp
-    return logps, [len(continuation) for _, continuation in pairs]
-
-
-def of_paragraphs(model, tokenizer, paragraphs: list[str], batch_size: int) -> list[Text]:
-    """The loss of each paragraph, all of its tokens: an empty line stands before it."""
-    texts = [("\n", paragraph) for paragraph in paragraphs]
-    logps, tokens = summed_logps(model, tokenizer, texts, batch_size)
-    sizes = [len(paragraph.encode()) for paragraph in paragraphs]
-    return [Text(-logp, *counts) for logp, *counts in zip(logps, tokens, sizes, strict=True)]
-
-
-def per(unit: str, text: Text) -> tuple[float, int]:
-    """(amount, size): nats and tokens, or the bits that the text takes if it is coded by the
-    model's probabilities, and its bytes."""
-    if unit == "loss":
-        return text.nats, text.tokens
-    return text.nats / math.log(2), text.bytes
-
-
 def read_choices(file: Path) -> list[Choice]:
     lines = file.read_text(encoding="utf-8").splitlines()
     return [Choice(**json.loads(line)) for line in lines]
 
 
-def of_choices(model, tokenizer, asked: list[Choice], language: str, batch_size: int):
-    """[log p of each option], a list for each question."""
+def option_logps(model, tokenizer, one: Choice, language: str) -> list[float]:
+    """log p of each option after the question, in nats: the sum over its tokens.
+
+    The question is computed once; all options then go on from its KV cache in one batch. Question
+    and option are tokenized as one text, which is cut where the question's own tokens end.
+    """
     form, space = FORMS[language]
-    texts = []
-    for one in asked:
-        texts += [(form.format(one.question), space + option) for option in one.choices]
-    logps, _ = summed_logps(model, tokenizer, texts, batch_size)
-    options = iter(logps)
-    return [[next(options) for _ in one.choices] for one in asked]
+    context = form.format(one.question)
+    asked = tokenizer(context)["input_ids"]
+    whole = [tokenizer(context + space + option)["input_ids"] for option in one.choices]
+    options = [torch.tensor(ids[len(asked) :]) for ids in whole]
+    ids = torch.nn.utils.rnn.pad_sequence(options, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(option) for option in options], device=model.device)
+
+    first = model(input_ids=torch.tensor([asked], device=model.device), use_cache=True)
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(len(options))
+    rest = model(input_ids=ids, past_key_values=cache)  # the padding, on the right, is seen by none
+    # The question's last token foretells the first of an option: [options, tokens, vocabulary]
+    logits = torch.cat([first.logits[:, -1:].expand(len(ids), -1, -1), rest.logits[:, :-1]], dim=1)
+    each = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [options, tokens]
+    is_text = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
+    return (each * is_text).sum(-1).tolist()
 
 
 def chosen(one: Choice, logps: list[float], per_character: bool) -> int:
-    """The place of the likeliest option: of its whole text, or a character of it (acc_norm)."""
+    """The place of the likeliest option: by its whole text (acc), or by a character (acc_norm)."""
     lengths = [len(option) if per_character else 1 for option in one.choices]
     scores = [logp / length for logp, length in zip(logps, lengths, strict=True)]
     return scores.index(max(scores))

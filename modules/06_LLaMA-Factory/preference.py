@@ -10,30 +10,26 @@ def concatenated(pairs: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     input_ids, attention_mask and completion_mask, [2 * pairs, tokens]; the last is 1 on the tokens
     of the answer, its end included. The padding stands on the right.
     """
-    asked = []
+    texts = []
     answers = []
     for which in ("chosen", "rejected"):
         for pair in pairs:
-            prompt = tokenizer.apply_chat_template(
+            asked = tokenizer.apply_chat_template(
                 pair["messages"], tokenize=False, add_generation_prompt=True
             )
-            asked.append(tokenizer(prompt)["input_ids"])
-            answers.append(tokenizer(pair[which]["content"] + tokenizer.eos_token)["input_ids"])
-    return padded(list(zip(asked, answers, strict=True)), tokenizer.pad_token_id)
+            prompt = tokenizer(asked)["input_ids"]
+            answer = tokenizer(pair[which]["content"] + tokenizer.eos_token)["input_ids"]
+            texts.append(prompt + answer)
+            answers.append([0] * len(prompt) + [1] * len(answer))
+    longest = max(map(len, texts))
 
-
-def padded(texts: list[tuple[list[int], list[int]]], padding: int) -> dict[str, torch.Tensor]:
-    """The batch that `logps` takes, of (tokens of a prompt, tokens of its answer)."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in texts)
-
-    def rows(of_one, value: int) -> torch.Tensor:
-        made = [of_one(prompt, answer) for prompt, answer in texts]
-        return torch.tensor([row + [value] * (longest - len(row)) for row in made])
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
     return {
-        "input_ids": rows(lambda prompt, answer: prompt + answer, padding),
-        "attention_mask": rows(lambda prompt, answer: [1] * len(prompt + answer), 0),
-        "completion_mask": rows(lambda prompt, answer: [0] * len(prompt) + [1] * len(answer), 0),
+        "input_ids": padded(texts, tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(text) for text in texts], 0),
+        "completion_mask": padded(answers, 0),
     }
 
 
