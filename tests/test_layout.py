@@ -53,6 +53,9 @@ CONFIGURATIONS = {
     rf"{TUNING}/configs/methods/(?!early_stopping)\w+\.yaml": (
         "test_llamafactory.py::test_every_method_is_read_by_llamafactory"
     ),
+    rf"{TUNING}/configs/lm_eval/\w+\.yaml": (
+        "test_evaluate.py::test_the_task_of_lm_evaluation_harness_asks_the_same"
+    ),
     rf"{TUNING}/configs/zero\d\.json": "test_llamafactory.py::test_zero_json_is_read_by_deepspeed",
     rf"{TUNING}/data/.*\.json": "test_data.py::test_files_are_what_the_script_writes",
     r"results/[^/]+/[^/]+/\w[\w.-]*\.json": "test_results.py::test_records_are_complete",

@@ -81,9 +81,11 @@ def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -
     right = {}
     texts = {}
     with torch.inference_mode():
+        prompts = [question.prompt for questions in forms.values() for question in questions]
+        together, _ = score.greedy_answers(model, tokenizer, prompts, batch_size, most)
+        written = iter(together)
         for name, questions in forms.items():
-            prompts = [question.prompt for question in questions]
-            answers[name], _ = score.greedy_answers(model, tokenizer, prompts, batch_size, most)
+            answers[name] = [next(written) for _ in questions]
             pairs = list(zip(questions, answers[name], strict=True))
             right[name] = [scoring.is_right(*pair) for pair in pairs]
         right["holds"] = [holds(*pair) for pair in pairs]
