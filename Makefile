@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -270,6 +270,12 @@ mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 
 mini-dpo: env ## DPO from scratch: pairs of answers, and a reference that needs no memory
 	@$(PY) modules/06_LLaMA-Factory/10_mini_dpo.py $(ARGS)
+
+mini-grpo: env ## GRPO from scratch: answers are sampled, marked by rules, and learnt from
+	@$(PY) modules/06_LLaMA-Factory/11_mini_grpo.py $(ARGS)
+
+lf-grpo: env ## GRPO with trl, for models of any size (ARGS=--resume goes on)
+	@$(PY) modules/06_LLaMA-Factory/12_grpo.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)

@@ -94,6 +94,8 @@ LESSON = {
     "06_LLaMA-Factory/08_methods.py": r"trials\.train_and_score\(",
     "06_LLaMA-Factory/09_sweep.py": r"trials\.run_all\(",
     "06_LLaMA-Factory/10_mini_dpo.py": r"preference\.dpo_loss\(",
+    "06_LLaMA-Factory/11_mini_grpo.py": r"grpo\.group_advantages\(",
+    "06_LLaMA-Factory/12_grpo.py": r"GRPOConfig\(",
 }
 
 # -----------------------------------------------------------------------------
