@@ -94,6 +94,7 @@ LESSON = {
     "06_LLaMA-Factory/08_methods.py": r"trials\.train_and_score\(",
     "06_LLaMA-Factory/09_sweep.py": r"trials\.run_all\(",
     "06_LLaMA-Factory/10_mini_dpo.py": r"preference\.dpo_loss\(",
+    "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
 }
 
 # -----------------------------------------------------------------------------
