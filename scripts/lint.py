@@ -95,6 +95,7 @@ LESSON = {
     "06_LLaMA-Factory/09_sweep.py": r"trials\.run_all\(",
     "06_LLaMA-Factory/10_mini_dpo.py": r"preference\.dpo_loss\(",
     "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
+    "06_LLaMA-Factory/17_distill.py": r"if passes\(",
 }
 
 # -----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """From my logs to a better model, every week: collect, check, train, score, gate, merge, publish.
 
     make lf-weekly                              # says what it would do, and does nothing
-    make lf-weekly ARGS=--go                    # does it; after an interruption it goes on
-    make lf-weekly ARGS="--go --log my_log.jsonl --week 2026-W47"
-    make lf-weekly ARGS="--go num_train_epochs=2"   # settings of the training, as for lf-train
+    make lf-weekly GO=1                         # or ARGS=--go: does it; interrupted, it goes on
+    make lf-weekly GO=1 ARGS="--log my_log.jsonl --week 2026-W47"
+    make lf-weekly GO=1 ARGS="num_train_epochs=2"   # settings of the training, as for lf-train
     make lf-weekly ARGS=--roll-back             # the model before is served again
 
 A log has a request a line: time, messages, answer, and what came of it, a corrected answer or
