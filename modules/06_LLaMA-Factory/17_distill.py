@@ -121,8 +121,7 @@ def main() -> None:
     publishing.write(folder / "dataset_info.json", {"distilled": entry})
     print(f"make lf-check-data FILE={shown(folder)}/distilled.json")
     print(f'make lf-train ARGS="dataset=distilled dataset_dir={shown(folder)}"')
-    metrics = {"row_count": len(rows), "kept_count": len(kept), "right_count": right}
-    results.finish(__file__, metrics, vars(args) | {"teacher": teacher})
+    results.note(results.name_of(__file__))
 
 
 if __name__ == "__main__":
