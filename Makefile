@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -300,6 +300,12 @@ lf-webui: env ## LLaMA-Factory's web UI, in the background
 
 lf-loop: env ## the whole road: check, train, score, merge, serve, score what is served
 	@$(PY) modules/06_LLaMA-Factory/07_loop.py $(ARGS)
+
+lf-weekly: env ## from a week's logs to a better model; only says it (GO=1; ARGS=--roll-back)
+	@$(PY) modules/06_LLaMA-Factory/16_weekly.py $(if $(GO),--go) $(ARGS)
+
+lf-distill: env ## answers of the served model as training data, those that keep the rules
+	@$(PY) modules/06_LLaMA-Factory/17_distill.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # Upkeep

@@ -96,6 +96,8 @@ LESSON = {
     "06_LLaMA-Factory/10_mini_dpo.py": r"preference\.dpo_loss\(",
     "06_LLaMA-Factory/11_mini_grpo.py": r"grpo\.group_advantages\(",
     "06_LLaMA-Factory/12_grpo.py": r"GRPOConfig\(",
+    "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
+    "06_LLaMA-Factory/17_distill.py": r"if passes\(",
 }
 
 # -----------------------------------------------------------------------------
