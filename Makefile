@@ -283,8 +283,8 @@ lf-sweep: env ## rank, learning rate and epochs, each against the score
 lf-merge: env ## merge the adapter into a plain model folder
 	@$(PY) modules/06_LLaMA-Factory/03_merge.py $(ARGS)
 
-lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (ARGS=--score)
-	@$(PY) modules/06_LLaMA-Factory/15_export.py $(ARGS)
+lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: score each)
+	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
 
 lf-chat: env ## talk to the tuned model (piped input works too)
 	@$(PY) modules/06_LLaMA-Factory/04_chat.py $(ARGS)

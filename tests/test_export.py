@@ -245,7 +245,7 @@ def test_the_folder_for_a_hub(adapter, random_models, tmp_path):
     flags = ("--model", random_models["llama"], "--types", "Q8_0", "--adapter", adapter)
     done = run("python", SCRIPT, *flags, "--output", tmp_path / "out", PROFILE="cpu", check=0)
     hub = tmp_path / "out/hub"
-    assert f"hf upload YOUR_NAME/exported-merged {hub}" in done.stdout
+    assert f"hf upload YOUR_NAME/exported-merged {hub} ." in done.stdout
     card = ModelCard.load(hub / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (card.data.license, card.data.language) == ("apache-2.0", ["zh"])

@@ -1,7 +1,7 @@
 """A tuned model for other programs: GGUF files, a Modelfile for Ollama, a folder for a hub.
 
     make lf-export                      # after make lf-merge: F16, Q8_0 and Q4_0
-    make lf-export ARGS="--score"       # and what each of them answers to the held-out requests
+    make lf-export SCORE=1              # and what each of them answers to the held-out requests
     make lf-export ARGS="--model runs/models/smollm2-135m --types Q4_1"
 
 A GGUF file is the whole model in one file: weights, tokenizer, chat template, and the numbers of
@@ -61,10 +61,12 @@ def main() -> None:
         jobs.refuse_taken_cards()
         rows = scoring.converted_rows(args.test, None, args.limit)
 
-    import card  # the files beside this script
+    import answering  # the files beside this script
+    import card
     import gguf_file
     import modelfile
-    from transformers import AutoTokenizer
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # -----------------------------------------------------------------------------
     # 1. One GGUF file of each type, a tensor at a time
@@ -101,7 +103,7 @@ def main() -> None:
         name = f"{adapter.name}-{args.push}"
         text = card.text(adapter, name, is_merged)
         card.write(output / "hub", folder if is_merged else adapter, text, is_merged)
-        print(f"for a hub: hf upload YOUR_NAME/{name} {shown(output / 'hub')}")
+        print(f"for a hub: hf upload YOUR_NAME/{name} {shown(output / 'hub')} .")
 
     # -----------------------------------------------------------------------------
     # 4. How large, and how good
@@ -110,10 +112,6 @@ def main() -> None:
     metrics |= {f"{kind.lower()}_gb": file.stat().st_size / 1e9 for kind, file in files.items()}
     metrics = {name: round(value, 3) for name, value in metrics.items()}
     if args.score:
-        import answering
-        import torch
-        from transformers import AutoModelForCausalLM
-
         switches = factory.trained(args.model).switches
         questions = scoring.questions(rows, tokenizer, switches)
         prompts = [question.prompt for question in questions]
