@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill lf-export
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -288,6 +288,9 @@ lf-sweep: env ## rank, learning rate and epochs, each against the score
 
 lf-merge: env ## merge the adapter into a plain model folder
 	@$(PY) modules/06_LLaMA-Factory/03_merge.py $(ARGS)
+
+lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: score each)
+	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
 
 lf-chat: env ## talk to the tuned model (piped input works too)
 	@$(PY) modules/06_LLaMA-Factory/04_chat.py $(ARGS)

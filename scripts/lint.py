@@ -85,7 +85,7 @@ LESSON = {
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/00_check_data.py": r"= get_template_and_fix_tokenizer\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
-    "06_LLaMA-Factory/02_score.py": r"model\.generate\(",
+    "06_LLaMA-Factory/02_score.py": r"greedy_answers\(model",
     "06_LLaMA-Factory/03_merge.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/04_chat.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/05_serve.py": r"factory\.prepare\(",
@@ -98,6 +98,7 @@ LESSON = {
     "06_LLaMA-Factory/12_grpo.py": r"GRPOConfig\(",
     "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
     "06_LLaMA-Factory/17_distill.py": r"if passes\(",
+    "06_LLaMA-Factory/15_export.py": r"gguf_file\.write\(",
 }
 
 # -----------------------------------------------------------------------------
