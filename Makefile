@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-score lf-evaluate lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-half mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill lf-export lf-evaluate
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -271,6 +271,18 @@ mini-lora: env ## LoRA, rsLoRA, DoRA and PiSSA from scratch beside PEFT's
 mini-dpo: env ## DPO from scratch: pairs of answers, and a reference that needs no memory
 	@$(PY) modules/06_LLaMA-Factory/10_mini_dpo.py $(ARGS)
 
+# What it trains and merges is no evidence of lf-train and lf-merge
+HALF = runs/06_LLaMA-Factory/half
+lf-half: env ## a half-trained, merged model: where METHOD=dpo, mini-grpo and lf-grpo begin
+	@STORE= $(PY) modules/06_LLaMA-Factory/01_train.py max_samples=128 output_dir=$(HALF) $(ARGS)
+	@STORE= $(PY) modules/06_LLaMA-Factory/03_merge.py --adapter $(HALF) --output $(HALF)-merged
+
+mini-grpo: env ## GRPO from scratch: answers are sampled, marked by rules, and learnt from
+	@$(PY) modules/06_LLaMA-Factory/11_mini_grpo.py $(ARGS)
+
+lf-grpo: env ## GRPO with trl, for models of any size (ARGS=--resume goes on)
+	@$(PY) modules/06_LLaMA-Factory/12_grpo.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
 lf-score: env ## held-out requests before and after training (ARGS=--train trains first)
 	@$(PY) modules/06_LLaMA-Factory/02_score.py $(ARGS)
 
@@ -286,6 +298,9 @@ lf-sweep: env ## rank, learning rate and epochs, each against the score
 lf-merge: env ## merge the adapter into a plain model folder
 	@$(PY) modules/06_LLaMA-Factory/03_merge.py $(ARGS)
 
+lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: score each)
+	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
+
 lf-chat: env ## talk to the tuned model (piped input works too)
 	@$(PY) modules/06_LLaMA-Factory/04_chat.py $(ARGS)
 
@@ -297,6 +312,12 @@ lf-webui: env ## LLaMA-Factory's web UI, in the background
 
 lf-loop: env ## the whole road: check, train, score, merge, serve, score what is served
 	@$(PY) modules/06_LLaMA-Factory/07_loop.py $(ARGS)
+
+lf-weekly: env ## from a week's logs to a better model; only says it (GO=1; ARGS=--roll-back)
+	@$(PY) modules/06_LLaMA-Factory/16_weekly.py $(if $(GO),--go) $(ARGS)
+
+lf-distill: env ## answers of the served model as training data, those that keep the rules
+	@$(PY) modules/06_LLaMA-Factory/17_distill.py $(ARGS)
 
 # ------------------------------------------------------------------------------
 # Upkeep

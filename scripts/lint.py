@@ -85,7 +85,7 @@ LESSON = {
     "05_DeepSpeed/train.py": r"deepspeed\.initialize\(",
     "06_LLaMA-Factory/00_check_data.py": r"= get_template_and_fix_tokenizer\(",
     "06_LLaMA-Factory/01_train.py": r"factory\.prepare\(",
-    "06_LLaMA-Factory/02_score.py": r"model\.generate\(",
+    "06_LLaMA-Factory/02_score.py": r"greedy_answers\(model",
     "06_LLaMA-Factory/03_merge.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/04_chat.py": r"factory\.prepare\(",
     "06_LLaMA-Factory/05_serve.py": r"factory\.prepare\(",
@@ -94,7 +94,12 @@ LESSON = {
     "06_LLaMA-Factory/08_methods.py": r"trials\.train_and_score\(",
     "06_LLaMA-Factory/09_sweep.py": r"trials\.run_all\(",
     "06_LLaMA-Factory/10_mini_dpo.py": r"preference\.dpo_loss\(",
+    "06_LLaMA-Factory/11_mini_grpo.py": r"grpo\.group_advantages\(",
+    "06_LLaMA-Factory/12_grpo.py": r"GRPOConfig\(",
     "06_LLaMA-Factory/13_evaluate.py": r"likelihood\.option_logps\(",
+    "06_LLaMA-Factory/15_export.py": r"gguf_file\.write\(",
+    "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
+    "06_LLaMA-Factory/17_distill.py": r"if passes\(",
 }
 
 # -----------------------------------------------------------------------------

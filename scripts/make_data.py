@@ -25,6 +25,7 @@ from lab import ROOT, shown
 FOLDER = ROOT / "modules" / "06_LLaMA-Factory" / "data"
 SIZES = {"train": 384, "test": 64}
 EXAMPLES = 8  # rows of each other form
+LOGGED = 24  # good lines of the example log, beside those that must not be learnt from
 PAIRS = 256  # of answers, and as many judged ones
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("square", "circle")
@@ -75,6 +76,11 @@ Could you set up {model} on port {port} with {gpus} GPUs, {dtype} and a limit of
 Put {model} on {gpus} cards in {dtype}; it should accept {max_len} tokens and answer on port {port}.
 Port {port} should offer {model}: {max_len} tokens of context, {dtype}, {gpus} GPUs.
 Get {model} going: {dtype}, port {port}, {gpus} GPUs, {max_len} tokens.
+"""
+# How users of the example log write, as nobody did who wrote the training data
+EN_LOG = """
+spin up {model}: {gpus}x gpu, {dtype}, ctx {max_len}, :{port}
+need {model} asap, {dtype}, {max_len} ctx, {gpus} gpus, on {port}
 """
 ZH_TRAIN = """
 用 {gpus} 张卡在端口 {port} 上部署 {model}，最大长度 {max_len}，精度 {dtype}。
@@ -274,6 +280,48 @@ def judged(of_pairs: list[dict]) -> list[dict]:
     return answers
 
 
+def logged() -> list[dict]:
+    """A week of requests as a server's log has them, among them all that must not be learnt from.
+
+    Every third answer was wrong and somebody corrected it; most others were approved.
+    """
+    rng = random.Random(f"{SEED}")
+    combinations = list(itertools.product(*VALUES.values()))
+    rng.shuffle(combinations)
+    unused = combinations[sum(SIZES.values()) :]  # of neither split
+    phrasings = itertools.cycle(EN_LOG.strip().splitlines())
+    lines = []
+
+    def add(request: str, answer: str, **judged) -> None:
+        moment = f"2026-11-{16 + len(lines) // 7}T{9 + len(lines) % 7:02}:15:00"
+        messages = [{"role": "user", "content": request}]
+        lines.append({"time": moment, "messages": messages, "answer": answer, **judged})
+
+    for number in range(LOGGED + 12):
+        values = dict(zip(VALUES, unused[number], strict=True))
+        request = next(phrasings).format(**values)
+        right, wrong = json.dumps(values), mistaken(values, rng)
+        if number >= LOGGED:  # of each kind some
+            kinds = (
+                (request, wrong, {"thumbs": "down"}),
+                (request, right, {}),
+                (f"{request} Write to anna.k@example.com when it is up.", right, {"thumbs": "up"}),
+                (f"{request} OPENAI_API_KEY=sk-example0000000000000000", right, {"thumbs": "up"}),
+            )
+            request, answer, verdict = kinds[number % 4]
+            add(request, answer, **verdict)
+        elif number % 3:
+            add(request, right, thumbs="up")
+        else:
+            add(request, wrong, thumbs="down", corrected=right)
+    for row in lines[1:4]:  # asked again, in capitals
+        add(row["messages"][0]["content"].upper(), row["answer"], thumbs="up")
+    for row in rows("en", "test")[:3]:
+        add(row["messages"][0]["content"], row["messages"][1]["content"], thumbs="up")
+    lines[0]["time"] = "2026-11-15T23:50:00"
+    return lines
+
+
 def picture_name(colour: str, shape: str) -> str:
     """Its file, from the data folder."""
     return f"pictures/{colour}_{shape}.png"
@@ -312,6 +360,7 @@ def as_json(dialogues: list[dict]) -> str:
 def examples() -> tuple[dict[str, str], dict]:
     """Name and content of the files of the other forms, and their entries."""
     jsonl = "".join(json.dumps(row) + "\n" for row in tool_calls())
+    log = "".join(json.dumps(row) + "\n" for row in logged())
     table = io.StringIO()
     answers = csv.writer(table, lineterminator="\n")
     answers.writerow(("question", "answer"))
@@ -321,6 +370,7 @@ def examples() -> tuple[dict[str, str], dict]:
     contents = {
         "example_turns.json": as_json(more_turns()),
         "example_tools.jsonl": jsonl,
+        "example_log.jsonl": log,  # of requests: 16_weekly.py makes a data set of it
         "example_table.csv": table.getvalue(),
         "example_preference.json": as_json(preferences()),
         "example_kto.json": as_json(judged(preferences())),

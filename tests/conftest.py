@@ -228,6 +228,20 @@ def tree(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trl():
+    """trl 0.24, whose questions for optional packages transformers 5 answers with a pair.
+
+    A pair is always true, so that trl would import packages that are not here.
+    """
+    import trl.import_utils as asked
+
+    for name, answer in list(vars(asked).items()):
+        if name.endswith("_available") and isinstance(answer, tuple):
+            setattr(asked, name, answer[0])
+    return importlib.import_module("trl")
+
+
+@pytest.fixture(scope="session")
 def filled(tmp_path_factory):
     """filled("gpu"): the python of an environment that set-up filled from the gpu lock, by its
     marker; the packages are ours.

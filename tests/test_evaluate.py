@@ -64,7 +64,7 @@ def test_perplexity_is_that_of_transformers(module06, model, tokenizer):
     import torch
 
     evaluate = importlib.import_module("13_evaluate")
-    loss_of = importlib.import_module("02_score").loss_of
+    loss_of = importlib.import_module("answering").loss_of
     paragraph = evaluate.TEXTS["zh"].read_text().split("\n\n")[0]
     ids = tokenizer("\n" + paragraph, return_tensors="pt")["input_ids"]
     with torch.no_grad():

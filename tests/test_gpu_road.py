@@ -56,7 +56,10 @@ LEFT_OUT = {  # lines of blocks: why
     r"make calibrate .*--only.*": "measures in processes of its own, which compute nothing here",
     r"make zero-buckets\b.*": "compares trainings, which compute nothing here",
     r"make train-compare\b.*": "compares the records of trainings, which compute nothing here",
-    r"make lf-(loop|methods|sweep)\b.*": "go by results of their steps, which compute nothing here",
+    r"make lf-distill\b.*": "keeps answers by their content, which stand-ins do not have",
+    r"make lf-check-data FILE=runs/06_LLaMA-Factory/distilled/.*": "the same",
+    r"make lf-(loop|methods|sweep|weekly)\b.*": "go by what their steps compute, nothing here",
+    r"make lf-export(?!.*nothing).*": "reads merged weights, and a stand-in merges none",
     r"make lf-train .*dataset_dir=runs/my_data.*": "its entry is written by LLaMA-Factory's reader",
 }
 PORTS = (8000, 8001, 8010, 7860, 9090, 5050)  # a server of the reader's own may have them

@@ -3,8 +3,10 @@
 What it predicts of engines is compared where these run: test_deepspeed, test_server, test_plan.
 """
 
+import copy
 import doctest
 import importlib
+import itertools
 import json
 import math
 import pkgutil
@@ -18,7 +20,8 @@ from lab.planner import weights as counted
 from lab.planner.config import QWEN_7B, read
 from lab.planner.families import FAMILIES
 from lab.planner.images import QWEN_IMAGE_EDIT
-from lab.planner.training import saved_bytes_per_token
+from lab.planner.states import COMPARED, Training, reference_bytes
+from lab.planner.training import begin_of_backward, moments, saved_bytes_per_token
 
 # -----------------------------------------------------------------------------
 # The worked numbers
@@ -311,3 +314,102 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
     two_layers = kept_bytes(large, precision) - kept_bytes(small, precision)
     predicted = saved_bytes_per_token(model, method, precision, RANK)
     assert predicted == pytest.approx(two_layers / 2 / (2 * TOKENS), rel=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# Preferences: weights that are held, and logits that are alive at once
+
+VOCAB = 8_000  # so many that nothing but logits counts
+
+
+def trainer_of(loss: str, policy, reference):
+    """LLaMA-Factory's trainer with just what its forward pass reads."""
+    from types import SimpleNamespace
+
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+    from llamafactory.train.kto.trainer import CustomKTOTrainer
+
+    kind = CustomKTOTrainer if loss == "kto" else CustomDPOTrainer
+    trainer = object.__new__(kind)
+    accelerator = SimpleNamespace(
+        device="cpu", unwrap_model=lambda model: model, gather_for_metrics=lambda kl: kl
+    )
+    vars(trainer).update(
+        finetuning_args=SimpleNamespace(use_ref_model=loss in COMPARED),
+        loss_type="sigmoid" if loss == "dpo" else loss,
+        ref_model=reference,
+        accelerator=accelerator,
+        **{"beta": 0.1, "ftx_gamma": 0, "ld_alpha": None, "bco_gemma": 0, "simpo_gamma": 0.5},
+        **{"label_smoothing": 0, "f_divergence_type": "reverse_kl", "reference_free": False},
+        **{"desirable_weight": 1.0, "undesirable_weight": 1.0, "calculate_KL": True},
+    )
+    return trainer
+
+
+def peak_bytes(call) -> int:
+    """Bytes that were alive at once of those that `call` allocated."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo", "orpo"])
+def test_logits_of_preferences_are_those_of_llamafactory(trl, loss, method):
+    """The fullest moment before the backward pass, and that of the backward pass."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    real, model = build("llama", **sizes)
+    setup = Training(gpus=1, method=method, loss=loss, micro_batch=2, seq_len=128)
+    reference = copy.deepcopy(real).requires_grad_(False) if setup.copies_reference else None
+    policy = get_peft_model(real, LoraConfig(r=2)) if method == "lora" else real
+    trainer = trainer_of(loss, policy.to(torch.bfloat16), reference and reference.bfloat16())
+    ids = torch.randint(0, VOCAB, (setup.tokens // setup.seq_len, setup.seq_len))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if loss == "kto":
+        batch |= {f"kl_{name}": tensor for name, tensor in batch.items()}
+        batch["kto_tags"] = torch.tensor([True, False])
+    held = []
+
+    def forward():
+        held[:] = [trainer.get_batch_loss_metrics(policy, dict(batch))[0]]
+
+    forward()  # once, so that what is made once is there
+    held.clear()
+    before = [*moments(model, setup)][: 2 if loss in COMPARED else 1]
+    predicted = max(moment.parts["logits"] for moment in before)
+    assert peak_bytes(forward) == pytest.approx(predicted, rel=0.03)
+    waits = 4 * VOCAB * setup.tokens  # the log-softmax
+    predicted = begin_of_backward(model, setup).parts["logits"] - waits
+    assert peak_bytes(lambda: held.pop().backward()) == pytest.approx(predicted, rel=0.03)
+
+
+def test_only_full_training_has_a_second_model(monkeypatch):
+    """By LLaMA-Factory's own create_ref_model."""
+    from types import SimpleNamespace
+
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.train import trainer_utils
+
+    loaded = SimpleNamespace(tokenizer=None)
+    monkeypatch.setattr(trainer_utils, "load_tokenizer", lambda args: {"tokenizer": None})
+    monkeypatch.setattr(trainer_utils, "load_model", lambda *args, **options: loaded)
+    monkeypatch.setattr(trainer_utils.ModelArguments, "copyfrom", lambda args: args)
+    for loss in ("dpo", "kto", "simpo", "orpo"):
+        for method in ("full", "lora"):
+            stage = "kto" if loss == "kto" else "dpo"
+            name = loss if loss in ("simpo", "orpo") else "sigmoid"
+            finetuning = FinetuningArguments(finetuning_type=method, stage=stage, pref_loss=name)
+            finetuning.__post_init__()
+            compared = stage == "kto" or finetuning.use_ref_model
+            theirs = trainer_utils.create_ref_model(None, finetuning) if compared else None
+            setup = Training(method=method, loss=loss)
+            assert setup.copies_reference == (theirs is loaded), (loss, method)
+            assert (reference_bytes(QWEN_7B, setup) > 0) == setup.copies_reference

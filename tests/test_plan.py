@@ -120,6 +120,10 @@ FITS = {  # what must and must not fit 2 x 24 GB, each from a published or measu
     "train --model qwen2.5-32b-instruct --method lora --engine fsdp": False,
     "train --model qwen2.5-32b-instruct --method lora --checkpointing": False,
     "train --model qwen2.5-14b-instruct --zero 3 --load whole --method lora": False,
+    "train --model qwen2.5-7b-instruct --method lora --loss dpo --checkpointing": True,
+    "train --model qwen2.5-7b-instruct --method lora --loss dpo --checkpointing --micro-batch 2": (
+        False
+    ),
     "image-edit --gpus 2 --recipe plain": False,
     "image-edit --gpus 2 --recipe fp8": True,
     "image-edit --gpus 1 --recipe fp8": False,
@@ -154,6 +158,42 @@ def test_three_cards_take_the_split_that_the_heads_allow(answer):
     two = answer("serve --model qwen2.5-7b-instruct --gpus 2")
     assert three["tp"] == 2 and three | {"notes": []} == two
     assert "over 3 cards does not divide the model: it has 28 heads" in three["notes"][0]
+
+
+def test_preferences(answer):
+    """A second model only beside full training; pairs are two sequences; no speed is predicted."""
+    line = "train --model qwen2.5-1.5b-instruct --gpus 1 --checkpointing"
+    answers = {}
+    for method in ("full", "lora"):
+        for loss in ("sft", "dpo", "kto", "simpo", "orpo"):
+            answers[method, loss] = answer(f"{line} --method {method} --loss {loss}")
+    with_reference = {key for key, it in answers.items() if "reference_model" in it["per_gpu_gib"]}
+    assert with_reference == {("full", "dpo"), ("full", "kto")}
+    assert answers["full", "dpo"]["per_gpu_gib"]["reference_model"] == pytest.approx(
+        1_543_714_304 * 2 / 2**30, abs=0.01
+    )
+    assert (
+        answers["lora", "dpo"]["moment"]
+        == answers["lora", "kto"]["moment"]
+        == ("reference forward")
+    )
+    logits = {
+        loss: answers["lora", loss]["per_gpu_gib"]["logits"] / (151_936 * 1024 / 2**30)
+        for loss in ("sft", "dpo", "kto", "simpo", "orpo")
+    }
+    expected = {"sft": 12, "dpo": 40, "kto": 24, "simpo": 24, "orpo": 24}
+    assert logits == pytest.approx(expected, rel=1e-3)
+    assert answers["lora", "sft"]["predicted_speed"]
+    assert not answers["lora", "dpo"]["predicted_speed"]
+
+
+def test_a_recipe_has_the_loss_of_its_settings(plan):
+    """By LLaMA-Factory's stage and pref_loss; two rows a card, of which four would not fit."""
+    recipes = {recipe.command: recipe.request for recipe in recipes_on(plan, 1)}
+    for name in ("dpo", "kto", "simpo", "orpo"):
+        setup = recipes[f"make lf-train METHOD={name}"].setup
+        assert (setup.loss, setup.micro_batch, setup.accumulate) == (name, 2, 4)
+    assert recipes["make lf-train"].setup.loss == "sft"
 
 
 def test_no_suggestion_where_nothing_helps(answer):
@@ -553,6 +593,11 @@ BAD = {
         "train --model qwen2.5-7b-instruct --offload-device nvme",
         "moves nothing without --offload",
     ),
+    "offloaded reference": (
+        "train --model qwen2.5-7b-instruct --loss dpo --zero 3 --offload optimizer+param",
+        "where dpo's reference model lies",
+    ),
+    "unknown loss": ("train --model qwen2.5-7b-instruct --loss ppo", "invalid choice: 'ppo'"),
     "awq in full": ("train --model qwen2.5-32b-instruct-awq", "--method lora"),
     "awq packed again": (
         "train --model qwen2.5-32b-instruct-awq --method qlora --gpus 1",

@@ -14,20 +14,6 @@ def record(out: str) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def trl():
-    """trl 0.24, whose questions for optional packages transformers 5 answers with a pair.
-
-    A pair is always true, so that trl would import packages that are not here.
-    """
-    import trl.import_utils as asked
-
-    for name, answer in list(vars(asked).items()):
-        if name.endswith("_available") and isinstance(answer, tuple):
-            setattr(asked, name, answer[0])
-    return importlib.import_module("trl")
-
-
 def test_the_script_learns_the_pairs(tiny_model):
     """The loss begins at ln 2, where policy and reference are one, and falls; unseen pairs too."""
     flags = ("--model", tiny_model, "--steps", 12, "--learning-rate", 0.02)

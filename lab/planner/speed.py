@@ -145,6 +145,8 @@ def unmeasured(model: Model, setup: Serving | Training) -> str:
         return f"{min(stored)} was not measured"
     if isinstance(setup, Serving):
         return "without CUDA graphs nothing was measured" if setup.enforce_eager else ""
+    if setup.loss != "sft":
+        return "no training on preferences was measured"
     if setup.offloads:
         return "the host's memory and processor decide"
     return "no training with pictures was measured" if setup.image_tokens else ""

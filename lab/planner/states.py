@@ -2,6 +2,7 @@
 
     Training      what is asked for, and what follows from it
     frozen        weights under an adapter: in 16 bits, in 4, or as the checkpoint has them
+    reference     the start of a preference training, once more, where all weights are trained
     states        bytes of a card's part, wherever it lies: exact (arXiv 1910.02054)
     refusal       what no engine does, in one sentence
 
@@ -16,6 +17,8 @@ from lab.planner.config import Model
 from lab.planner.constants import CARD_GIB, GIB, LINEAR_BYTES
 from lab.planner.tensors import Weight
 
+PAIRED = ("dpo", "simpo", "orpo")  # a row is two sequences: the chosen answer and the rejected one
+COMPARED = ("dpo", "kto")  # with a reference model
 UNPACKED = ("fp8", "mxfp4")  # LLaMA-Factory loads these with dequantize=True
 
 
@@ -28,12 +31,14 @@ class Training:
     moments, divided from ZeRO stage `zero` on. LoRA and QLoRA freeze the weights, in bf16 or nf4.
     `offload` moves optimizer states (ZeRO-1 on) and parameters (ZeRO-3) to the host or to NVMe;
     FSDP moves both, and the gradients, to the host.
+    `loss` other than sft: preferences, as LLaMA-Factory 0.9.5 trains them; `micro_batch` is rows.
     `load` whole: each card holds the whole model before ZeRO-3 or FSDP divides it.
     """
 
     gpus: int = 2
     gpu_memory_gib: float = CARD_GIB
     method: str = "full"  # full, lora, qlora
+    loss: str = "sft"  # sft, dpo, kto, simpo, orpo
     engine: str = "ddp"  # ddp, fsdp, deepspeed
     zero: int = 0
     offload: str = "none"  # none, optimizer, optimizer+param
@@ -53,12 +58,21 @@ class Training:
     @property
     def tokens(self) -> int:
         """Tokens of one card and micro-step."""
-        return self.micro_batch * self.seq_len
+        sequences = 2 if self.loss in PAIRED else 1
+        return sequences * self.micro_batch * self.seq_len
 
     @property
     def full(self) -> bool:
         """Whether all weights are trained."""
         return self.method == "full"
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference model is a second one: under an adapter it is the same one without.
+
+        Source: LLaMA-Factory, trainer_utils.create_ref_model; LlamaFactory#10175.
+        """
+        return self.full and self.loss in COMPARED
 
     @property
     def offloads(self) -> bool:
@@ -203,6 +217,22 @@ def whole_bytes(model: Model, setup: Training) -> float:
     return frozen_bytes(model, setup) + trained
 
 
+def reference_bytes(model: Model, setup: Training) -> float:
+    """The frozen start that DPO and KTO compare with, as wide as computed with.
+
+    Divided where parameters are; DDP, ZeRO-1 and ZeRO-2 have it whole on each card.
+    Source: trl, models/utils.prepare_deepspeed, which gives it stage 3 or 0.
+
+    >>> reference_bytes(QWEN_7B, Training(loss="dpo")) / 1e9  # 7.6e9 * 2
+    15.231233024
+    >>> reference_bytes(QWEN_7B, Training(loss="dpo", engine="deepspeed", zero=3)) / 1e9
+    7.615616512
+    """
+    if not setup.copies_reference:
+        return 0
+    return weights.parameters(model) * setup.computed / setup.parameter_shares
+
+
 def sent_bytes(model: Model, setup: Training) -> float:
     """All weights as cards send them to each other: as wide as computed with, packed ones packed.
 
@@ -298,6 +328,8 @@ def refused_offload(setup: Training) -> str:
         if setup.offload_device == "nvme":
             return "FSDP offloads to the host only: leave out --offload-device nvme"
         return ""
+    if setup.offloads_parameters and setup.copies_reference:
+        return f"where {setup.loss}'s reference model lies with offloaded parameters is not planned"
     if setup.offloads_parameters and setup.zero < 3:
         return f"--offload {setup.offload} needs --zero 3, or --engine fsdp"
     if setup.offloads and setup.zero < 1:

@@ -2,7 +2,8 @@
 
     buffers       what the engine keeps beside the states (lab/planner/states.py)
     activations   what a forward pass keeps for the backward pass
-    moments       a step is five moments, and loading is one; each adds up what is alive then
+    moments       a step is five moments, and loading is one; each adds up what is alive then;
+                  DPO and KTO have one more, the reference's forward
     peak          the fullest decides whether it fits
 
 Every function takes the model and the `Training` that is asked for, and returns bytes.
@@ -17,10 +18,12 @@ from lab.planner.config import Model
 from lab.planner.constants import CONTEXT, GIB, NCCL, gib
 from lab.planner.host import host
 from lab.planner.states import (
+    COMPARED,
     Training,
     gradient_bytes,
     packed,
     packs,
+    reference_bytes,
     refusal,
     scale_bytes,
     states,
@@ -30,6 +33,11 @@ from lab.planner.states import (
 from lab.planner.tower import tower_bytes
 
 WORKSPACE = 0.064 * GIB  # what PyTorch holds for cuBLAS (fit)
+# Bytes of a number of the logits. LLaMA-Factory's get_batch_logps holds them in fp32, a copy
+# without the last token, and its log-softmax; the first and the third wait for the backward pass.
+# KTO's reference answers twice, and its first logits wait for the second ones.
+PREFERENCE_LOGITS = 4 + 4 + 4
+REFERENCE_LOGITS = {"dpo": 4 + 4 + PREFERENCE_LOGITS, "kto": 4 + 4 + PREFERENCE_LOGITS + 4}
 ZERO3_LIVE = 1e9  # parameters gathered at once: stage3_max_live_parameters
 
 
@@ -102,6 +110,7 @@ def resident(model: Model, setup: Training) -> dict[str, float]:
     return {
         "weights": left_behind if setup.offloads_parameters else on_card.parameters,
         "optimizer": 0 if setup.offloads else on_card.optimizer,
+        "reference_model": reference_bytes(model, setup),
         "buffers": buffer_bytes(model, setup),
     }
 
@@ -236,7 +245,7 @@ def unpacked_bytes(model: Model, setup: Training) -> float:
 
 
 # -----------------------------------------------------------------------------
-# The five moments of a step, in their order; and loading
+# The moments of a step, in their order; and loading
 
 
 def earlier_gradients(model: Model, setup: Training) -> float:
@@ -252,14 +261,36 @@ def end_of_forward(model: Model, setup: Training) -> Moment:
     1.45
     """
     numbers = model.vocab * setup.tokens
+    supervised = 8 if setup.precision == "fp32" else 10
     return Moment(
         "end of forward",
         {
             "activations": activation_bytes(model, setup),
             "gradients": earlier_gradients(model, setup),
             "pictures": tower_bytes(model, setup),
-            "logits": (8 if setup.precision == "fp32" else 10) * numbers,
+            "logits": (supervised if setup.loss == "sft" else PREFERENCE_LOGITS) * numbers,
             "working_copies": cast_bytes(model, setup) + gathered_bytes(model, setup),
+        },
+    )
+
+
+def reference_forward(model: Model, setup: Training) -> Moment:
+    """The reference answers the same rows without gradients; the policy's graph waits meanwhile.
+
+    Source: LLaMA-Factory, train/dpo/trainer.py, train/kto/trainer.py, get_batch_logps.
+
+    >>> dpo = Training(loss="dpo", method="lora")
+    >>> round(reference_forward(QWEN_7B, dpo).parts["logits"] / GIB, 2)  # 152064 * 2 * 1024 * 20
+    5.8
+    """
+    waiting = begin_of_backward(model, setup).parts
+    own = gathered_bytes(model, setup) if setup.copies_reference else 0
+    return Moment(
+        "reference forward",
+        waiting
+        | {
+            "logits": REFERENCE_LOGITS[setup.loss] * model.vocab * setup.tokens,
+            "working_copies": waiting["working_copies"] + own,
         },
     )
 
@@ -386,13 +417,15 @@ MOMENTS = (end_of_forward, begin_of_backward, layer_backward, end_of_backward, o
 
 
 def moments(model: Model, setup: Training) -> list[Moment]:
-    """The five, each with what lies on the card all the time; and loading, where it is one.
+    """Each with what lies on the card all the time; and loading, where it is one.
 
     >>> [round(sum(moment.parts.values()) / GIB) for moment in moments(QWEN_7B, Training(gpus=1))]
     [107, 107, 94, 116, 142]
     """
     always = resident(model, setup)
     step = [moment(model, setup) for moment in MOMENTS]
+    if setup.loss in COMPARED:
+        step.insert(1, reference_forward(model, setup))
     whole = [loading(model, setup)] if setup.loads_whole else []
     return whole + [Moment(name, always | parts) for name, parts in step]
 

@@ -13,7 +13,6 @@ than noise: the items are the same, and so it sees more than the two intervals d
 """
 
 import argparse
-import importlib
 import math
 import re
 from pathlib import Path
@@ -71,10 +70,10 @@ def per(unit: str, text: Text) -> tuple[float, int]:
 
 def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -> Measured:
     """Everything, of one model. `forms`: the questions in the trained and in the other form."""
+    import answering  # the files beside this script
     import likelihood
     import torch
 
-    score = importlib.import_module("02_score")
     targets = [question.target for question in forms["trained"]]
     most = max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4  # tokens of an answer
     answers = {}
@@ -82,7 +81,7 @@ def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -
     texts = {}
     with torch.inference_mode():
         prompts = [question.prompt for questions in forms.values() for question in questions]
-        together, _ = score.greedy_answers(model, tokenizer, prompts, batch_size, most)
+        together, _ = answering.greedy_answers(model, tokenizer, prompts, batch_size, most)
         written = iter(together)
         for name, questions in forms.items():
             answers[name] = [next(written) for _ in questions]
@@ -92,7 +91,7 @@ def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -
         for language, file in TEXTS.items():
             texts[language] = []
             for paragraph in file.read_text(encoding="utf-8").strip().split("\n\n")[:limit]:
-                nats, tokens = score.loss_of(model, tokenizer, "\n", paragraph)
+                nats, tokens = answering.loss_of(model, tokenizer, "\n", paragraph)
                 texts[language].append(Text(nats, tokens, len(paragraph.encode())))
             asked = likelihood.read_choices(DATA / f"choices_{language}.jsonl")[:limit]
             logps = [likelihood.option_logps(model, tokenizer, one, language) for one in asked]

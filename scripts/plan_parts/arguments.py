@@ -180,6 +180,12 @@ def add_train(parser: Parser) -> None:
     # What is trained, and by which engine.
     parser.add_argument("--method", choices=["full", "lora", "qlora"], default="full")
     parser.add_argument(
+        "--loss",
+        choices=["sft", "dpo", "kto", "simpo", "orpo"],
+        default="sft",
+        help="on answers, or on preferences (default: %(default)s)",
+    )
+    parser.add_argument(
         "--engine",
         choices=["ddp", "fsdp", "deepspeed"],
         help="(default: deepspeed with --zero 1 to 3, else ddp)",

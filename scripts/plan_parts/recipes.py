@@ -191,7 +191,7 @@ def deepspeed_trainings(cards: Cards, profile: dict) -> list[Recipe]:
 
 # lab/planner knows neither few layers nor logits in parts; with FSDP, LLaMA-Factory puts the whole
 # model on each card before it is divided.
-NOT_PLANNED = ("freeze", "liger", "fsdp", "dpo", "kto", "orpo", "simpo")
+NOT_PLANNED = ("freeze", "liger", "fsdp")
 # Models beside the profile's by a method, and what has to change for them
 LARGER = {
     "qlora": {
@@ -237,10 +237,12 @@ def fine_tuning(cards: Cards, command: str, file: str, config: dict) -> Recipe:
         engine = divided(read(config["deepspeed"])["zero_optimization"]) | {"gpus": 2}
     elif "deepspeed" in config:  # null: plain data parallelism
         engine = {"gpus": 2}
+    loss = config.get("pref_loss", config["stage"])
     setup = Training(
         **engine,
         gpu_memory_gib=cards.memory_gib,
         method="qlora" if config.get("quantization_bit") == 4 else config["finetuning_type"],
+        loss="dpo" if loss == "sigmoid" else loss,
         seq_len=config["cutoff_len"],
         micro_batch=config["per_device_train_batch_size"],
         accumulate=config["gradient_accumulation_steps"],
