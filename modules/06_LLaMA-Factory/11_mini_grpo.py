@@ -2,7 +2,7 @@
 
     make lf-half                        # a half-trained model, where it begins
     make mini-grpo
-    make mini-grpo ARGS="--rewards field long --beta 0"   # length pays, and nothing holds it back
+    make mini-grpo REWARDS="field long" BETA=0     # length pays, and nothing holds it back
 
 grpo.py is the whole of it: groups of answers to one request, how far each is above its group, a
 loss with a clipped ratio and a KL to the start. The marks are rules (rewards.py): nobody wrote an
@@ -14,9 +14,9 @@ reward was meant for; the KL: how far the model has gone from where it began.
 import argparse
 import time
 
+import comparing
 import reinforce
 import rewards
-import scoring
 
 from lab import data, models, results, training
 from lab.profile import load_profile
@@ -50,22 +50,22 @@ def main() -> None:
 
     test = data.rows(profile.finetune.test)[: args.test_rows]
 
-    def exact_pct() -> float:
-        """The share of the held-out requests whose greedy answer is the wanted one."""
-        right = 0
+    def held_out() -> list[bool]:
+        """Of each held-out request, whether the greedy answer is the wanted one."""
+        right = []
         for first in range(0, len(test), 32):
             part = test[first : first + 32]
             written = grpo.rollout(policy, tokenizer, part, 1, reinforce.MOST_TOKENS, greedy=True)
-            right += sum(map(rewards.exact, reinforce.wanted_of(part), written["answers"]))
-        return 100 * right / len(test)
+            right += map(rewards.exact, reinforce.wanted_of(part), written["answers"])
+        return [bool(mark) for mark in right]
 
     # -----------------------------------------------------------------------------
     # 2. Write, mark, learn
 
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    before = exact_pct()
-    print(f"held-out requests, right before: {before:.1f} %", flush=True)
+    right_before = held_out()
+    print(f"held-out requests, right before: {sum(right_before)} of {len(test)}", flush=True)
     began = time.monotonic()
     curve = []
     for step in range(args.steps):
@@ -77,12 +77,18 @@ def main() -> None:
         earned = torch.tensor([rewards.total(args.rewards, *pair) for pair in pairs])
         given = earned.view(-1, args.group).to(profile.device)
         batch["advantages"] = grpo.group_advantages(given)
+        # Nothing is learnt from a group that agrees; without it a rollout takes less time.
+        compared = batch["advantages"].nonzero()[:, 0]
+        if not len(compared):
+            compared = torch.arange(len(answers))  # then only the KL counts
+        lengths = batch["mask"].sum(1)
+        batch = {name: value[compared] for name, value in batch.items()}
         with torch.no_grad():
             batch["old_logps"] = grpo.token_logps(policy, batch)
             with policy.disable_adapter():
                 batch["reference_logps"] = grpo.token_logps(policy, batch)
         measured = []
-        for chosen in torch.randperm(len(answers)).split(args.minibatch):
+        for chosen in torch.randperm(len(compared)).split(args.minibatch):
             part = {name: value[chosen] for name, value in batch.items()}
             logps = grpo.token_logps(policy, part)
             loss, notes = grpo.grpo_loss(logps, part, args.epsilon, args.beta)
@@ -94,15 +100,17 @@ def main() -> None:
         point = {
             "rewards": given.mean().item(),
             "sampled_exact_pct": 100 * sum(map(rewards.exact, wanted, answers)) / len(answers),
-            "kl_nat": sum(notes["kl_nat"] for notes in measured) / len(measured),
-            "clipped_pct": sum(notes["clipped_pct"] for notes in measured) / len(measured),
-            "answer_tok_count": batch["mask"].sum().item() / len(answers),
+            "compared_count": len(compared),
+            "kl_nat": sum(notes["kl_nat"] for notes in measured) / max(len(measured), 1),
+            "clipped_pct": sum(notes["clipped_pct"] for notes in measured) / max(len(measured), 1),
+            "answer_tok_count": lengths.float().mean().item(),
         }
         curve.append(point)
         print(
             f"rollout {step + 1:2d}: reward {point['rewards']:.2f}, "
             f"exact {point['sampled_exact_pct']:3.0f} %, KL {point['kl_nat']:.4f}, "
-            f"clipped {point['clipped_pct']:.1f} %, {point['answer_tok_count']:.0f} tokens",
+            f"clipped {point['clipped_pct']:.1f} %, {point['answer_tok_count']:.0f} tokens, "
+            f"{len(compared)} compared",
             flush=True,
         )
     seconds = time.monotonic() - began
@@ -110,27 +118,20 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 3. Requests that it has not seen
 
-    after = exact_pct()
-    low, high = scoring.wilson(after / 100, len(test))
-    print(
-        f"held-out requests, right after: {after:.1f} % ({100 * low:.1f} to {100 * high:.1f}) "
-        f"of {len(test)}; {seconds / args.steps:.1f} s a rollout"
-    )
-    variant = "" if "long" not in args.rewards else "gamed"
-    draw(curve, before, after, "-".join(filter(None, ["grpo", variant])))
-    metrics = {
-        "before_exact_pct": round(before, 1),
-        "after_exact_pct": round(after, 1),
-        "after_exact_low_pct": round(100 * low, 1),
-        "after_exact_high_pct": round(100 * high, 1),
-        "train_s": round(seconds, 1),
-    }
+    metrics = comparing.shares("exact", right_before, held_out())
+    metrics["train_s"] = round(seconds, 1)
+    line = comparing.line("", metrics, "exact", "pct", ".1f")
+    print("held-out requests, right (%): before {1}, after {2}; more than noise: {4}".format(*line))
+    print(f"{seconds / args.steps:.0f} s a rollout")
+    variant = "gamed" if "long" in args.rewards else ""
+    ends = [metrics["base_exact_pct"], metrics["tuned_exact_pct"]]
+    draw(curve, ends, "-".join(["grpo", *[variant] * bool(variant)]))
     for name in curve[0]:
         metrics[name] = [round(point[name], 4) for point in curve]
     results.finish(__file__, metrics, vars(args), variant)
 
 
-def draw(curve: list[dict], before: float, after: float, name: str) -> None:
+def draw(curve: list[dict], ends: list[float], name: str) -> None:
     """What was paid for, what was wanted, and how far the model went."""
     import matplotlib
 
@@ -142,7 +143,6 @@ def draw(curve: list[dict], before: float, after: float, name: str) -> None:
     left.plot(steps, [point["rewards"] for point in curve], marker="o", color="tab:green")
     left.set(title="mean reward", xlabel="rollout")
     middle.plot(steps, [point["sampled_exact_pct"] for point in curve], label="sampled answers")
-    ends = [before, after]
     middle.plot([0, len(curve)], ends, "s--", color="black", label="held-out, greedy")
     middle.set(title="exact match (%)", xlabel="rollout", ylim=(-5, 105))
     middle.legend(fontsize=8)
