@@ -277,7 +277,7 @@ lf-half: env ## a half-trained, merged model: where METHOD=dpo, mini-grpo and lf
 	@STORE= $(PY) modules/06_LLaMA-Factory/01_train.py max_samples=128 output_dir=$(HALF) $(ARGS)
 	@STORE= $(PY) modules/06_LLaMA-Factory/03_merge.py --adapter $(HALF) --output $(HALF)-merged
 
-mini-grpo: env ## GRPO from scratch: sampled answers, marked by rules (REWARDS="field long" BETA=0)
+mini-grpo: env ## GRPO from scratch: answers sampled, marked by rules (REWARDS=long BETA=0)
 	@$(PY) modules/06_LLaMA-Factory/11_mini_grpo.py $(if $(REWARDS),--rewards $(REWARDS)) $(if $(BETA),--beta $(BETA)) $(ARGS)
 
 lf-grpo: env ## GRPO with trl, for models of any size (ARGS=--resume goes on)

@@ -43,7 +43,7 @@ TARGETS = [
     'train-two-machines ARGS="--launchers torchrun --cut 2"',
     # 06; the adapter that lf-score trains is scored at once
     *("lf-check-data", "mini-lora", "mini-dpo", "lf-half", "mini-grpo", "lf-grpo"),
-    'mini-grpo REWARDS="field long" BETA=0',
+    'mini-grpo REWARDS=long BETA=0 ARGS="--steps 6 --learning-rate 1e-3"',
     *("lf-score ARGS=--train", "lf-evaluate", "lf-train-z2", "lf-merge"),
     'lf-export SCORE=1 ARGS="--types F16 Q8_0 Q4_0 Q4_1"',
     *("lf-methods", "lf-sweep"),  # about two hours on 2 cores

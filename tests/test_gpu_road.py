@@ -60,6 +60,7 @@ LEFT_OUT = {  # lines of blocks: why
     r"make lf-check-data FILE=runs/06_LLaMA-Factory/distilled/.*": "the same",
     r"make lf-(loop|methods|sweep|weekly)\b.*": "go by what their steps compute, nothing here",
     r"make lf-export(?!.*nothing).*": "reads merged weights, and a stand-in merges none",
+    r"make (mini|lf)-grpo\b.*": "begins at merged weights, and a stand-in merges none",
     r"make lf-train .*dataset_dir=runs/my_data.*": "its entry is written by LLaMA-Factory's reader",
 }
 PORTS = (8000, 8001, 8010, 7860, 9090, 5050)  # a server of the reader's own may have them

@@ -187,6 +187,34 @@ def test_preferences(answer):
     assert not answers["lora", "dpo"]["predicted_speed"]
 
 
+@pytest.mark.parametrize(
+    "variant, model",
+    [
+        ("dpo", "qwen2.5-7b-instruct"),
+        ("simpo", "qwen2.5-7b-instruct"),
+        ("orpo", "qwen2.5-7b-instruct"),
+        ("kto", "qwen2.5-7b-instruct"),
+        ("dpo-1.5b", "qwen2.5-1.5b-instruct"),
+        ("full-dpo", "qwen2.5-0.5b-instruct"),
+        ("full-512", "qwen2.5-0.5b-instruct"),
+    ],
+)
+def test_preferences_as_measured(answer, variant, model):
+    """Within 1 % of the peak of PyTorch's allocator; the plans were made before the measurement."""
+    file = ROOT / f"results/h200-cap24/06_LLaMA-Factory/01_train-{variant}.json"
+    record = json.loads(file.read_text())
+    used = record["config"]
+    loss = used.get("pref_loss", used["stage"])
+    planned = answer(
+        f"train --model {model} --gpus 1 --checkpointing --method {used['finetuning_type']} "
+        f"--lora-rank {used['lora_rank']} --loss {'dpo' if loss == 'sigmoid' else loss} "
+        f"--seq-len {used['cutoff_len']} --micro-batch {used['per_device_train_batch_size']} "
+        f"--accumulate {used['gradient_accumulation_steps']}"
+    )["per_gpu_gib"]
+    total = planned["total"] - planned["cuda_context"]
+    assert total == pytest.approx(record["metrics"]["peak_gib"], rel=0.01)
+
+
 def test_a_recipe_has_the_loss_of_its_settings(plan):
     """By LLaMA-Factory's stage and pref_loss; two rows a card, of which four would not fit."""
     recipes = {recipe.command: recipe.request for recipe in recipes_on(plan, 1)}

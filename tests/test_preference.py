@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import re
 
 import pytest
 from conftest import ROOT, refused, run
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
 SCRIPT = MODULE / "10_mini_dpo.py"
+PAGE = MODULE / "preferences.md"
 
 
 def record(out: str) -> dict:
@@ -101,3 +103,14 @@ def test_the_loss_and_its_gradients_are_those_of_trl(trl, tiny_model, monkeypatc
 )
 def test_what_cannot_be(flags, reason):
     assert reason in refused("python", SCRIPT, *flags.split(), PROFILE="cpu")
+
+
+def test_the_table_is_that_of_the_records():
+    """Peak and speed of preferences.md, in the order of its rows."""
+    variants = ("", "-simpo", "-orpo", "-dpo", "-kto", "-dpo-1.5b", "-full-512", "-full-dpo")
+    rows = re.findall(r"(?m)^\| [\d.]+B，.*\| ([\d.]+) \| ([\d,]+) \|$", PAGE.read_text())
+    folder = ROOT / "results/h200-cap24/06_LLaMA-Factory"
+    for (peak, speed), variant in zip(rows, variants, strict=True):
+        measured = json.loads((folder / f"01_train{variant}.json").read_text())["metrics"]
+        assert peak == f"{measured['peak_gib']:.2f}", variant
+        assert speed == f"{measured['tokens_per_s']:,.0f}", variant

@@ -2,7 +2,7 @@
 
     make lf-half                        # a half-trained model, where it begins
     make mini-grpo
-    make mini-grpo REWARDS="field long" BETA=0     # length pays, and nothing holds it back
+    make mini-grpo REWARDS=long BETA=0     # length pays, and nothing holds it back
 
 grpo.py is the whole of it: groups of answers to one request, how far each is above its group, a
 loss with a clipped ratio and a KL to the start. The marks are rules (rewards.py): nobody wrote an

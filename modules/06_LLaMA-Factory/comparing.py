@@ -30,6 +30,11 @@ def sign_test(gained: int, lost: int) -> float:
 
     Two-sided and exact. Of the items that one model alone gets right this is McNemar's test
     (Psychometrika 12, 1947, 153-157); the items that both get right, or neither, say nothing.
+
+    >>> sign_test(gained=6, lost=0)
+    0.03125
+    >>> sign_test(gained=3, lost=4)
+    1.0
     """
     count = gained + lost
     tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))

@@ -1,10 +1,10 @@
 """Beside 16_weekly.py: whether a new model goes out, and the link that says which one is served."""
 
 import json
-import math
 import os
 from pathlib import Path
 
+import comparing
 import factory
 import loop_parts
 import scoring
@@ -34,22 +34,6 @@ def scored(file: Path, name: str, loss: float) -> dict:
     return {"right": right, "neutral_loss": loss}
 
 
-def by_luck(won: int, lost: int) -> float:
-    """How often two equally good models differ by so much: a two-sided sign test (McNemar's).
-
-    Only rows that one model has right and the other wrong say which is better; of equally good
-    ones each such row is the toss of a coin.
-
-    >>> by_luck(won=6, lost=0)
-    0.03125
-    >>> by_luck(won=3, lost=4)
-    1.0
-    """
-    rows = won + lost
-    tail = sum(math.comb(rows, more) for more in range(max(won, lost), rows + 1))
-    return min(1.0, 2 * tail / 2**rows)
-
-
 def decide(new: dict, current: dict, most_rise: float) -> dict:
     """Whether the new model goes out.
 
@@ -71,7 +55,7 @@ def decide(new: dict, current: dict, most_rise: float) -> dict:
         "reasons": reasons,
         "won_count": won,
         "lost_count": lost,
-        "luck_ratio": round(by_luck(won, lost), 4),
+        "luck_ratio": round(comparing.sign_test(won, lost), 4),
         "neutral_rise_pct": round(100 * rise, 2),
     }
 

@@ -11,10 +11,13 @@ from lab import data, fail, shown
 
 # What ends a log's way into training data. A key that stands in a log is stolen sooner or later:
 # its row is dropped, and the key should be replaced. An address only becomes a placeholder.
+# re.ASCII: a Chinese character beside either is no part of it.
 KEY = re.compile(
-    r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16})|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY",
+    re.ASCII,
 )
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII)
 
 
 class Collected(NamedTuple):
@@ -39,6 +42,7 @@ def logged(line: str) -> dict | None:
         week_of(row)
         messages = row["messages"]
         turns = messages[1:] if messages[0]["role"] == "system" else messages
+        "".join(message["content"] for message in messages)  # the system's too is a text
         answer = {"role": "assistant", "content": row.get("corrected") or row["answer"]}
     except (ValueError, KeyError, TypeError, IndexError):
         return None
@@ -76,7 +80,7 @@ def why_not(row: dict | None, week: str, known: set[str], held_out: set[str]) ->
         return "thumbs down, and nobody wrote what is right"
     if not row.get("corrected") and row.get("thumbs") != "up":
         return "nobody said whether the answer was right"
-    if KEY.search(json.dumps(row)):
+    if KEY.search(json.dumps(row, ensure_ascii=False)):
         return "holds a key or token: have it replaced where it was issued"
     question = question_in(row["messages"])
     if question in held_out:
@@ -101,8 +105,8 @@ def collect(lines: list, week: str, earlier: list[dict], held_out: list[dict]) -
             continue
         known.add(question_in(line["messages"]))
         answer = {"role": "assistant", "content": line.get("corrected") or line["answer"]}
-        text = json.dumps([*line["messages"], answer])
-        without_addresses = EMAIL.sub("<email>", text)
-        masked += text != without_addresses
-        rows.append({"messages": json.loads(without_addresses)})
+        messages = [*line["messages"], answer]
+        kept = [turn | {"content": EMAIL.sub("<email>", turn["content"])} for turn in messages]
+        masked += kept != messages
+        rows.append({"messages": kept})
     return Collected(rows, dict(left_out), masked)
