@@ -60,6 +60,7 @@ LEFT_OUT = {  # lines of blocks: why
     r"make lf-check-data FILE=runs/06_LLaMA-Factory/distilled/.*": "the same",
     r"make lf-(loop|methods|sweep|weekly)\b.*": "go by what their steps compute, nothing here",
     r"make lf-export(?!.*nothing).*": "reads merged weights, and a stand-in merges none",
+    r"make lf-evaluate\b.*": "compares a tuned model, and the page's own machine has none",
     r"make (mini|lf)-grpo\b.*": "begins at merged weights, and a stand-in merges none",
     r"make lf-train .*dataset_dir=runs/my_data.*": "its entry is written by LLaMA-Factory's reader",
 }
@@ -233,6 +234,7 @@ NOT_REFUSED = {  # scripts that import an engine: why
     "02_plan_examples.py": "estimates without a card",
     "13_bench.py": "a client of the server",
     "03_merge.py": "multiplies on the CPU",
+    "15_export.py": "writes files; with --score it is refused",
     "00_check_data.py": "reads texts",
 }
 ENGINES = re.compile(

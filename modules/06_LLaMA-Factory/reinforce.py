@@ -37,6 +37,7 @@ def add_flags(parser, values) -> None:
 
 def checked(args) -> list[dict]:
     """The requests for these flags. Exit code 2 with one sentence where something is wrong."""
+    jobs.refuse_taken_cards()
     if min(args.steps, args.prompts, args.minibatch, args.rank) < 1:
         fail("--steps, --prompts, --minibatch and --rank must be at least 1")
     if args.group < 2 or args.beta < 0 or args.epsilon <= 0:
@@ -48,7 +49,6 @@ def checked(args) -> list[dict]:
         fail(f"--steps times --prompts must be at most {len(rows)}, the requests there are")
     if args.model == shown(BEGIN) and not BEGIN.is_dir():
         fail(f"there is no {args.model}, where this begins: run 'make lf-half' first")
-    jobs.refuse_taken_cards()
     return rows
 
 
