@@ -56,6 +56,7 @@ LEFT_OUT = {  # lines of blocks: why
     r"make calibrate .*--only.*": "measures in processes of its own, which compute nothing here",
     r"make zero-buckets\b.*": "compares trainings, which compute nothing here",
     r"make train-compare\b.*": "compares the records of trainings, which compute nothing here",
+    r"make vllm-serve .*# 老师": "the page's own machine has merged nothing",
     r"make lf-distill\b.*": "keeps answers by their content, which stand-ins do not have",
     r"make lf-check-data FILE=runs/06_LLaMA-Factory/distilled/.*": "the same",
     r"make lf-(loop|methods|sweep|weekly)\b.*": "go by what their steps compute, nothing here",
