@@ -272,10 +272,10 @@ mini-dpo: env ## DPO from scratch: pairs of answers, and a reference that needs 
 	@$(PY) modules/06_LLaMA-Factory/10_mini_dpo.py $(ARGS)
 
 # What it trains and merges is no evidence of lf-train and lf-merge
-HALF = runs/06_LLaMA-Factory/half
+HALF = $(or $(RUNS),runs)/06_LLaMA-Factory/half
 lf-half: env ## a half-trained, merged model: where METHOD=dpo, mini-grpo and lf-grpo begin
-	@STORE= $(PY) modules/06_LLaMA-Factory/01_train.py max_samples=128 output_dir=$(HALF) $(ARGS)
-	@STORE= $(PY) modules/06_LLaMA-Factory/03_merge.py --adapter $(HALF) --output $(HALF)-merged
+	@STORE= $(PY) modules/06_LLaMA-Factory/01_train.py max_samples=128 "output_dir=$(HALF)" $(ARGS)
+	@STORE= $(PY) modules/06_LLaMA-Factory/03_merge.py --adapter "$(HALF)" --output "$(HALF)-merged"
 
 mini-grpo: env ## GRPO from scratch: answers sampled, marked by rules (REWARDS=long BETA=0)
 	@$(PY) modules/06_LLaMA-Factory/11_mini_grpo.py $(if $(REWARDS),--rewards $(REWARDS)) $(if $(BETA),--beta $(BETA)) $(ARGS)
