@@ -229,15 +229,10 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def trl():
-    """trl 0.24, whose questions for optional packages transformers 5 answers with a pair.
-
-    A pair is always true, so that trl would import packages that are not here.
-    """
-    import trl.import_utils as asked
-
-    for name, answer in list(vars(asked).items()):
-        if name.endswith("_available") and isinstance(answer, tuple):
-            setattr(asked, name, answer[0])
+    """trl, made ready as module 06 does it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "modules/06_LLaMA-Factory"))
+        importlib.import_module("trl_ready").make_ready()
     return importlib.import_module("trl")
 
 

@@ -137,7 +137,7 @@ def test_the_rules(imported):
 # Against trl
 
 
-def test_the_gradients_are_those_of_trl(grpo, imported, policy, tokenizer, tmp_path):
+def test_the_gradients_are_those_of_trl(trl, grpo, policy, tokenizer, tmp_path):
     """trl writes, marks and learns by itself; ours gets its answers and rewards.
 
     Two steps on one rollout: at the second the model is no longer the one that wrote, so that
@@ -146,11 +146,8 @@ def test_the_gradients_are_those_of_trl(grpo, imported, policy, tokenizer, tmp_p
     import torch
     from datasets import Dataset
 
-    imported("trl_ready").make_ready()
-    from trl import GRPOConfig, GRPOTrainer
-
     policy.base_model.model.warnings_issued = policy.warnings_issued = {}
-    settings = GRPOConfig(
+    settings = trl.GRPOConfig(
         str(tmp_path),
         num_generations=4,
         per_device_train_batch_size=8,
@@ -178,7 +175,7 @@ def test_the_gradients_are_those_of_trl(grpo, imported, policy, tokenizer, tmp_p
         return given[-len(completions) :]
 
     data = Dataset.from_dict({"prompt": prompts})
-    trainer = GRPOTrainer(policy, length, settings, data, processing_class=tokenizer)
+    trainer = trl.GRPOTrainer(policy, length, settings, data, processing_class=tokenizer)
     torch.manual_seed(3)
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(4)]
     policy.train()

@@ -15,12 +15,8 @@ RECORDS = sorted(ROOT.glob("results/*/*/*.json"))
 PLAIN = {  # numbers without a unit
     *("zero_stage", "world_size", "losses", "gradient_norms", "learning_rates"),
     *("validation_loss", "validation_losses", "first_validation_loss"),
-    *(
-        "faults",
-        "laps",
-        "rewards",
-        "largest_difference",
-    ),  # rows of a table, points of a curve, rewards, of losses
+    # rows of a table, points of a curve, rewards, of losses
+    *("faults", "laps", "rewards", "largest_difference"),
 }
 ALWAYS = {
     *("script", "command", "profile", "commit", "date"),

@@ -75,7 +75,8 @@ def test_a_correction_counts_before_an_approval(weekly):
 
 def test_chinese_and_lines_around_what_is_masked(weekly):
     """Neither a character nor a line break beside an address or a key belongs to it."""
-    logs = [logged("联系a.b@c.org吧。\nd@e.org"), logged("密钥sk-0123456789abcdefghij是新的")]
+    texts = ("联系a.b@c.org吧。\nd@e.org", "密钥sk-0123456789abcdefghij是新的")
+    logs = [logged(text) for text in texts]
     added = weekly.request_log.collect(logs, "2026-W47", [], [])
     assert [row["messages"][0]["content"] for row in added.rows] == ["联系<email>吧。\n<email>"]
     assert any("key or token" in reason for reason in added.left_out)

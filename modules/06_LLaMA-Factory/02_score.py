@@ -21,7 +21,7 @@ from typing import NamedTuple
 import factory
 import scoring
 import showing
-from answering import greedy_answers, loss_of
+from answering import greedy_answers, loss_of, most_tokens
 
 from lab import RUNS, fail, jobs, results, shown
 from lab.profile import load_profile
@@ -52,9 +52,7 @@ def measure(model, tokenizer, questions: list[scoring.Question], batch_size: int
     """Everything that is measured of one model, here of the base and of the tuned one."""
     import torch
 
-    # An answer that is longer than any expected one is wrong anyway.
-    targets = [question.target for question in questions]
-    most = max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4
+    most = most_tokens(tokenizer, questions)
     asked = [[{"role": "user", "content": request}] for request in GENERAL]
     general = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     with torch.inference_mode():

@@ -12,6 +12,7 @@ reward was meant for; the KL: how far the model has gone from where it began.
 """
 
 import argparse
+import statistics
 import time
 
 import comparing
@@ -101,10 +102,10 @@ def main() -> None:
             "rewards": given.mean().item(),
             "sampled_exact_pct": 100 * sum(map(rewards.exact, wanted, answers)) / len(answers),
             "compared_count": len(compared),
-            "kl_nat": sum(notes["kl_nat"] for notes in measured) / max(len(measured), 1),
-            "clipped_pct": sum(notes["clipped_pct"] for notes in measured) / max(len(measured), 1),
             "answer_tok_count": lengths.float().mean().item(),
         }
+        for name in measured[0]:  # of the loss, a mean over the minibatches
+            point[name] = statistics.fmean(notes[name] for notes in measured)
         curve.append(point)
         print(
             f"rollout {step + 1:2d}: reward {point['rewards']:.2f}, "

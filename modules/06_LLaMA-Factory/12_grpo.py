@@ -67,6 +67,9 @@ def main() -> None:
 
     minibatches = args.prompts * args.group // args.minibatch
     partial = OUTPUT.with_name("grpo.partial")
+    checkpoint = get_last_checkpoint(partial) if args.resume and partial.is_dir() else None
+    if args.resume and not checkpoint:
+        fail(f"there is no checkpoint in {shown(partial)}: leave --resume out")
     if not args.resume:
         shutil.rmtree(partial, ignore_errors=True)
     settings = GRPOConfig(
@@ -128,9 +131,6 @@ def main() -> None:
         peft_config=LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"),
     )
     trainer.remove_callback(PrinterCallback)  # thirty numbers a line
-    checkpoint = get_last_checkpoint(partial) if args.resume and partial.is_dir() else None
-    if args.resume and not checkpoint:
-        fail(f"there is no checkpoint in {shown(partial)}: leave --resume out")
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - began

@@ -74,8 +74,7 @@ def measure(model, tokenizer, forms: dict, limit: int | None, batch_size: int) -
     import likelihood
     import torch
 
-    targets = [question.target for question in forms["trained"]]
-    most = max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4  # tokens of an answer
+    most = answering.most_tokens(tokenizer, forms["trained"])
     answers = {}
     right = {}
     texts = {}

@@ -65,8 +65,7 @@ def main() -> None:
     import card
     import gguf_file
     import modelfile
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     # -----------------------------------------------------------------------------
     # 1. One GGUF file of each type, a tensor at a time
@@ -115,17 +114,15 @@ def main() -> None:
         switches = factory.trained(args.model).switches
         questions = scoring.questions(rows, tokenizer, switches)
         prompts = [question.prompt for question in questions]
-        targets = tokenizer([question.target for question in questions])["input_ids"]
-        most = max(map(len, targets)) + 4  # a longer answer is wrong anyway
-        dtype = getattr(torch, profile.finetune.dtype)
+        most = answering.most_tokens(tokenizer, questions)
+        load = scoring.loader(profile)
         batch = profile.finetune.batch_size
         for kind in [None, *files]:
             name = kind.lower() if kind else "original"
             place = output if kind else folder
             inside = {"gguf_file": files[kind].name} if kind else {}
             model = None  # two might not fit on the card
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **inside)
-            model = model.to(profile.device).eval()
+            model = load(place, **inside)
             answers, _ = answering.greedy_answers(model, tokenizer, prompts, batch, most)
             answers = [scoring.without_thoughts(answer) for answer in answers]
             metrics |= scoring.measures(name, questions, answers)

@@ -40,9 +40,7 @@ def passes(request: str, answer: str) -> bool:
         return False
     if not isinstance(values, dict) or tuple(values) != FIELDS or "\n" in answer:
         return False
-    request_words = re.findall(
-        r"[\w.-]*\w", request
-    )  # a value is a whole word of it, without its comma
+    request_words = re.findall(r"[\w.-]*\w", request)  # without the comma after a word
     return all(str(value) in request_words for value in values.values())
 
 

@@ -36,3 +36,9 @@ def loss_of(model, tokenizer, prompt: str, target: str) -> tuple[float, int]:
     logits = model(input_ids=ids).logits[0, first - 1 : -1].float()  # [tokens, vocabulary]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")
     return loss.item(), len(logits)
+
+
+def most_tokens(tokenizer, questions) -> int:
+    """Tokens that an answer may have: one longer than any wanted one is wrong anyway."""
+    targets = [question.target for question in questions]
+    return max(len(ids) for ids in tokenizer(targets)["input_ids"]) + 4

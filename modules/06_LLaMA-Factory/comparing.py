@@ -25,6 +25,12 @@ def verdict(question: scoring.Question, first: str, second: str) -> int:
     return (one > other) - (one < other)
 
 
+def changed(before: list[bool], after: list[bool]) -> tuple[int, int]:
+    """(gained, lost): of the same items, how many became right, and how many wrong."""
+    pairs = list(zip(before, after, strict=True))
+    return pairs.count((False, True)), pairs.count((True, False))
+
+
 def sign_test(gained: int, lost: int) -> float:
     """How probable a split as uneven as this is, or more, where gains and losses are a coin's.
 
@@ -66,13 +72,8 @@ def shares(name: str, base: list[bool], tuned: list[bool]) -> dict[str, float]:
     """Of the same items by both models: each share with its interval, and the sign test."""
     metrics = {}
     for model, right in (("base", base), ("tuned", tuned)):
-        share = sum(right) / len(right)
-        ends = ("", "_low", "_high")
-        for end, value in zip(ends, (share, *scoring.wilson(share, len(right))), strict=True):
-            metrics[f"{model}_{name}{end}_pct"] = round(100 * value, 1)
-    pairs = list(zip(base, tuned, strict=True))
-    gained = pairs.count((False, True))
-    lost = pairs.count((True, False))
+        metrics |= scoring.share_metrics(f"{model}_{name}", right)
+    gained, lost = changed(base, tuned)
     metrics[f"{name}_gained_count"] = gained
     metrics[f"{name}_lost_count"] = lost
     metrics[f"{name}_chance_pct"] = round(100 * sign_test(gained, lost), 2)

@@ -41,9 +41,7 @@ def decide(new: dict, current: dict, most_rise: float) -> dict:
     held back where it has fewer rows right, by however little: what is a little worse each week is
     much worse after ten. And where the loss of the neutral text rose by more than `most_rise`.
     """
-    pairs = list(zip(new["right"], current["right"], strict=True))
-    won = sum(now and not before for now, before in pairs)
-    lost = sum(before and not now for now, before in pairs)
+    won, lost = comparing.changed(current["right"], new["right"])
     rise = new["neutral_loss"] / current["neutral_loss"] - 1
     reasons = []
     if lost > won:

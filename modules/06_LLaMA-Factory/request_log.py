@@ -42,11 +42,11 @@ def logged(line: str) -> dict | None:
         week_of(row)
         messages = row["messages"]
         turns = messages[1:] if messages[0]["role"] == "system" else messages
-        "".join(message["content"] for message in messages)  # the system's too is a text
+        is_text = all(isinstance(message["content"], str) for message in messages)
         answer = {"role": "assistant", "content": row.get("corrected") or row["answer"]}
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-    return None if data.wrong_in({"messages": [*turns, answer]}) else row
+    return row if is_text and not data.wrong_in({"messages": [*turns, answer]}) else None
 
 
 def name_of(data_set: str) -> str:

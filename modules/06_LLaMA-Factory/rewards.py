@@ -11,8 +11,7 @@ def exact(wanted: str, answer: str) -> float:
 def field(wanted: str, answer: str) -> float:
     """The share of the wanted object's fields that the answer has with their value, 0 to 1."""
     right = scoring.fields_of(wanted, is_call=False)
-    given = scoring.fields_of(answer, is_call=False)
-    return sum(name in given and given[name] == right[name] for name in right) / len(right)
+    return scoring.share_of_equal(right, scoring.fields_of(answer, is_call=False))
 
 
 def long(wanted: str, answer: str) -> float:

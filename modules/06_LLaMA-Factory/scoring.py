@@ -161,9 +161,12 @@ def share_of_fields(question: Question, answer: str) -> float | None:
     None where the wanted answer is no JSON object.
     """
     wanted = fields_of(question.wanted, question.is_call)
-    given = fields_of(answer, question.is_call)
-    right = [name in given and given[name] == value for name, value in wanted.items()]
-    return sum(right) / len(right) if right else None
+    return share_of_equal(wanted, fields_of(answer, question.is_call)) if wanted else None
+
+
+def share_of_equal(wanted: dict, given: dict) -> float:
+    """Of the wanted fields, how many are given with their value: 0 to 1."""
+    return sum(name in given and given[name] == wanted[name] for name in wanted) / len(wanted)
 
 
 # -----------------------------------------------------------------------------
@@ -205,13 +208,17 @@ def measures(name: str, questions: list[Question], answers: list[str]) -> dict[s
     shares["field"] = [s for s in (share_of_fields(*pair) for pair in pairs) if s is not None]
     metrics = {}
     for measure, each in shares.items():
-        if not each:
-            continue
-        share = sum(each) / len(each)
-        low, high = wilson(share, len(each))
-        for end, value in (("", share), ("_low", low), ("_high", high)):
-            metrics[f"{name}_{measure}{end}_pct"] = round(100 * value, 1)
+        if each:
+            metrics |= share_metrics(f"{name}_{measure}", each)
     return metrics
+
+
+def share_metrics(name: str, each: list[float]) -> dict[str, float]:
+    """NAME_pct, the mean of numbers between 0 and 1, with NAME_low_pct and NAME_high_pct."""
+    share = sum(each) / len(each)
+    low, high = wilson(share, len(each))
+    ends = {"": share, "_low": low, "_high": high}
+    return {f"{name}{end}_pct": round(100 * value, 1) for end, value in ends.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -219,15 +226,18 @@ def measures(name: str, questions: list[Question], answers: list[str]) -> dict[s
 
 
 def loader(profile):
-    """load(folder): its model, ready to answer. Exit code 2 where that cannot be loaded."""
+    """load(folder, **options): its model, ready to answer; `options` are transformers'.
+
+    Exit code 2 where it cannot be loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, profile.finetune.dtype)
 
-    def load(folder: Path):
+    def load(folder: Path, **options):
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         except (OSError, ValueError, RuntimeError) as e:
             fail(f"the model in {shown(folder)} cannot be loaded: {str(e).splitlines()[0]}")
         return loaded.to(profile.device).eval()
