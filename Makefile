@@ -252,7 +252,7 @@ BEGIN = $(RESUMED) $(if $(FRESH),--fresh)
 # METHOD="qlora fsdp": files of configs/methods/; MODEL=: another model than the profile's
 TRAINED = $(if $(METHOD),--method "$(METHOD)") $(if $(MODEL),--model "$(MODEL)")
 
-.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-half mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill lf-export lf-evaluate
+.PHONY: lf-check-data lf-new-data lf-train lf-train-z2 mini-lora mini-dpo lf-half mini-grpo lf-grpo lf-score lf-methods lf-sweep lf-merge lf-chat lf-api lf-webui lf-loop lf-weekly lf-distill lf-export lf-evaluate lf-quantise
 lf-check-data: env ## data as the model will see it, and what is wrong (FILE=, INFO=)
 	@$(PY) modules/06_LLaMA-Factory/00_check_data.py $(if $(FILE),"$(FILE)") $(if $(INFO),--info "$(INFO)") $(ARGS)
 
@@ -300,6 +300,12 @@ lf-merge: env ## merge the adapter into a plain model folder
 
 lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: score each)
 	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
+
+# What quantises is newer than what trains and serves: its packages stand before the environment's
+lf-quantise: env ## the merged model in FP8 and in 4 bits, by our own rows (SCORE=1: score, serve)
+	@scripts/quantise_packages.sh
+	@PYTHONPATH="$$PWD/.venv/quantise$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) modules/06_LLaMA-Factory/14_quantise.py $(ARGS)
+	@$(if $(SCORE),$(PY) modules/06_LLaMA-Factory/18_quantised.py)
 
 lf-chat: env ## talk to the tuned model (piped input works too)
 	@$(PY) modules/06_LLaMA-Factory/04_chat.py $(ARGS)

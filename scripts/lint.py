@@ -97,9 +97,11 @@ LESSON = {
     "06_LLaMA-Factory/11_mini_grpo.py": r"grpo\.group_advantages\(",
     "06_LLaMA-Factory/12_grpo.py": r"GRPOConfig\(",
     "06_LLaMA-Factory/13_evaluate.py": r"likelihood\.option_logps\(",
+    "06_LLaMA-Factory/14_quantise.py": r"oneshot\(",
     "06_LLaMA-Factory/15_export.py": r"gguf_file\.write\(",
     "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
     "06_LLaMA-Factory/17_distill.py": r"if passes\(",
+    "06_LLaMA-Factory/18_quantised.py": r"= serve\(",
 }
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerate locks/cpu.txt and locks/gpu.txt from the .in and .overrides files beside them: `make lock`.
+# Regenerate locks/cpu.txt, locks/gpu.txt and locks/quantise.txt from the .in and .overrides files beside them: `make lock`.
 # Versions already locked are kept while they satisfy the inputs; UPGRADE=1 takes the newest.
 set -euo pipefail
 cd "$(dirname "$0")/../locks"
@@ -16,3 +16,6 @@ again=$(mktemp); trap 'rm -f "$again"' EXIT
 "${uv[@]}" --python-version 3.12 --constraint gpu.txt gpu.in > "$again"
 missing=$(comm -13 <(grep -o '^[a-z0-9][^ ;]*' gpu.txt | sort) <(grep -o '^[a-z0-9][^ ;]*' "$again" | sort))
 [ -z "$missing" ] || { echo "error: on Python 3.12 gpu.in needs what locks/gpu.txt lacks:" $missing >&2; exit 2; }
+
+echo "locks/quantise.txt (beside either)"
+"${uv[@]}" --no-deps --python-version 3.11 quantise.in -o quantise.txt

@@ -1,4 +1,5 @@
-# What set-up says depends on the machine: distribution, container, WSL2, an NVIDIA card and its driver. Sourced by setup.sh.
+# What set-up says depends on the machine: distribution, container, WSL2, an NVIDIA card and its driver. Sourced by setup.sh,
+# and for its package index by quantise_packages.sh.
 # MACHINE_ROOT stands before each path that is read here, so that tests can describe a machine.
 at=${MACHINE_ROOT:-}
 without_card="compute on the CPU: make setup LOCK=cpu"
@@ -53,6 +54,11 @@ python_command() {
     "debian 12 "*|fedora*) install_command python3.11-dev ;;
     *) echo "Miniforge, whose Python 3.11 make setup then takes" ;;   # Debian 13 and Arch have no Python 3.11
   esac
+}
+
+# package_index PYTHON: the index that pip is told to use; nothing where it is PyPI. uv does not read pip's settings by itself.
+package_index() {
+  echo "${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$({ "$1" -m pip config get global.index-url || pip config get global.index-url; } 2>/dev/null || true)}}"
 }
 
 # -----------------------------------------------------------------------------

@@ -139,8 +139,8 @@ free=$(df -Pk "$target" | awk 'NR==2 {print int($4 / 1048576)}')
 # -----------------------------------------------------------------------------
 # 3. uv, of the version in the lock
 
-# A hash pins each file, so a mirror is as good as PyPI; uv does not read pip's settings by itself.
-index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$({ "$base" -m pip config get global.index-url || pip config get global.index-url; } 2>/dev/null || true)}}
+# A hash pins each file, so a mirror is as good as PyPI.
+index=$(package_index "$base")
 [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT

@@ -107,7 +107,7 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # 4. How large, and how good
 
-    metrics = {"original_gb": sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e9}
+    metrics = {"original_gb": factory.size_gb(folder)}
     metrics |= {f"{kind.lower()}_gb": file.stat().st_size / 1e9 for kind, file in files.items()}
     metrics = {name: round(value, 3) for name, value in metrics.items()}
     if args.score:

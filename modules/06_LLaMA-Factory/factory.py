@@ -231,6 +231,11 @@ def train_first(script: Path) -> None:
         pass
 
 
+def size_gb(folder: Path) -> float:
+    """The weights in the folder, in GB."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+
+
 def base_model(path: str) -> Path:
     """The folder of the model that an adapter was trained on."""
     folder = ROOT / path
