@@ -101,7 +101,7 @@ LESSON = {
     "06_LLaMA-Factory/15_export.py": r"gguf_file\.write\(",
     "06_LLaMA-Factory/16_weekly.py": r"request_log\.collect\(",
     "06_LLaMA-Factory/17_distill.py": r"if passes\(",
-    "06_LLaMA-Factory/18_quantised.py": r"= serve\(",
+    "06_LLaMA-Factory/18_quantised.py": r"engine\.start\(",
 }
 
 # -----------------------------------------------------------------------------
