@@ -27,7 +27,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 import factory
 import scoring
 
-from lab import ROOT, fail, jobs, results, shown
+from lab import ROOT, fail, jobs, shown
 from lab.profile import load_profile
 from lab.table import table
 
@@ -86,7 +86,7 @@ def main() -> None:
     # 2. Each type: load, round, write
 
     dtype = getattr(torch, profile.finetune.dtype)
-    metrics = {"original_gb": factory.size_gb(folder)}
+    lines = [("original", f"{factory.size_gb(folder):.3f}", None, None)]
     for kind in args.types:
         began = time.monotonic()
         print(f"{kind}: rounding", flush=True)
@@ -109,25 +109,26 @@ def main() -> None:
             max_seq_length=longest,
         )
         write(model, tokenizer, folder, ROOT / args.output / kind)
-        metrics[f"{kind}_gb"] = factory.size_gb(ROOT / args.output / kind)
-        metrics[f"{kind}_s"] = time.monotonic() - began
-        if profile.device == "cuda":  # GPTQ has one layer on the card at a time
-            metrics[f"{kind}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
+        size = f"{factory.size_gb(ROOT / args.output / kind):.3f}"
+        seconds = f"{time.monotonic() - began:.0f}"
+        lines.append((kind, size, seconds, peak_gib()))
 
     # -----------------------------------------------------------------------------
     # 3. How large
 
-    lines = [("original", f"{metrics['original_gb']:.3f}", "")]
-    for kind in args.types:
-        size, seconds = metrics[f"{kind}_gb"], metrics[f"{kind}_s"]
-        lines.append((kind, f"{size:.3f}", f"{seconds:.0f}"))
-    table(["type", "GB", "seconds"], lines)
+    table(["type", "GB", "seconds", "peak GiB of the GPU"], lines)
     print(f"serve one: make vllm-serve MODEL={args.output}/{args.types[-1]}")
-    metrics = {name.replace("-", "_"): round(value, 3) for name, value in metrics.items()}
-    metrics |= {"row_count": len(texts), "group_size_count": group_size}
-    config = {"model": args.model, "data": args.data, "types": args.types}
-    results.finish(__file__, metrics, config, "" if args.model == merged else folder.name)
+
+
+def peak_gib() -> str | None:
+    """GiB of the GPU at most since it was last asked: one layer after the other is on it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return f"{peak:.2f}"
 
 
 def write(model, tokenizer, source: Path, output: Path) -> None:

@@ -1,7 +1,7 @@
 """What fewer bits cost and give: score, KV cache and speed of each folder, served by vLLM.
 
     make lf-quantise SCORE=1
-    python modules/06_LLaMA-Factory/18_quantised.py --limit 8 runs/06_LLaMA-Factory/quantised/fp8
+    python modules/06_LLaMA-Factory/18_quantised.py --limit 8 --models runs/06_LLaMA-Factory/merged
 
 The folders are the merged model and what 14_quantise.py has made of it, or those that you name.
 Each answers the held-out requests greedily, all at once and then some of them alone. Flags that
@@ -77,7 +77,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     several = "folders of whole models (default: the merged one, and all quantised ones)"
-    parser.add_argument("models", nargs="*", metavar="FOLDER", help=several)
+    parser.add_argument("--models", nargs="+", metavar="FOLDER", help=several)
     held_out = "held-out data set, by name or file (default: %(default)s)"
     parser.add_argument("--test", default=profile.finetune.test, help=held_out)
     first = "take only the first N rows (default: all)"
@@ -85,7 +85,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     jobs.refuse_taken_cards()
     quantised = sorted((factory.FOLDER / "quantised").glob("*/config.json"))
-    folders = [ROOT / model for model in args.models]
+    folders = [ROOT / model for model in args.models or []]
     folders = folders or [factory.FOLDER / "merged", *(file.parent for file in quantised)]
     for folder in folders:
         if not (folder / "config.json").is_file():
