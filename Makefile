@@ -301,10 +301,10 @@ lf-merge: env ## merge the adapter into a plain model folder
 lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: score each)
 	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
 
-# What quantises is newer than what trains and serves: its packages stand before the environment's
+# Packages newer than the lock quantise, so that part of it is no evidence; what they make is scored in the environment
 lf-quantise: env ## the merged model in FP8 and in 4 bits, by our own rows (SCORE=1: score, serve)
 	@scripts/quantise_packages.sh
-	@PYTHONPATH="$$PWD/.venv/quantise$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) modules/06_LLaMA-Factory/14_quantise.py $(ARGS)
+	@STORE= PYTHONPATH="$$PWD/.venv/quantise$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) modules/06_LLaMA-Factory/14_quantise.py $(ARGS)
 	@$(if $(SCORE),$(PY) modules/06_LLaMA-Factory/18_quantised.py)
 
 lf-chat: env ## talk to the tuned model (piped input works too)

@@ -92,8 +92,10 @@ def main() -> None:
         print(f"{kind}: rounding", flush=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         widths = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)}
-        group_size = max(size for size in (128, 64, 32) if all(w % size == 0 for w in widths))
-        weights = QuantizationArgs(num_bits=4, strategy="group", group_size=group_size)
+        fitting = [size for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
+        if not fitting:
+            fail(f"no group of 32 or more weights divides the rows of this model: {sorted(widths)}")
+        weights = QuantizationArgs(num_bits=4, strategy="group", group_size=fitting[0])
         four_bits = {"linear": QuantizationScheme(targets=["Linear"], weights=weights)}
         recipe = {
             "fp8": partial(QuantizationModifier, targets=["Linear"], scheme="FP8_DYNAMIC"),
@@ -117,7 +119,7 @@ def main() -> None:
     # 3. How large
 
     table(["type", "GB", "seconds", "peak GiB of the GPU"], lines)
-    print(f"serve one: make vllm-serve MODEL={args.output}/{args.types[-1]}")
+    print(f"serve one: make vllm-serve MODEL={args.output}/{args.types[0]}")
 
 
 def peak_gib() -> str | None:
