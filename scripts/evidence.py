@@ -46,6 +46,7 @@ TARGETS = [
     'mini-grpo REWARDS=long BETA=0 ARGS="--steps 6 --learning-rate 1e-3"',
     *("lf-score ARGS=--train", "lf-evaluate", "lf-train-z2", "lf-merge"),
     'lf-export SCORE=1 ARGS="--types F16 Q8_0 Q4_0 Q4_1"',
+    "lf-quantise SCORE=1",
     *("lf-methods", "lf-sweep"),  # about two hours on 2 cores
     "lf-loop",  # with the adapter that lf-score has trained
 ]

@@ -6,6 +6,8 @@ set -euo pipefail
 cd -P "$(dirname "$0")/.."
 . scripts/machine.sh
 folder=.venv/quantise
+exec 9> .venv/quantise.busy
+flock 9                     # of two at once, the second waits
 ! cmp -s locks/quantise.txt "$folder/lock.txt" || exit 0
 
 echo "fetching $(grep -c '^[a-z]' locks/quantise.txt) packages of locks/quantise.txt into $folder"
