@@ -235,7 +235,7 @@ NOT_REFUSED = {  # scripts that import an engine: why
     "02_what_fits.py": "reads how large the cards are",
     "02_plan_examples.py": "estimates without a card",
     "13_bench.py": "a client of the server",
-    "03_merge.py": "multiplies on the CPU",
+    "03_merge.py": "multiplies on the CPU, and beside a job rounds there too",
     "15_export.py": "writes files; with --score it is refused",
     "00_check_data.py": "reads texts",
 }

@@ -145,7 +145,8 @@ def main() -> None:
     if trained.is_adapter:
         merged = factory.FOLDER / "merged"
         merge = [HERE / "03_merge.py", "--adapter", args.adapter, "--output", shown(merged)]
-        _, seconds["merge"] = step(*merge)
+        # Of an adapter trained on 4 bits too: the W on which the others put it
+        _, seconds["merge"] = step(*merge, "--into", "original")
         _, seconds["score merged"] = step(*score, shown(merged))
         alone = json.loads(file.read_text(encoding="utf-8"))
         stages["merged"] = [(row["tuned"], row["tuned_tokens"]) for row in alone]

@@ -43,11 +43,12 @@ def steps(week: Path, args, current: Path | None) -> dict[str, list]:
     checked = ["--info", info, "--held-out", request_log.name_of(args.test), "--rows", 0]
     both = f"dataset={request_log.name_of(args.dataset)},data"
     train = ["--model", args.model, both, f"dataset_dir={shown(week)}", f"output_dir={lora}"]
+    merge = ["03_merge.py", "--adapter", lora, "--output", shown(week / "merged")]
     commands = {
         "check": ["00_check_data.py", shown(week / "data.json"), "--model", args.model, *checked],
         "train": ["01_train.py", "--resume-or-begin", *train, *args.overrides],
         "score": [*score, "--no-base"] if current else score,
-        "merge": ["03_merge.py", "--adapter", lora, "--output", shown(week / "merged")],
+        "merge": [*merge, "--into", "original"],  # what was scored, though trained on 4 bits
     }
     if current:
         file = shown(week / "answers_current.json")
