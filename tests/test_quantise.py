@@ -22,7 +22,7 @@ def packages() -> None:
 
 @pytest.fixture(scope="module")
 def servable(small_model, tmp_path_factory):
-    """Random weights with heads of 64 dimensions, the least that vLLM's attention takes of these."""
+    """Random weights with heads of 64 dimensions: vLLM has no attention for 16 on a CPU."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -109,7 +109,7 @@ def test_folders(quantised, servable):
 
 
 def test_score_and_speed(quantised, servable):
-    """vLLM answers by the model in full; by 4 bits where this CPU has AVX-512, else transformers."""
+    """vLLM answers; by 4 bits only where this CPU has AVX-512, else transformers does."""
     from lab import machine
 
     script = str(MODULE / "18_quantised.py")
