@@ -302,7 +302,7 @@ lf-export: env ## GGUF files, Ollama's Modelfile, a folder for a hub (SCORE=1: s
 	@$(PY) modules/06_LLaMA-Factory/15_export.py $(if $(SCORE),--score) $(ARGS)
 
 # Packages newer than the lock quantise, so that part of it is no evidence; what they make is scored in the environment
-lf-quantise: env ## the merged model in FP8 and in 4 bits, by our own rows (SCORE=1: score, serve)
+lf-quantise: env ## the merged model in FP8 and in 4 bits, by own rows (SCORE=1: score it)
 	@scripts/quantise_packages.sh
 	@STORE= PYTHONPATH="$$PWD/.venv/quantise$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) modules/06_LLaMA-Factory/14_quantise.py $(ARGS)
 	@$(if $(SCORE),$(PY) modules/06_LLaMA-Factory/18_quantised.py)
