@@ -61,7 +61,7 @@ LEFT_OUT = {  # lines of blocks: why
     r"make lf-check-data FILE=runs/06_LLaMA-Factory/distilled/.*": "the same",
     r"make lf-(loop|methods|sweep|weekly)\b.*": "go by what their steps compute, nothing here",
     r"make lf-export(?!.*nothing).*": "reads merged weights, and a stand-in merges none",
-    r"make lf-quantise\b.*": "reads merged weights, and fetches packages for it",
+    r"make lf-quantise(?!.*nothing).*": "reads merged weights, and a stand-in merges none",
     r"make lf-evaluate\b.*": "compares a tuned model, and the page's own machine has none",
     r"make (mini|lf)-grpo\b.*": "begins at merged weights, and a stand-in merges none",
     r"make lf-train .*dataset_dir=runs/my_data.*": "its entry is written by LLaMA-Factory's reader",
