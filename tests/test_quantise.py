@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+import small_models
 from conftest import RECORDS, ROOT, python, refused, run
 
 MODULE = ROOT / "modules/06_LLaMA-Factory"
@@ -23,16 +24,12 @@ def packages() -> None:
 @pytest.fixture(scope="module")
 def servable(small_model, tmp_path_factory):
     """Random weights with heads of 64 dimensions: vLLM has no attention for 16 on a CPU."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     folder = tmp_path_factory.mktemp("servable") / "merged"
-    config = AutoConfig.from_pretrained(small_model)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-    config.update({"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192, **heads})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(small_model).save_pretrained(folder)
+    llama = heads | {"intermediate_size": 192, "tie_word_embeddings": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small_models.MODELS, "llama", llama)
+        small_models.random_model("llama", folder, small_model)
     (folder / "config.yaml").write_text("template: chatml\n")
     return folder
 

@@ -29,10 +29,6 @@ from lab.profile import load_profile
 HERE = Path(__file__).resolve().parent
 
 
-def size_gb(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
-
-
 def output_of(path: str, done: factory.Trained) -> Path:
     """The folder, which is new, empty or an earlier merging's. Exit code 2 where it is not."""
     from omegaconf import OmegaConf
@@ -117,8 +113,8 @@ def main() -> None:
     (partial / "config.yaml").write_text(OmegaConf.to_yaml(of_texts), encoding="utf-8")
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
-    merged_gb = size_gb(output)
-    adapter_gb = size_gb(ROOT / settings.adapter_name_or_path)
+    merged_gb = factory.size_gb(output)
+    adapter_gb = factory.size_gb(ROOT / settings.adapter_name_or_path)
     print(
         f"{shown(output)}: {merged_gb:.3f} GB in {settings.infer_dtype}; "
         f"the adapter alone: {adapter_gb:.3f} GB"

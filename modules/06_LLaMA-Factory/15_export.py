@@ -133,8 +133,7 @@ def main() -> None:
         size = metrics[f"{name}_gb"]
         line = [name, f"{size:.3f}", f"{8e9 * size / weight_count:.2f}"]
         if args.score:
-            ends = ("_pct", "_low_pct", "_high_pct")
-            line.append("{} ({} to {})".format(*(metrics[f"{name}_exact{end}"] for end in ends)))
+            line.append(scoring.exact_shown(metrics, name))
         lines.append(tuple(line))
     header = ["type", "GB", "bits a weight", *["exact, % (95 %)"] * args.score]
     table(header, lines)

@@ -131,9 +131,7 @@ def main() -> None:
             f"{name}_alone_tokens_per_s": served.alone and round(served.alone, 1),
         }
         metrics |= scores | {key: value for key, value in speeds.items() if value is not None}
-        ends = ("_pct", "_low_pct", "_high_pct")
-        exact = "{} ({} to {})".format(*(scores[f"{name}_exact{end}"] for end in ends))
-        lines.append([folder.name, exact, *speeds.values()])
+        lines.append([folder.name, scoring.exact_shown(scores, name), *speeds.values()])
 
     # -----------------------------------------------------------------------------
     # 3. Side by side
